@@ -1,0 +1,219 @@
+"""Transit networks with their true topology: lines, services, interchanges, and every optimal route between two stops.
+
+The published data keeps a flat station list per line (a branch is appended behind the main line, a loop is mostly
+stored open), so list neighbours are not always track neighbours. Here a line is a trunk, an optional loop and
+branches; ``Network.metro_data`` writes the flat form with the data's own markers.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+TRANSFER_MARK = " (Transfer Station)"
+BRANCH_MARK = " (Branch-starting Station)"
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A side track of a line. ``stations[0]`` is the trunk stop where it leaves; trains run through to ``towards``."""
+
+    stations: tuple[str, ...]
+    towards: str = "start"
+    """End of the trunk that the branch's trains run to: "start" or "end"."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line: the trunk in travel order; ``loop`` joins its last stop to its first (stored once, not repeated)."""
+
+    name: str
+    colour: str
+    """``#rrggbb``, exactly as drawn."""
+    stations: tuple[str, ...]
+    loop: bool = False
+    branches: tuple[Branch, ...] = ()
+
+    def services(self) -> tuple[tuple[str, ...], ...]:
+        """Stop sequences that one train runs: the trunk (a loop closed by repeating its first stop), then branches."""
+        trunk = (*self.stations, self.stations[0]) if self.loop else self.stations
+        services = [trunk]
+        for branch in self.branches:
+            at = self.stations.index(branch.stations[0])
+            if branch.towards == "start":
+                services.append(self.stations[:at] + branch.stations)
+            else:
+                services.append(tuple(reversed(branch.stations)) + self.stations[at + 1 :])
+        return tuple(services)
+
+    def stops(self) -> tuple[str, ...]:
+        """Every stop once, trunk first, then the branches without their joints."""
+        seen = dict.fromkeys(self.stations)
+        for branch in self.branches:
+            seen.update(dict.fromkeys(branch.stations[1:]))
+        return tuple(seen)
+
+    def edges(self) -> tuple[tuple[str, str], ...]:
+        """Neighbouring stops, each pair once and sorted."""
+        pairs = {
+            tuple(sorted(pair))
+            for service in self.services()
+            for pair in zip(service, service[1:], strict=False)
+        }
+        return tuple(sorted(pairs))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """One ride on one line without changing trains; ``via`` excludes both ends."""
+
+    line: str
+    departure: str
+    arrival: str
+    via: tuple[str, ...]
+
+
+Route = tuple[Leg, ...]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A map's network. ``positions`` are picture coordinates in pixels, (x, y), y down."""
+
+    network_id: str
+    """``country/city``."""
+    level: str
+    """Generator level, for example "tiny-easy" or "hard"."""
+    lines: tuple[Line, ...]
+    positions: Mapping[str, tuple[float, float]]
+    size: tuple[int, int] = (0, 0)
+    """Picture width and height in pixels; (0, 0) where no picture belongs to the network."""
+    style: str = "tiny"
+    extras: Mapping[str, object] = field(default_factory=dict)
+    """What only the drawer needs (labels, river), JSON values."""
+
+    @property
+    def map_difficulty(self) -> str:
+        """``difficulty_city``: easy, middle or hard."""
+        return self.level.rsplit("-", 1)[-1]
+
+    @cached_property
+    def stations(self) -> tuple[str, ...]:
+        """Every stop once, in the order of the lines."""
+        return tuple(dict.fromkeys(stop for line in self.lines for stop in line.stops()))
+
+    @cached_property
+    def _lines_of(self) -> dict[str, tuple[str, ...]]:
+        lines_of: dict[str, list[str]] = {}
+        for line in self.lines:
+            for stop in line.stops():
+                lines_of.setdefault(stop, []).append(line.name)
+        return {stop: tuple(names) for stop, names in lines_of.items()}
+
+    def lines_through(self, station: str) -> tuple[str, ...]:
+        """Names of the lines that stop at ``station``, in the network's order. Raises KeyError for an unknown stop."""
+        return self._lines_of[station]
+
+    def line(self, name: str) -> Line:
+        """The line of that name. Raises KeyError."""
+        for line in self.lines:
+            if line.name == name:
+                return line
+        raise KeyError(name)
+
+    def metro_data(self) -> dict[str, list[str]]:
+        """The flat lists of ReasonMap: trunk, then branches appended, with the data's exact marker strings."""
+        data: dict[str, list[str]] = {}
+        for line in self.lines:
+            joints = {branch.stations[0] for branch in line.branches}
+            data[line.name] = [
+                stop
+                + (BRANCH_MARK if stop in joints else "")
+                + (TRANSFER_MARK if len(self._lines_of[stop]) > 1 else "")
+                for stop in line.stops()
+            ]
+        return data
+
+    def transfer_marks(self) -> int:
+        """``city_transfer_count``: transfer markers summed over the lines' lists, not distinct stations."""
+        return sum(len(self._lines_of[stop]) > 1 for line in self.lines for stop in line.stops())
+
+    @cached_property
+    def _services(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        return tuple((line.name, service) for line in self.lines for service in line.services())
+
+    @cached_property
+    def _states(self) -> dict[str, list[tuple[int, int]]]:
+        """Station -> (service, index) pairs where a train of that service calls there."""
+        states: dict[str, list[tuple[int, int]]] = {}
+        for number, (_, service) in enumerate(self._services):
+            for index, stop in enumerate(service):
+                states.setdefault(stop, []).append((number, index))
+        return states
+
+    def _moves(self, state: tuple[int, int]) -> list[tuple[tuple[int, int], int, int]]:
+        """Neighbour states with the transfers and stops they cost."""
+        number, index = state
+        service = self._services[number][1]
+        closed = len(service) > 2 and service[0] == service[-1]
+        moves = [((number, index + step), 0, 1) for step in (-1, 1) if 0 <= index + step < len(service)]
+        if closed and index in (0, len(service) - 1):
+            moves.append(((number, len(service) - 1 - index), 0, 0))
+        moves += [(other, 1, 0) for other in self._states[service[index]] if other[0] != number]
+        return moves
+
+    def shortest_routes(self, start: str, goal: str) -> list[Route]:
+        """All optimal routes: fewest transfers, then fewest stops; sorted, without repeats; empty if unreachable.
+
+        Changing between two branches of one line is a transfer, for a train serves only one of them.
+        Raises KeyError for an unknown station, ValueError when both are the same.
+        """
+        if start == goal:
+            raise ValueError(f"a route needs two different stations, got {start!r} twice")
+        goals = set(self._states[goal])
+        best: dict[tuple[int, int], tuple[int, int]] = {state: (0, 0) for state in self._states[start]}
+        before: dict[tuple[int, int], list[tuple[int, int]]] = {state: [] for state in best}
+        heap = [((0, 0), state) for state in best]
+        heapq.heapify(heap)
+        bound: tuple[int, int] | None = None
+        while heap:
+            cost, state = heapq.heappop(heap)
+            if bound is not None and cost > bound:
+                break
+            if cost > best[state]:
+                continue
+            if state in goals:
+                bound = cost
+            for other, transfers, stops in self._moves(state):
+                reached = (cost[0] + transfers, cost[1] + stops)
+                if other not in best or reached < best[other]:
+                    best[other], before[other] = reached, [state]
+                    heapq.heappush(heap, (reached, other))
+                elif reached == best[other] and state not in before[other]:
+                    before[other].append(state)
+        routes: set[Route] = set()
+        stack = [(state,) for state in goals if best.get(state) == bound]
+        while stack:
+            path = stack.pop()
+            earlier = before[path[0]]
+            if not earlier:
+                route = self._legs(path)
+                if route:
+                    routes.add(route)
+                continue
+            stack.extend((state, *path) for state in earlier if state not in path)
+        return sorted(routes, key=lambda route: [(leg.line, leg.arrival, leg.via) for leg in route])
+
+    def _legs(self, path: tuple[tuple[int, int], ...]) -> Route:
+        rides: list[tuple[int, list[str]]] = []
+        for number, index in path:
+            stop = self._services[number][1][index]
+            if not rides or rides[-1][0] != number:
+                rides.append((number, [stop]))
+            elif rides[-1][1][-1] != stop:
+                rides[-1][1].append(stop)
+        if any(len(stops) < 2 for _, stops in rides):
+            return ()
+        return tuple(Leg(self._services[n][0], stops[0], stops[-1], tuple(stops[1:-1])) for n, stops in rides)
