@@ -1,0 +1,22 @@
+"""Fused operations for policy-gradient training of language models: import them alone, with torch and nothing else."""
+
+from .group_advantage import GroupAdvantage, group_advantage
+from .linear_logprob import linear_logprobs
+from .linear_loss import LinearPolicyLoss, linear_policy_loss
+from .logits_loss import LogitsPolicyLoss, logits_policy_loss, selective_log_softmax
+from .policy_loss import PolicyLossOutput, PolicyObjective, loss_normalizer, policy_loss
+
+__all__ = [
+    "GroupAdvantage",
+    "LinearPolicyLoss",
+    "LogitsPolicyLoss",
+    "PolicyLossOutput",
+    "PolicyObjective",
+    "group_advantage",
+    "linear_logprobs",
+    "linear_policy_loss",
+    "logits_policy_loss",
+    "loss_normalizer",
+    "policy_loss",
+    "selective_log_softmax",
+]

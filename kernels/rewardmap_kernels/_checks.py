@@ -1,0 +1,96 @@
+"""Input checks shared by every operation: one clear ``ValueError`` with names and values, before any work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype arithmetic is done in: float64 stays, everything else becomes float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def check_floating(name: str, tensor: Tensor, dims: int) -> None:
+    """Raise unless ``tensor`` is a floating-point tensor of ``dims`` dimensions."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+    if tensor.dim() != dims:
+        raise ValueError(f"{name} must have {dims} dimension(s), got shape {tuple(tensor.shape)}")
+
+
+def check_rows(name: str, tensor: Tensor | None, like: Tensor, rows: int, kind: str = "float") -> None:
+    """Raise unless ``tensor`` is None or a [rows] vector of the kind on ``like``'s device.
+
+    ``kind``: "float", "int" (int32 or int64) or "mask" (bool, integer or float).
+    """
+    if tensor is None:
+        return
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tuple(tensor.shape) != (rows,):
+        raise ValueError(f"{name} must have shape ({rows},), got {tuple(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {like.device}")
+    if kind == "float" and not tensor.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+    if kind == "int" and tensor.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, got {tensor.dtype}")
+
+
+def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
+    """Raise unless every value of the integer ``tensor`` is in [low, high).
+
+    On an accelerator the check runs as an asynchronous device assertion, so that it costs no host synchronisation.
+    """
+    if tensor.numel() == 0:
+        return
+    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        smallest, largest = int(tensor.min()), int(tensor.max())
+        if smallest < low or largest >= high:
+            row = int(((tensor < low) | (tensor >= high)).nonzero()[0, 0])
+            raise ValueError(f"{name}[{row}] = {int(tensor[row])} is outside [{low}, {high})")
+    else:
+        torch._assert_async(((tensor >= low) & (tensor < high)).all(), f"{name} has values outside [{low}, {high})")
+
+
+def check_normalizer(normalizer: Tensor | float, like: Tensor, rows: int) -> None:
+    """Raise unless ``normalizer`` is a positive number, a 0-d tensor or a [rows] tensor on ``like``'s device."""
+    if isinstance(normalizer, Tensor):
+        if normalizer.dim() > 1 or (normalizer.dim() == 1 and normalizer.shape[0] != rows):
+            raise ValueError(f"normalizer must be 0-d or of shape ({rows},), got {tuple(normalizer.shape)}")
+        if normalizer.dim() == 1 and normalizer.device != like.device:
+            raise ValueError(f"normalizer is on {normalizer.device}, expected {like.device}")
+    elif not normalizer > 0:
+        raise ValueError(f"normalizer must be positive, got {normalizer}")
+
+
+def check_temperature(temperature: Tensor | float, like: Tensor, rows: int) -> None:
+    """Raise unless ``temperature`` is a positive number or a [rows] floating tensor on ``like``'s device."""
+    if isinstance(temperature, Tensor):
+        check_rows("temperature", temperature, like, rows)
+    elif not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
+    """Raise unless hidden [N, H], weight [V, H] and targets [N] fit one another."""
+    check_floating("hidden", hidden, 2)
+    check_floating("weight", weight, 2)
+    if weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"hidden has width {hidden.shape[1]} and weight has width {weight.shape[1]}; they must agree")
+    if weight.device != hidden.device:
+        raise ValueError(f"weight is on {weight.device}, expected {hidden.device}")
+    if (weight.dtype == torch.float64) != (hidden.dtype == torch.float64):
+        raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}; float64 does not mix")
+    check_targets(targets, hidden, weight.shape[0])
+
+
+def check_targets(targets: Tensor, like: Tensor, vocab: int) -> None:
+    """Raise unless targets is an integer [N] vector of values in [0, vocab)."""
+    check_rows("targets", targets, like, like.shape[0], "int")
+    if vocab == 0:
+        raise ValueError("the vocabulary is empty")
+    check_range("targets", targets, 0, vocab)

@@ -1,0 +1,414 @@
+"""Policy objectives on [N] vectors: loss, its derivative coefficients and metrics, without a host sync.
+
+Written once and called by every fused operation. One row is one response token. Sources: GRPO (arXiv 2402.03300), Dr. GRPO
+(2503.20783), DAPO (2503.14476), CISPO (2506.13585), GSPO (2507.18071), SAPO (2511.20347), dual clip (1912.09729), KL
+estimators k1, k2, k3 (Schulman, "Approximating KL divergence", 2020).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._checks import check_floating, check_normalizer, check_range, check_rows, compute_dtype
+
+ObjectiveName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce"]
+OBJECTIVES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce")
+CLIPPED: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo")
+"""The objectives of the form -min(r A, clip(r) A); they differ in the level of r and in the normaliser."""
+
+LOG_RATIO_BOUND = 20.0
+"""Log-ratios are clamped to +-this before exp: e^20 = 4.9e8 keeps float32 finite; the gradient outside is zero."""
+
+_FIXED_POINT = 2.0**38
+"""Per-sequence sums are made in 64-bit integers of this scale: exact in any order, so bitwise reproducible."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyObjective:
+    """What is optimised. Immutable and hashable.
+
+    ``name``: grpo, bnpo, dr_grpo, dapo (clipped; they differ by ``loss_normalizer`` only), cispo, gspo, sapo, reinforce.
+    ``clip_eps_low``, ``clip_eps_high``: the ratio is clipped to [1 - low, 1 + high] (cispo: its stop-gradient weight is).
+    ``dual_clip``: c > 1; for negative advantages the loss is at most c |A|. ``delta``: the unclipped ratio is capped at
+    delta > 1 + clip_eps_high (two-sided clipping, arXiv 2505.07291). Both: clipped objectives only.
+    ``kl_coef``, ``kl_estimator``: adds kl_coef * KL(policy || reference), estimator k1, k2 or k3, per row.
+    ``entropy_coef``: subtracts entropy_coef * entropy per row.
+    ``importance_correction``: multiplies the policy term by w = exp(old_logprobs - rollout_logprobs), a constant.
+    "truncate" clamps w to [importance_min, importance_max]; "mask" makes w 0 outside. ``importance_level``: "token", or
+    "sequence": w is the product over the sequence's rows.
+    ``sapo_temperature_pos``, ``sapo_temperature_neg``: SAPO's temperatures for advantages > 0 and <= 0.
+
+    Raises ValueError for a value out of range, and for a flag that the objective would ignore.
+    """
+
+    name: ObjectiveName = "grpo"
+    clip_eps_low: float = 0.2
+    clip_eps_high: float = 0.2
+    dual_clip: float | None = None
+    delta: float | None = None
+    kl_coef: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    entropy_coef: float = 0.0
+    importance_correction: Literal["none", "truncate", "mask"] = "none"
+    importance_level: Literal["token", "sequence"] = "token"
+    importance_min: float = 0.0
+    importance_max: float = 2.0
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for field, allowed in (
+            ("name", OBJECTIVES),
+            ("kl_estimator", ("k1", "k2", "k3")),
+            ("importance_correction", ("none", "truncate", "mask")),
+            ("importance_level", ("token", "sequence")),
+        ):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} = {getattr(self, field)!r} is not one of {', '.join(allowed)}")
+        for field in ("clip_eps_low", "clip_eps_high", "kl_coef", "importance_min"):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{field} must be finite and >= 0, got {value}")
+        for field in ("importance_max", "sapo_temperature_pos", "sapo_temperature_neg"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} must be > 0, got {getattr(self, field)}")
+        if not math.isfinite(self.entropy_coef):
+            raise ValueError(f"entropy_coef must be finite, got {self.entropy_coef}")
+        if self.importance_min > self.importance_max:
+            raise ValueError(f"importance_min {self.importance_min} is above importance_max {self.importance_max}")
+        if self.name not in CLIPPED and (self.dual_clip is not None or self.delta is not None):
+            raise ValueError(f"dual_clip and delta apply to {', '.join(CLIPPED)}; the objective {self.name} ignores them")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip must be > 1, got {self.dual_clip}")
+        if self.delta is not None and not self.delta > 1 + self.clip_eps_high:
+            raise ValueError(f"delta must be > 1 + clip_eps_high = {1 + self.clip_eps_high}, got {self.delta}")
+        if self.name != "sapo" and (self.sapo_temperature_pos, self.sapo_temperature_neg) != (1.0, 1.05):
+            raise ValueError(f"sapo_temperature_pos/neg apply to sapo; the objective {self.name} ignores them")
+        if self.importance_correction == "none" and self.importance_level != "token":
+            raise ValueError("importance_level = 'sequence' needs importance_correction 'truncate' or 'mask'")
+
+    @property
+    def needs_sequence(self) -> bool:
+        """Whether a row's coefficient depends on the other rows of its sequence."""
+        return self.name == "gspo" or (self.importance_correction != "none" and self.importance_level == "sequence")
+
+
+class PolicyLossOutput(NamedTuple):
+    """``row_loss`` [N]: sums to the loss, differentiable. ``d_logprob``, ``d_entropy`` [N]: derivatives of that sum.
+
+    ``metrics``: 0-d tensors, means over the unmasked rows: clip_fraction_low, clip_fraction_high, approx_kl (k3 of old
+    against current), kl_ref, entropy, ratio_mean, ratio_min, ratio_max, importance_mean, importance_rejected.
+    """
+
+    row_loss: Tensor
+    d_logprob: Tensor
+    d_entropy: Tensor
+    metrics: dict[str, Tensor]
+
+
+class _AttachDerivatives(torch.autograd.Function):
+    """Gives already computed per-row losses the already computed derivatives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logprobs: Tensor, entropy: Tensor | None, row_loss: Tensor, d_logprob: Tensor, d_entropy: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(d_logprob, d_entropy)
+        ctx.dtypes = (logprobs.dtype, None if entropy is None else entropy.dtype)
+        return row_loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        d_logprob, d_entropy = ctx.saved_tensors
+        logprob_dtype, entropy_dtype = ctx.dtypes
+        to_entropy = (grad * d_entropy).to(entropy_dtype) if entropy_dtype is not None and ctx.needs_input_grad[1] else None
+        return (grad * d_logprob).to(logprob_dtype), to_entropy, None, None, None
+
+
+def require_inputs(
+    objective: PolicyObjective, *, entropy: object, ref_logprobs: object, rollout_logprobs: object, sequence: object
+) -> None:
+    """Raise ValueError when an input that the objective reads is None."""
+    if objective.kl_coef and ref_logprobs is None:
+        raise ValueError(f"kl_coef = {objective.kl_coef} needs ref_logprobs, got None")
+    if objective.entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef = {objective.entropy_coef} needs entropy, got None")
+    if objective.importance_correction != "none" and rollout_logprobs is None:
+        raise ValueError(f"importance_correction = {objective.importance_correction!r} needs rollout_logprobs, got None")
+    if objective.needs_sequence and sequence is None:
+        level = "gspo" if objective.name == "gspo" else "importance_level = 'sequence'"
+        raise ValueError(f"{level} needs sequence ([N], the index of each row's sequence), got None")
+
+
+def sequence_sums(values: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
+    """Sum of values [N] over the rows of each row's sequence, as [N]. Exact in any order, hence reproducible.
+
+    |values| <= LOG_RATIO_BOUND; resolution 2^-38; a sequence may have up to 2^20 rows.
+    """
+    fixed = (values.double() * _FIXED_POINT).round().to(torch.int64)
+    totals = torch.zeros(num_sequences, dtype=torch.int64, device=values.device)
+    totals.scatter_add_(0, sequence.long(), fixed)
+    return (totals[sequence.long()].double() / _FIXED_POINT).to(values.dtype)
+
+
+def _sequence_counts(mask: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
+    counts = torch.zeros(num_sequences, dtype=torch.int64, device=mask.device)
+    return counts.scatter_add_(0, sequence.long(), mask.to(torch.int64))[sequence.long()]
+
+
+def _importance_weights(
+    objective: PolicyObjective, gap: Tensor, mask: Tensor, sequence: Tensor | None, num_sequences: int
+) -> tuple[Tensor, Tensor]:
+    """The constant weight of each row and whether the correction rejected it (mask) or moved it (truncate)."""
+    if objective.importance_level == "sequence":
+        assert sequence is not None
+        bounded = torch.where(mask, gap.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND), 0.0)
+        gap = sequence_sums(bounded, sequence, num_sequences)
+    weight = torch.exp(gap.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND))
+    low, high = objective.importance_min, objective.importance_max
+    outside = (weight < low) | (weight > high)
+    if objective.importance_correction == "truncate":
+        return weight.clamp(low, high), outside
+    return torch.where(outside, 0.0, weight), outside
+
+
+class _Terms(NamedTuple):
+    loss: Tensor
+    derivative: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+
+
+def _policy_terms(objective: PolicyObjective, logprobs: Tensor, ratio: Tensor, inside: Tensor, adv: Tensor) -> _Terms:
+    """The policy term per row and its derivative with respect to the row's log-probability.
+
+    ``ratio`` is r, with dr/dlogp = r where ``inside`` (the log-ratio was not clamped), else 0.
+    """
+    no = torch.zeros_like(inside)
+    slope = torch.where(inside, ratio, 0.0)
+    low, high = 1.0 - objective.clip_eps_low, 1.0 + objective.clip_eps_high
+    if objective.name == "reinforce":
+        return _Terms(-adv * logprobs, -adv, no, no)
+    if objective.name == "cispo":
+        weight = ratio.clamp(low, high)
+        return _Terms(-weight * adv * logprobs, -weight * adv, ratio < low, ratio > high)
+    if objective.name == "sapo":
+        tau = torch.where(adv > 0, objective.sapo_temperature_pos, objective.sapo_temperature_neg).to(ratio.dtype)
+        gate = torch.sigmoid(tau * (ratio - 1.0))
+        return _Terms(-gate * 4.0 / tau * adv, -4.0 * gate * (1.0 - gate) * slope * adv, no, no)
+    capped, capped_slope = ratio, slope
+    if objective.delta is not None:
+        capped = ratio.clamp(max=objective.delta)
+        capped_slope = torch.where(ratio <= objective.delta, slope, 0.0)
+    plain, clipped = capped * adv, ratio.clamp(low, high) * adv
+    take_plain = plain <= clipped
+    value = torch.where(take_plain, plain, clipped)
+    # Where the clipped branch wins strictly, the ratio is outside [low, high] and the clip's derivative is zero.
+    derivative = torch.where(take_plain, capped_slope * adv, 0.0)
+    if objective.dual_clip is not None:
+        floor = objective.dual_clip * adv
+        bounded = (adv < 0) & (value < floor)
+        value = torch.where(bounded, floor, value)
+        derivative = torch.where(bounded, 0.0, derivative)
+    return _Terms(-value, -derivative, (ratio < low) & (adv < 0), (ratio > high) & (adv > 0))
+
+
+def _kl_terms(estimator: str, gap: Tensor) -> tuple[Tensor, Tensor]:
+    """KL estimate and its derivative with respect to logprob; gap = ref_logprobs - logprobs."""
+    if estimator == "k1":
+        return -gap, torch.ones_like(gap)
+    if estimator == "k2":
+        return 0.5 * gap * gap, -gap
+    bounded = gap.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    growth = torch.exp(bounded)
+    return growth - bounded - 1.0, torch.where(gap.abs() > LOG_RATIO_BOUND, 0.0, 1.0 - growth)
+
+
+def policy_loss(
+    logprobs: Tensor,
+    *,
+    advantages: Tensor,
+    normalizer: Tensor | float,
+    objective: PolicyObjective,
+    entropy: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    sequence: Tensor | None = None,
+    num_sequences: int | None = None,
+    loss_mask: Tensor | None = None,
+) -> PolicyLossOutput:
+    """Per-row policy loss, its derivatives with respect to log-probability and entropy, and metrics.
+
+    The loss is ``row_loss.sum()``, with row_loss[n] = mask[n] * l[n] / normalizer[n] and
+    l = policy term * importance weight + kl_coef * KL - entropy_coef * entropy.
+
+    Args (all [N], on one device): ``logprobs`` nats of the chosen tokens at the sampling temperature; ``advantages``;
+    ``normalizer`` the divisor: a number, a 0-d tensor or [N], from ``loss_normalizer``; ``entropy`` nats;
+    ``old_logprobs`` of the policy that the ratio is taken against, None when it is the current one (ratio 1, with its
+    gradient); ``ref_logprobs`` for the KL; ``rollout_logprobs`` as the sampling engine reported them, for the importance
+    correction; ``sequence`` integer index of each row's sequence in [0, num_sequences), for sequence-level objectives
+    (``num_sequences`` defaults to N); ``loss_mask`` non-zero where the row counts: masked rows get loss and
+    derivatives of exactly 0 whatever they hold.
+
+    gspo follows GSPO-token (arXiv 2507.18071, eq. 14): the ratio is the sequence's geometric mean, held constant, times
+    pi/sg(pi) of the row; with a constant advantage per sequence this is the gradient of GSPO.
+
+    Raises ValueError for a wrong shape, dtype or device and for an input that the objective needs and that is None.
+    """
+    check_floating("logprobs", logprobs, 1)
+    n = logprobs.shape[0]
+    for name, value in (
+        ("advantages", advantages),
+        ("entropy", entropy),
+        ("old_logprobs", old_logprobs),
+        ("ref_logprobs", ref_logprobs),
+        ("rollout_logprobs", rollout_logprobs),
+    ):
+        check_rows(name, value, logprobs, n)
+    check_rows("sequence", sequence, logprobs, n, "int")
+    check_rows("loss_mask", loss_mask, logprobs, n, "mask")
+    check_normalizer(normalizer, logprobs, n)
+    require_inputs(
+        objective, entropy=entropy, ref_logprobs=ref_logprobs, rollout_logprobs=rollout_logprobs, sequence=sequence
+    )
+    buckets = n if num_sequences is None else num_sequences
+    if sequence is not None and objective.needs_sequence:
+        check_range("sequence", sequence, 0, buckets)
+    with torch.no_grad():
+        output = _evaluate(
+            logprobs, advantages, normalizer, objective, entropy, old_logprobs, ref_logprobs, rollout_logprobs,
+            sequence, buckets, loss_mask,
+        )  # fmt: skip
+    if torch.is_grad_enabled() and (logprobs.requires_grad or (entropy is not None and entropy.requires_grad)):
+        row_loss = _AttachDerivatives.apply(logprobs, entropy, output.row_loss, output.d_logprob, output.d_entropy)
+        return output._replace(row_loss=row_loss)
+    return output
+
+
+def _extreme(ratio: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor], neutral: float) -> Tensor:
+    if ratio.numel() == 0:
+        return ratio.new_ones(())
+    found = reduce(torch.where(mask, ratio, neutral))
+    return torch.where(mask.any(), found, 1.0)
+
+
+def _evaluate(
+    logprobs: Tensor, advantages: Tensor, normalizer: Tensor | float, objective: PolicyObjective, entropy: Tensor | None,
+    old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None, sequence: Tensor | None,
+    num_sequences: int, loss_mask: Tensor | None,
+) -> PolicyLossOutput:  # fmt: skip
+    dtype = compute_dtype(logprobs)
+    mask = torch.ones_like(logprobs, dtype=torch.bool) if loss_mask is None else loss_mask != 0
+
+    def clean(values: Tensor) -> Tensor:
+        return torch.where(mask, values.to(dtype), 0.0)
+
+    logp, adv = clean(logprobs), clean(advantages)
+    old = logp if old_logprobs is None else clean(old_logprobs)
+    log_ratio = logp - old
+    if objective.name == "gspo":
+        assert sequence is not None
+        bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+        counts = _sequence_counts(mask, sequence, num_sequences).clamp(min=1)
+        mean = sequence_sums(bounded, sequence, num_sequences) / counts
+        log_ratio = torch.where(torch.isnan(log_ratio), log_ratio, mean)
+    bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+    ratio = torch.exp(bounded)
+    terms = _policy_terms(objective, logp, ratio, ~(log_ratio.abs() > LOG_RATIO_BOUND), adv)
+    loss, d_logprob = terms.loss, terms.derivative
+    count = mask.sum().clamp(min=1).to(dtype)
+
+    def mean_of(values: Tensor) -> Tensor:
+        return torch.where(mask, values.to(dtype), 0.0).sum() / count
+
+    metrics = {
+        "clip_fraction_low": mean_of(terms.clipped_low),
+        "clip_fraction_high": mean_of(terms.clipped_high),
+        "approx_kl": mean_of(ratio - 1.0 - bounded),
+        "ratio_mean": mean_of(ratio),
+        "ratio_min": _extreme(ratio, mask, torch.amin, math.inf),
+        "ratio_max": _extreme(ratio, mask, torch.amax, -math.inf),
+    }
+    if objective.importance_correction != "none":
+        assert rollout_logprobs is not None
+        gap = old - clean(rollout_logprobs)
+        weight, outside = _importance_weights(objective, gap, mask, sequence, num_sequences)
+        loss, d_logprob = loss * weight, d_logprob * weight
+        metrics["importance_mean"] = mean_of(weight)
+        metrics["importance_rejected"] = mean_of(outside)
+    if ref_logprobs is not None:
+        kl, d_kl = _kl_terms(objective.kl_estimator, clean(ref_logprobs) - logp)
+        metrics["kl_ref"] = mean_of(kl)
+        if objective.kl_coef:
+            loss = loss + objective.kl_coef * kl
+            d_logprob = d_logprob + objective.kl_coef * d_kl
+    d_entropy = torch.zeros_like(logp)
+    if entropy is not None:
+        metrics["entropy"] = mean_of(entropy)
+        if objective.entropy_coef:
+            loss = loss - objective.entropy_coef * clean(entropy)
+            d_entropy = d_entropy - objective.entropy_coef
+    divisor = normalizer.to(device=logp.device, dtype=dtype) if isinstance(normalizer, Tensor) else normalizer
+
+    def scale(values: Tensor) -> Tensor:
+        return torch.where(mask, values / divisor, 0.0)
+
+    return PolicyLossOutput(scale(loss), scale(d_logprob), scale(d_entropy), metrics)
+
+
+def loss_normalizer(
+    objective: PolicyObjective,
+    loss_mask: Tensor,
+    *,
+    sequence: Tensor | None = None,
+    num_sequences: int | None = None,
+    max_length: int | None = None,
+    total_tokens: Tensor | float | None = None,
+) -> Tensor:
+    """The divisor of every row's loss, computed from masks alone, on the mask's device and without a sync. float32.
+
+    - dapo, bnpo, cispo, reinforce (token mean): the number of unmasked rows, 0-d; ``total_tokens`` replaces it when the
+      optimizer step spans several micro-batches or ranks (dapo's definition; bnpo's is the local count).
+    - grpo, gspo, sapo (mean over sequences of their token means): rows of the sequence * num_sequences, [N]; needs
+      ``sequence`` [N] and ``num_sequences`` (of the whole step when it spans several micro-batches).
+    - dr_grpo: num_sequences * max_length, 0-d.
+
+    A step's loss is the plain sum of its micro-batches' losses. Zero counts become 1.
+    Raises ValueError for a missing or a superfluous argument.
+    """
+    if loss_mask.dim() != 1:
+        raise ValueError(f"loss_mask must have shape (N,), got {tuple(loss_mask.shape)}")
+    per_sequence = objective.name in ("grpo", "gspo", "sapo")
+    if not per_sequence and objective.name != "dr_grpo":
+        if max_length is not None:
+            raise ValueError(f"max_length applies to dr_grpo; the objective {objective.name} ignores it")
+        if total_tokens is not None:
+            total = torch.as_tensor(total_tokens, dtype=torch.float32, device=loss_mask.device)
+        else:
+            total = (loss_mask != 0).sum().to(torch.float32)
+        return total.clamp(min=1.0)
+    if total_tokens is not None:
+        raise ValueError(f"total_tokens applies to token means; the objective {objective.name} ignores it")
+    if num_sequences is None or num_sequences < 1:
+        raise ValueError(f"the objective {objective.name} needs num_sequences >= 1, got {num_sequences}")
+    if not per_sequence:
+        if max_length is None or max_length < 1:
+            raise ValueError(f"dr_grpo needs max_length >= 1, got {max_length}")
+        return torch.full((), float(num_sequences * max_length), device=loss_mask.device)
+    if max_length is not None:
+        raise ValueError(f"max_length applies to dr_grpo; the objective {objective.name} ignores it")
+    if sequence is None:
+        raise ValueError(f"the objective {objective.name} needs sequence ([N]), got None")
+    check_rows("sequence", sequence, loss_mask, loss_mask.shape[0], "int")
+    check_range("sequence", sequence, 0, num_sequences)
+    counts = _sequence_counts(loss_mask != 0, sequence, num_sequences).clamp(min=1)
+    return counts.to(torch.float32) * num_sequences

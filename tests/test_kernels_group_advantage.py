@@ -1,0 +1,101 @@
+"""group_advantage against the float64 definition and hand-computed groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from rewardmap_kernels import group_advantage, reference
+
+OFFSETS = [0, 8, 9, 9, 12, 20, 22]
+
+
+def rewards_and_weights() -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    rewards = torch.rand(OFFSETS[-1], generator=g, dtype=torch.float64)
+    rewards[9:12] = 0.1  # equal rewards whose float mean differs from them
+    return rewards, torch.rand(OFFSETS[-1], generator=g, dtype=torch.float64) + 0.5
+
+
+@pytest.mark.parametrize("ddof", [0, 1])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "batch_mean", "none"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "max_min", "mad"])
+def test_matches_the_definition(scale: str, baseline: str, ddof: int) -> None:
+    rewards, weights = rewards_and_weights()
+    for w in (None, weights):
+        expected = reference.group_advantage(
+            rewards, OFFSETS, scale=scale, ddof=ddof, eps=1e-4, baseline=baseline, weights=w
+        )
+        got = group_advantage(
+            rewards, torch.tensor(OFFSETS), scale=scale, ddof=ddof, eps=1e-4, baseline=baseline, weights=w
+        )
+        for mine, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_a_group_by_hand() -> None:
+    out = group_advantage(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 4]), eps=0.0, ddof=0)
+    assert out.advantages.tolist() == [1, -1, -1, 1]
+    assert out.mean.item() == 0.5 and out.std.item() == 0.5 and not out.degenerate.item()
+    out = group_advantage(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0, 3]), scale="none", baseline="leave_one_out")
+    torch.testing.assert_close(out.advantages, torch.tensor([1, -0.5, -0.5]))
+
+
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 1e8 + 1, -7.3])
+def test_equal_rewards_give_exactly_zero(value: float) -> None:
+    for size in (1, 3, 7):
+        out = group_advantage(torch.full((size,), value), torch.tensor([0, size]), eps=0.0)
+        assert (out.advantages == 0).all() and out.degenerate.all()
+
+
+def test_the_weight_does_not_cancel() -> None:
+    rewards, weights = rewards_and_weights()
+    offsets = torch.tensor(OFFSETS)
+    plain = group_advantage(rewards, offsets).advantages
+    assert torch.equal(group_advantage(rewards, offsets, weights=weights).advantages, plain * weights)
+
+
+def test_adding_a_constant_or_permuting_a_group_changes_nothing_else() -> None:
+    rewards, _ = rewards_and_weights()
+    offsets = torch.tensor(OFFSETS)
+    base = group_advantage(rewards, offsets).advantages
+    torch.testing.assert_close(group_advantage(rewards + 5, offsets).advantages, base, rtol=1e-6, atol=1e-9)
+    order = torch.cat([torch.randperm(8), torch.arange(8, 22)])
+    torch.testing.assert_close(group_advantage(rewards[order], offsets).advantages, base[order], rtol=1e-9, atol=1e-12)
+
+
+def test_a_bad_reward_stays_in_its_group() -> None:
+    rewards, _ = rewards_and_weights()
+    base = group_advantage(rewards, torch.tensor(OFFSETS)).advantages
+    rewards[3] = float("nan")
+    got = group_advantage(rewards, torch.tensor(OFFSETS)).advantages
+    assert got[:8].isnan().all() and torch.equal(got[8:], base[8:])
+
+
+def test_nothing_at_all() -> None:
+    out = group_advantage(torch.zeros(0), torch.tensor([0]))
+    assert out.advantages.shape == (0,) and out.mean.shape == (0,)
+    out = group_advantage(torch.zeros(0), torch.tensor([0, 0]), scale="mad")
+    assert out.degenerate.tolist() == [True] and out.std.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"offsets": torch.tensor([0, 3])}, r"run from 0 to len\(rewards\) = 4, got 0 to 3"),
+        ({"offsets": torch.tensor([0, 3, 2, 4])}, r"must not fall, got offsets\[1\] = 3, offsets\[2\] = 2"),
+        ({"offsets": torch.tensor([0.0, 4.0])}, "offsets must be"),
+        ({"rewards": torch.ones(4, dtype=torch.long)}, "rewards must be floating point"),
+        ({"rewards": torch.ones(2, 2)}, "rewards must have 1"),
+        ({"weights": torch.ones(3)}, r"weights must have shape \(4,\), got \(3,\)"),
+        ({"scale": "std"}, "'std' is not one of group, batch"),
+        ({"baseline": "median"}, "'median' is not one of mean"),
+        ({"ddof": 2}, "ddof must be 0 or 1, got 2"),
+        ({"eps": -1.0}, "eps must be >= 0"),
+    ],
+)
+def test_bad_input_raises(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"rewards": torch.ones(4), "offsets": torch.tensor([0, 4]), **change}
+    with pytest.raises(ValueError, match=message):
+        group_advantage(arguments.pop("rewards"), arguments.pop("offsets"), **arguments)

@@ -1,0 +1,187 @@
+"""linear_policy_loss, linear_logprobs, logits_policy_loss and selective_log_softmax against float64 autograd of the definition."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rewardmap_kernels import (
+    PolicyObjective,
+    linear_logprobs,
+    linear_policy_loss,
+    logits_policy_loss,
+    reference,
+    selective_log_softmax,
+)
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parent))
+import kernels_cases as cases
+
+N, V, H = 37, 53, 24
+
+
+def tensors(n: int = N, v: int = V, h: int = H, scale: float = 0.5, seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, h, generator=g, dtype=torch.float64) * scale
+    weight = torch.randn(v, h, generator=g, dtype=torch.float64) * scale
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(0, v, (n,), generator=g)
+
+
+def definition(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Any, objective: PolicyObjective, rows: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprobs, entropy = reference.linear_logprobs(hidden, weight, targets, temperature)
+    loss = reference.policy_row_loss(logprobs, entropy=entropy, objective=objective, **rows).sum()
+    return loss, logprobs, entropy
+
+
+def temperatures(n: int) -> list[Any]:
+    return [1.0, 0.7, torch.linspace(0.5, 2.0, n, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 8])
+@pytest.mark.parametrize("objective", cases.OBJECTIVES, ids=cases.objective_id)
+def test_linear_policy_loss_matches_the_definition(objective: PolicyObjective, chunk_rows: int | None) -> None:
+    hidden, weight, targets = tensors()
+    rows = cases.row_inputs(N)
+    for temperature in temperatures(N)[1:]:
+        loss, logprobs, entropy = definition(hidden, weight, targets, temperature, objective, rows)
+        expected = torch.autograd.grad(loss, (hidden, weight))
+        got = linear_policy_loss(
+            hidden, weight, targets, objective=objective, temperature=temperature, chunk_rows=chunk_rows, **rows
+        )
+        grads = torch.autograd.grad(got.loss * 2, (hidden, weight))
+        torch.testing.assert_close(got.loss, loss, rtol=1e-9, atol=1e-12)
+        mask = rows["loss_mask"]
+        torch.testing.assert_close(got.logprobs, torch.where(mask, logprobs, 0.0), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(got.entropy, torch.where(mask, entropy, 0.0), rtol=1e-9, atol=1e-12)
+        for mine, theirs in zip(grads, expected, strict=True):
+            torch.testing.assert_close(mine, 2 * theirs, rtol=1e-9, atol=1e-12)
+        assert not got.logprobs.requires_grad and not got.entropy.requires_grad
+
+
+@pytest.mark.parametrize("objective", cases.OBJECTIVES, ids=cases.objective_id)
+def test_logits_policy_loss_matches_the_definition(objective: PolicyObjective) -> None:
+    hidden, weight, targets = tensors()
+    logits = (hidden @ weight.t()).detach().requires_grad_()
+    rows = cases.row_inputs(N)
+    for temperature in temperatures(N):
+        logprobs, entropy = reference.selective_log_softmax(logits, targets, temperature)
+        loss = reference.policy_row_loss(logprobs, entropy=entropy, objective=objective, **rows).sum()
+        (expected,) = torch.autograd.grad(loss, logits)
+        got = logits_policy_loss(logits, targets, objective=objective, temperature=temperature, **rows)
+        (grad,) = torch.autograd.grad(got.loss * 2, logits)
+        torch.testing.assert_close(got.loss, loss, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(grad, 2 * expected, rtol=1e-9, atol=1e-12)
+
+
+def test_log_probabilities_are_differentiable_through_both_outputs() -> None:
+    hidden, weight, targets = tensors()
+    g = torch.Generator().manual_seed(9)
+    a, b = (torch.randn(N, generator=g, dtype=torch.float64) for _ in range(2))
+    for temperature in temperatures(N):
+        logprobs, entropy = reference.linear_logprobs(hidden, weight, targets, temperature)
+        expected = torch.autograd.grad((a * logprobs + b * entropy).sum(), (hidden, weight))
+        for chunk_rows in (None, 10):
+            got = linear_logprobs(hidden, weight, targets, temperature=temperature, chunk_rows=chunk_rows)
+            torch.testing.assert_close(got[0], logprobs, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(got[1], entropy, rtol=1e-9, atol=1e-12)
+            grads = torch.autograd.grad((a * got[0] + b * got[1]).sum(), (hidden, weight))
+            torch.testing.assert_close(grads, expected, rtol=1e-9, atol=1e-12)
+        logits = (hidden @ weight.t()).detach().requires_grad_()
+        reference_out = reference.selective_log_softmax(logits, targets, temperature)
+        (wanted,) = torch.autograd.grad((a * reference_out[0] + b * reference_out[1]).sum(), logits)
+        out = selective_log_softmax(logits, targets, temperature)
+        torch.testing.assert_close(out, reference_out, rtol=1e-9, atol=1e-12)
+        (grad,) = torch.autograd.grad((a * out[0] + b * out[1]).sum(), logits)
+        torch.testing.assert_close(grad, wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_a_frozen_side_gets_no_gradient_and_changes_nothing_else(frozen: str) -> None:
+    hidden, weight, targets = tensors()
+    rows = cases.row_inputs(N)
+    objective = PolicyObjective("dapo", entropy_coef=0.1)
+    loss, _, _ = definition(hidden, weight, targets, 1.0, objective, rows)
+    expected = torch.autograd.grad(loss, (hidden, weight))
+    h = hidden.detach() if frozen in ("hidden", "both") else hidden
+    w = weight.detach() if frozen in ("weight", "both") else weight
+    got = linear_policy_loss(h, w, targets, objective=objective, chunk_rows=16, **rows)
+    torch.testing.assert_close(got.loss, loss, rtol=1e-9, atol=1e-12)
+    if frozen == "both":
+        assert not got.loss.requires_grad
+        return
+    live, wanted = (weight, expected[1]) if frozen == "hidden" else (hidden, expected[0])
+    torch.testing.assert_close(torch.autograd.grad(got.loss, live)[0], wanted, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [0, 1, 127])
+def test_row_counts(n: int) -> None:
+    hidden, weight, targets = tensors(n)
+    rows = cases.row_inputs(n)
+    rows["normalizer"] = 10.0
+    objective = PolicyObjective("gspo")
+    loss, _, _ = definition(hidden, weight, targets, 1.0, objective, rows)
+    got = linear_policy_loss(hidden, weight, targets, objective=objective, num_sequences=3, chunk_rows=50, **rows)
+    torch.testing.assert_close(got.loss, loss, rtol=1e-9, atol=1e-12)
+    d_hidden, d_weight = torch.autograd.grad(got.loss, (hidden, weight))
+    assert d_hidden.shape == (n, H) and d_weight.shape == (V, H)
+    if n == 0:
+        assert (d_weight == 0).all()
+
+
+def test_masked_rows_are_exactly_zero_whatever_they_hold() -> None:
+    hidden, weight, targets = tensors()
+    rows = cases.row_inputs(N)
+    off = ~rows["loss_mask"]
+    poisoned_rows = {
+        k: torch.where(off, float("nan"), v) if k not in ("sequence", "loss_mask") else v for k, v in rows.items()
+    }
+    poisoned = torch.where(off[:, None], float("nan"), hidden.detach()).requires_grad_()
+    for objective in cases.OBJECTIVES:
+        clean = linear_policy_loss(hidden, weight, targets, objective=objective, chunk_rows=8, **rows)
+        got = linear_policy_loss(poisoned, weight, targets, objective=objective, chunk_rows=8, **poisoned_rows)
+        assert torch.equal(got.loss, clean.loss) and torch.equal(got.logprobs, clean.logprobs)
+        mine = torch.autograd.grad(got.loss, (poisoned, weight))
+        theirs = torch.autograd.grad(clean.loss, (hidden, weight))
+        assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
+        assert (mine[0][off] == 0).all()
+        logits = (poisoned.detach() @ weight.t()).detach().requires_grad_()
+        out = logits_policy_loss(logits, targets, objective=objective, **poisoned_rows)
+        (grad,) = torch.autograd.grad(out.loss, logits)
+        assert grad.isfinite().all() and (grad[off] == 0).all() and out.logprobs.isfinite().all()
+
+
+def test_bad_input_raises_before_any_work() -> None:
+    hidden, weight, targets = tensors()
+    good: dict[str, Any] = {"advantages": torch.ones(N), "normalizer": 1.0, "objective": PolicyObjective()}
+    bad_targets = targets.clone()
+    bad_targets[5] = V
+    for arguments, change, message in (
+        ((hidden, weight, bad_targets), {}, r"targets\[5\] = 53 is outside \[0, 53\)"),
+        ((hidden, weight, targets.double()), {}, "targets must be int32 or int64, got torch.float64"),
+        ((hidden, weight, targets[:-1]), {}, r"targets must have shape \(37,\), got \(36,\)"),
+        ((hidden, weight[:, :-1], targets), {}, "hidden has width 24 and weight has width 23"),
+        ((hidden[0], weight, targets), {}, r"hidden must have 2 dimension\(s\)"),
+        ((hidden.long(), weight, targets), {}, "hidden must be floating point"),
+        ((hidden.float(), weight, targets), {}, "float64 does not mix"),
+        ((hidden, weight, targets), {"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ((hidden, weight, targets), {"temperature": torch.ones(3)}, r"temperature must have shape \(37,\)"),
+        ((hidden, weight, targets), {"chunk_rows": 0}, "chunk_rows must be >= 1, got 0"),
+        ((hidden, weight, targets), {"old_logprobs": torch.ones(2)}, "old_logprobs must have shape"),
+        ((hidden, weight, targets), {"objective": PolicyObjective(kl_coef=1.0)}, "needs ref_logprobs"),
+        ((hidden, weight, targets), {"objective": PolicyObjective("gspo")}, "gspo needs sequence"),
+        ((hidden.to("meta"), weight, targets), {}, "weight is on cpu, expected meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linear_policy_loss(*arguments, **{**good, **change})
+    with pytest.raises(ValueError, match="outside"):
+        linear_logprobs(hidden, weight, bad_targets)
+    with pytest.raises(ValueError, match="outside"):
+        selective_log_softmax(hidden @ weight.t(), bad_targets)
+    with pytest.raises(ValueError, match="logits must have 2"):
+        logits_policy_loss(hidden[0], targets, **good)
