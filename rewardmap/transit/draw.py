@@ -1,4 +1,4 @@
-"""Pictures of networks. Everything is drawn large and shrunk once, so that edges are smooth and bytes reproducible."""
+"""Pictures of networks. All is drawn large and shrunk once: edges are smooth and bytes reproducible."""
 
 from __future__ import annotations
 

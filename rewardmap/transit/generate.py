@@ -1,8 +1,9 @@
-"""Random transit networks of a difficulty level, drawn from one generator: same generator state, same network."""
+"""Random transit networks of a difficulty level: same state of the random generator, same network."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def _tiny_network(level: str, rng: np.random.Generator, network_id: str) -> Netw
     shape = _TINY[level]
     count = int(rng.choice(shape.line_counts))
     while True:
-        # Half of the lines have five stops, so that each count of stops between two of them (0 to 3) can be asked.
+        # Half of the lines have five stops, so that each count of stops between two (0 to 3) can be asked.
         paths = [_walk(rng, int(rng.choice((3, 4, 5), p=(0.2, 0.3, 0.5)))) for _ in range(count)]
         if all(paths) and _acceptable(paths, shape):
             break
@@ -101,7 +102,7 @@ def _acceptable(paths: list[list[Cell]], shape: _TinyShape) -> bool:
         return False
     if any(len(set(a) & set(b)) > 2 for i, a in enumerate(paths) for b in paths[:i]):
         return False
-    edges = [frozenset(pair) for path in paths for pair in zip(path, path[1:], strict=False)]
+    edges = [frozenset(pair) for path in paths for pair in pairwise(path)]
     if len(set(edges)) < len(edges):
         return False
     middles = [tuple(map(sum, zip(*edge, strict=True))) for edge in edges]

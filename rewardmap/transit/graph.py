@@ -1,8 +1,8 @@
-"""Transit networks with their true topology: lines, services, interchanges, and every optimal route between two stops.
+"""Transit networks with their true topology: lines, services, interchanges, and all optimal routes.
 
-The published data keeps a flat station list per line (a branch is appended behind the main line, a loop is mostly
-stored open), so list neighbours are not always track neighbours. Here a line is a trunk, an optional loop and
-branches; ``Network.metro_data`` writes the flat form with the data's own markers.
+The published data keeps a flat station list per line (a branch is appended behind the main line, a loop is
+mostly stored open), so list neighbours are not always track neighbours. Here a line is a trunk, an optional
+loop and branches; ``Network.metro_data`` writes the flat form with the data's own markers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import heapq
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 
 TRANSFER_MARK = " (Transfer Station)"
 BRANCH_MARK = " (Branch-starting Station)"
@@ -18,7 +19,7 @@ BRANCH_MARK = " (Branch-starting Station)"
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A side track of a line. ``stations[0]`` is the trunk stop where it leaves; trains run through to ``towards``."""
+    """A side track. ``stations[0]`` is the trunk stop where it leaves; its trains run through to ``towards``."""
 
     stations: tuple[str, ...]
     towards: str = "start"
@@ -27,7 +28,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line: the trunk in travel order; ``loop`` joins its last stop to its first (stored once, not repeated)."""
+    """One line: the trunk in travel order; ``loop`` joins its last stop to its first (stored once)."""
 
     name: str
     colour: str
@@ -37,7 +38,7 @@ class Line:
     branches: tuple[Branch, ...] = ()
 
     def services(self) -> tuple[tuple[str, ...], ...]:
-        """Stop sequences that one train runs: the trunk (a loop closed by repeating its first stop), then branches."""
+        """Stop sequences of one train each: the trunk (a loop repeats its first stop at the end), then branches."""
         trunk = (*self.stations, self.stations[0]) if self.loop else self.stations
         services = [trunk]
         for branch in self.branches:
@@ -57,12 +58,8 @@ class Line:
 
     def edges(self) -> tuple[tuple[str, str], ...]:
         """Neighbouring stops, each pair once and sorted."""
-        pairs = {
-            tuple(sorted(pair))
-            for service in self.services()
-            for pair in zip(service, service[1:], strict=False)
-        }
-        return tuple(sorted(pairs))  # type: ignore[arg-type]
+        pairs = {(min(a, b), max(a, b)) for service in self.services() for a, b in pairwise(service)}
+        return tuple(sorted(pairs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +110,7 @@ class Network:
         return {stop: tuple(names) for stop, names in lines_of.items()}
 
     def lines_through(self, station: str) -> tuple[str, ...]:
-        """Names of the lines that stop at ``station``, in the network's order. Raises KeyError for an unknown stop."""
+        """Names of the lines that stop at ``station``, in the network's order. Raises KeyError for an unknown one."""
         return self._lines_of[station]
 
     def line(self, name: str) -> Line:
@@ -124,7 +121,7 @@ class Network:
         raise KeyError(name)
 
     def metro_data(self) -> dict[str, list[str]]:
-        """The flat lists of ReasonMap: trunk, then branches appended, with the data's exact marker strings."""
+        """The flat lists of ReasonMap: trunk, then branches appended, with the data's exact markers."""
         data: dict[str, list[str]] = {}
         for line in self.lines:
             joints = {branch.stations[0] for branch in line.branches}
@@ -165,7 +162,7 @@ class Network:
         return moves
 
     def shortest_routes(self, start: str, goal: str) -> list[Route]:
-        """All optimal routes: fewest transfers, then fewest stops; sorted, without repeats; empty if unreachable.
+        """All optimal routes: fewest transfers, then fewest stops; sorted, no repeats; empty if unreachable.
 
         Changing between two branches of one line is a transfer, for a train serves only one of them.
         Raises KeyError for an unknown station, ValueError when both are the same.
@@ -173,7 +170,7 @@ class Network:
         if start == goal:
             raise ValueError(f"a route needs two different stations, got {start!r} twice")
         goals = set(self._states[goal])
-        best: dict[tuple[int, int], tuple[int, int]] = {state: (0, 0) for state in self._states[start]}
+        best: dict[tuple[int, int], tuple[int, int]] = dict.fromkeys(self._states[start], (0, 0))
         before: dict[tuple[int, int], list[tuple[int, int]]] = {state: [] for state in best}
         heap = [((0, 0), state) for state in best]
         heapq.heapify(heap)
@@ -194,7 +191,7 @@ class Network:
                 elif reached == best[other] and state not in before[other]:
                     before[other].append(state)
         routes: set[Route] = set()
-        stack = [(state,) for state in goals if best.get(state) == bound]
+        stack: list[tuple[tuple[int, int], ...]] = [(state,) for state in goals if best.get(state) == bound]
         while stack:
             path = stack.pop()
             earlier = before[path[0]]

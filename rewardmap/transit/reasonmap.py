@@ -1,181 +1,255 @@
-"""Data sets in ReasonMap-Train's form: generate them, write rows into them, load them (the real ones too).
+"""Loads ReasonMap, ReasonMap-Plus and ReasonMap-Train, the released files and generated ones alike.
 
-A data folder holds ``maps/<country>/<city>.png``, ``stations/<country>/<city>.json`` (the flat networks) and
-``data/ReasonMap-Train`` as ``datasets.save_to_disk`` writes it.
+A data folder holds the rows in one of these places, the first that exists:
+
+* ``data/ReasonMap-Train`` or the folder itself, as ``datasets.save_to_disk`` writes it, with splits or without;
+* ``data/*.parquet`` or ``*.parquet``, as a hub repository stores them (``hf download ... --local-dir FOLDER``);
+  files whose names begin with another split's name are left out.
+
+Pictures are paths inside the folder, base64 text, bytes, or the ``Image`` feature's ``{bytes, path}``; networks
+are paths of stations files inside the folder, JSON text, or the dictionary itself.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
-from rewardmap.transit.draw import draw_map, encode_png
-from rewardmap.transit.generate import TINY_LEVELS, generate_network
-from rewardmap.transit.questions import QUESTION_COUNTS, Balance, make_questions
+from rewardmap.transit.assets import Assets
+from rewardmap.transit.export import DATA_FOLDER, write_dataset, write_rows
 from rewardmap.types import KINDS, LEVELS, DataError, MetroData, Problem
 
-DATA_FOLDER = "data/ReasonMap-Train"
-PRESET_LEVELS = {"tiny": TINY_LEVELS}
-"""Map levels of a preset; maps take them in turn, so that each level has a third of the maps."""
+__all__ = ["MapData", "load_dataset", "write_dataset", "write_rows"]
 
-Progress = Callable[[int, int], None]
-"""Called with (maps done, maps in all)."""
+_ANSWERS = {"TorF1": range(2), "TorF2": range(2), "Counting1": range(4)}
+_SPLIT_NAMES = ("train", "test", "validation")
+_BATCH_ROWS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class MapData:
-    """A loaded data set. ``networks`` maps ``Problem.network_id`` to the flat network that rewards are computed on."""
+    """A loaded data set. ``networks``: ``Problem.network_id`` -> the flat network that rewards are computed on."""
 
     problems: list[Problem]
     networks: dict[str, MetroData]
     root: Path
+    skipped: tuple[str, ...] = ()
+    """What was wrong with each row left out (``on_bad_row="skip"``), in order."""
 
 
-def write_dataset(
+def load_dataset(
     folder: str | Path,
+    split: str = "train",
     *,
-    maps: Mapping[str, int],
-    preset: str = "tiny",
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> None:
-    """Generates a data set with ``maps[split]`` maps per split and writes it to the new folder ``folder``.
+    planning_question: Literal["short", "long"] = "short",
+    on_bad_row: Literal["raise", "skip"] = "raise",
+    max_image_pixels: int = 300_000_000,
+) -> MapData:
+    """Loads one split of a data folder; rows saved without splits are taken whole, whatever ``split`` says.
 
-    Same preset, maps and seed: same bytes. The folder appears at once, when it is complete. Raises ValueError for an
-    unknown preset, an empty or negative number of maps, or a folder that exists already.
+    ``planning_question`` chooses between ``question_short`` and ``question_long`` of ReasonMap. The largest
+    released map has 278 million pixels; larger pictures than ``max_image_pixels`` are refused.
+    Raises DataError that names file, row and field; with ``on_bad_row="skip"`` a bad row is left out and
+    described in ``MapData.skipped`` instead, but a broken file, or no good row at all, still raises.
     """
-    folder = Path(folder)
-    if preset not in PRESET_LEVELS:
-        raise ValueError(f"unknown preset {preset!r}; known presets: {', '.join(PRESET_LEVELS)}")
-    if not maps or min(maps.values()) < 1:
-        raise ValueError(f"maps={dict(maps)!r} must give at least one map for each split")
-    if folder.exists():
-        raise ValueError(f"{folder} exists already; remove it or choose another folder")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        rows: dict[str, list[dict[str, Any]]] = {}
-        pictures: set[str] = set()
-        done = 0
-        for split, count in maps.items():
-            balance = Balance()
-            rows[split] = []
-            for index in range(count):
-                rows[split] += _write_map(partial, split, index, preset, seed, balance, pictures)
-                done += 1
-                if progress is not None:
-                    progress(done, sum(maps.values()))
-        _save_rows(partial, rows)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_map(
-    root: Path, split: str, index: int, preset: str, seed: int, balance: Balance, pictures: set[str]
-) -> list[dict[str, Any]]:
-    levels = PRESET_LEVELS[preset]
-    level = levels[index % len(levels)]
-    country, city = f"{preset}_{split}", f"{level.replace('-', '_')}_{index:05d}"
-    for attempt in range(100):
-        rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index, attempt])
-        network = generate_network(level, rng, f"{country}/{city}")
-        png = encode_png(draw_map(network))
-        digest = hashlib.sha256(png).hexdigest()
-        if digest not in pictures:
-            break
-    else:
-        raise ValueError(f"preset {preset!r} has too few different maps for {index} of them; ask for fewer")
-    pictures.add(digest)
-    figure = root / "maps" / country / f"{city}.png"
-    stations = root / "stations" / country / f"{city}.json"
-    for path in (figure, stations):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    figure.write_bytes(png)
-    stations.write_text(
-        json.dumps(network.metro_data(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-    )
-    return make_questions(network, QUESTION_COUNTS[preset], rng, balance)
-
-
-def _save_rows(root: Path, rows: Mapping[str, list[dict[str, Any]]]) -> None:
-    from datasets import Dataset, DatasetDict, disable_progress_bars, enable_progress_bars
-
-    disable_progress_bars()
-    try:
-        splits = {split: Dataset.from_list(content) for split, content in rows.items()}
-        DatasetDict(splits).save_to_disk(str(root / DATA_FOLDER))
-    finally:
-        enable_progress_bars()
-
-
-def load_dataset(folder: str | Path, split: str = "train") -> MapData:
-    """Loads a split of a data folder; a folder saved without splits is taken whole, whatever ``split`` says.
-
-    Raises DataError naming file, row and field for anything that is missing or malformed.
-    """
+    if on_bad_row not in ("raise", "skip"):
+        raise ValueError(f"on_bad_row must be 'raise' or 'skip', got {on_bad_row!r}")
+    if planning_question not in ("short", "long"):
+        raise ValueError(f"planning_question must be 'short' or 'long', got {planning_question!r}")
     root = Path(folder).absolute()
-    table, source = _read_table(root, split)
-    networks: dict[str, MetroData] = {}
-    problems = []
-    for index, row in enumerate(table.to_pylist()):
-        problems.append(_problem(root, row, f"{source}, row {index}", f"{split}-{index:06d}", networks))
-    return MapData(problems, networks, root)
+    assets = Assets(root, max_image_pixels)
+    problems: list[Problem] = []
+    skipped: list[str] = []
+    uids: set[str] = set()
+    for source, index, row in _rows(root, split):
+        try:
+            reader = _Row(row, f"{source}, row {index}")
+            problem = _problem(reader, assets, planning_question, f"{split}-{index:06d}")
+            if problem.uid in uids:
+                raise DataError(f"{reader.where}: field 'uid' repeats {problem.uid!r}; make it unique")
+        except DataError as error:
+            if on_bad_row == "raise":
+                raise
+            skipped.append(str(error))
+        else:
+            uids.add(problem.uid)
+            problems.append(problem)
+    if not problems:
+        reason = f"all {len(skipped)} rows are bad; the first: {skipped[0]}" if skipped else "it has no rows"
+        raise DataError(f"{root}: nothing to load: {reason}")
+    return MapData(problems, assets.networks, root, tuple(skipped))
 
 
-def _read_table(root: Path, split: str) -> tuple[pa.Table, Path]:
-    data = root / DATA_FOLDER
-    if (data / "dataset_dict.json").is_file():
-        splits = json.loads((data / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        if split not in splits:
-            raise DataError(f"{data}: no split {split!r}; it has {', '.join(splits)}")
-        data = data / split
-    if not (data / "state.json").is_file():
-        raise DataError(f"{data}: no state.json; expected a data set as datasets.save_to_disk writes it")
-    state = json.loads((data / "state.json").read_text(encoding="utf-8"))
-    tables = []
-    for entry in state["_data_files"]:
-        with pa.memory_map(str(data / entry["filename"])) as source:
-            tables.append(pa.ipc.open_stream(source).read_all())
-    return pa.concat_tables(tables), data
+def _rows(root: Path, split: str) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    """(source, row number, row) for each row; a few rows in memory at a time, for pictures may be inside."""
+    for source, table in _tables(root, split):
+        index = 0
+        for batch in table.to_batches(max_chunksize=_BATCH_ROWS):
+            for row in batch.to_pylist():
+                yield source, index, row
+                index += 1
 
 
-def _problem(
-    root: Path, row: Mapping[str, Any], where: str, default_uid: str, networks: dict[str, MetroData]
-) -> Problem:
-    def text(name: str) -> str:
-        if not isinstance(row.get(name), str):
-            raise DataError(f"{where}: field {name!r} must be text, got {row.get(name)!r}")
-        return row[name]
-
-    kind, difficulty = text("type"), text("difficulty_city")
-    for name, value, known in (("type", kind, KINDS), ("difficulty_city", difficulty, LEVELS)):
-        if value not in known:
-            raise DataError(f"{where}: field {name!r} is {value!r}; it must be one of {', '.join(known)}")
-    network_id = f"{text('country')}/{text('city')}"
-    if network_id not in networks:
-        networks[network_id] = json.loads((root / text("json")).read_text(encoding="utf-8"))
-    details = row.get("fine_grained_answer")
-    return Problem(
-        uid=row.get("uid") or default_uid,
-        image=str(root / text("figure").removeprefix("./")),
-        question=text("question"),
-        kind=kind,
-        answer=int(row["answer"]),
-        station_1=row.get("station_1") or "",
-        station_2=row.get("station_2") or "",
-        network_id=network_id,
-        map_difficulty=difficulty,
-        transfers_required=int(row.get("question_transfer_count") or 0),
-        question_difficulty=row.get("difficulty_question"),
-        fine_grained_answer=json.loads(details) if details else None,
+def _tables(root: Path, split: str) -> Iterator[tuple[Path, pa.Table]]:
+    if not root.is_dir():
+        raise DataError(
+            f"{root}: no such folder; give the folder that holds maps/, stations/ and {DATA_FOLDER}"
+        )
+    for data in (root / DATA_FOLDER, root):
+        if (data / "dataset_dict.json").is_file():
+            splits = _saved_json(data / "dataset_dict.json").get("splits", [])
+            if split not in splits:
+                raise DataError(f"{data}: no split {split!r}; it has {', '.join(map(str, splits)) or 'none'}")
+            yield _arrow_table(data / split)
+            return
+        if (data / "state.json").is_file():
+            yield _arrow_table(data)
+            return
+    for data in (root / "data", root):
+        files = sorted(data.glob("*.parquet"))
+        others = tuple(name for name in _SPLIT_NAMES if name != split)
+        chosen = [path for path in files if not path.name.startswith(others)]
+        if files and not chosen:
+            raise DataError(
+                f"{data}: no parquet file for split {split!r} among {', '.join(p.name for p in files)}"
+            )
+        if chosen:
+            for path in chosen:
+                try:
+                    table = pq.read_table(path, memory_map=True)
+                except (pa.ArrowException, OSError) as error:
+                    raise DataError(
+                        f"{path}: not a readable parquet file ({error}); fetch it again"
+                    ) from error
+                yield path, table
+            return
+    raise DataError(
+        f"{root}: no data found; expected {DATA_FOLDER} as datasets.save_to_disk writes it, or parquet files"
     )
+
+
+def _arrow_table(data: Path) -> tuple[Path, pa.Table]:
+    state = _saved_json(data / "state.json")
+    if state.get("_indices_data_files"):
+        raise DataError(f"{data}: saved with an index mapping; call flatten_indices() before save_to_disk")
+    files = state.get("_data_files")
+    if not isinstance(files, list) or not all(isinstance(f, dict) and "filename" in f for f in files):
+        raise DataError(
+            f"{data / 'state.json'}: field '_data_files' does not list files; save the data set again"
+        )
+    tables = []
+    for entry in files:
+        path = data / str(entry["filename"])
+        try:
+            with pa.memory_map(str(path)) as source:
+                tables.append(pa.ipc.open_stream(source).read_all())
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: not a readable arrow file ({error}); fetch or save it again") from error
+    if not tables:
+        raise DataError(f"{data}: the data set has no rows")
+    return data, pa.concat_tables(tables, promote_options="permissive")
+
+
+def _saved_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); save the data set again") from error
+    if not isinstance(content, dict):
+        raise DataError(
+            f"{path}: expected a JSON object, got {type(content).__name__}; save the data set again"
+        )
+    return content
+
+
+class _Row:
+    """One row; every refusal names the file, the row, the field and the value."""
+
+    def __init__(self, row: Mapping[str, Any], where: str) -> None:
+        self.row = row
+        self.where = where
+
+    def __contains__(self, name: str) -> bool:
+        return self.row.get(name) is not None
+
+    def value(self, name: str) -> Any:
+        if name not in self.row:
+            raise DataError(f"{self.where}: field {name!r} is missing; the row has {', '.join(self.row)}")
+        if self.row[name] is None:
+            raise DataError(f"{self.where}: field {name!r} is empty")
+        return self.row[name]
+
+    def text(self, name: str) -> str:
+        value = self.value(name)
+        if not isinstance(value, str) or not value.strip():
+            raise DataError(f"{self.where}: field {name!r} must be text, got {value!r}")
+        return value
+
+    def optional_text(self, name: str) -> str:
+        value = self.row.get(name)
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{self.where}: field {name!r} must be text, got {value!r}")
+        return value or ""
+
+    def choice(self, name: str, known: tuple[str, ...]) -> str:
+        value = self.text(name)
+        if value not in known:
+            raise DataError(
+                f"{self.where}: field {name!r} is {value!r}; it must be one of {', '.join(known)}"
+            )
+        return value
+
+    def integer(self, name: str, allowed: range) -> int:
+        value = self.value(name)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise DataError(f"{self.where}: field {name!r} must be a whole number, got {value!r}")
+        if value not in allowed:
+            raise DataError(
+                f"{self.where}: field {name!r} is {value}; it must be from {allowed[0]} to {allowed[-1]}"
+            )
+        return value
+
+
+def _problem(row: _Row, assets: Assets, planning_question: str, default_uid: str) -> Problem:
+    released_planning = "question_short" in row
+    kind = "planning" if released_planning else row.choice("type", KINDS)
+    question = row.text(f"question_{planning_question}" if released_planning else "question")
+    network_id = f"{row.text('country')}/{row.text('city')}"
+    planning = kind == "planning"
+    two_stations = planning or kind == "TorF1"
+    return Problem(
+        uid=row.optional_text("uid") or default_uid,
+        image=assets.image(row.value("figure"), f"{row.where}: field 'figure'"),
+        question=question,
+        kind=kind,
+        answer=-1 if planning else row.integer("answer", _ANSWERS.get(kind, range(10_000))),
+        station_1=row.text("station_1") if two_stations else row.optional_text("station_1"),
+        station_2=row.text("station_2") if two_stations else row.optional_text("station_2"),
+        network_id=assets.network(network_id, row.value("json"), f"{row.where}: field 'json'"),
+        map_difficulty=row.choice("difficulty_city", LEVELS),
+        transfers_required=row.integer("question_transfer_count", range(100)) if planning else 0,
+        question_difficulty=row.choice("difficulty_question", LEVELS)
+        if "difficulty_question" in row
+        else None,
+        fine_grained_answer=_details(row, released_planning),
+    )
+
+
+def _details(row: _Row, released_planning: bool) -> Any:
+    """The steps to the answer; ReasonMap's ``routes`` (a dictionary of plans) become the list of its plans."""
+    name = "routes" if released_planning else "fine_grained_answer"
+    value = row.row.get(name)
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise DataError(f"{row.where}: field {name!r} is not JSON ({error}): {value[:80]!r}") from error
+    if released_planning and isinstance(value, dict):
+        return [plan for plan in value.values() if plan]
+    return None if value == "" else value

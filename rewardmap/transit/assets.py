@@ -1,0 +1,162 @@
+"""Pictures and networks that rows of a data set point to: found, checked once, and shared between rows."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from rewardmap.types import DataError, MetroData
+
+_LONGEST_PATH = 1024
+
+
+class Assets:
+    """Checks each picture and stations file of a data folder once. ``networks`` fills as rows name them."""
+
+    def __init__(self, root: Path, max_image_pixels: int) -> None:
+        self.root = root
+        self.networks: dict[str, MetroData] = {}
+        self._max_pixels = max_image_pixels
+        self._images: dict[str, str | bytes] = {}
+        self._sources: dict[str, str] = {}
+        self._bad: dict[str, str] = {}
+
+    def image(self, figure: Any, where: str) -> str | bytes:
+        """Absolute path, or encoded bytes, of a picture that opens and is complete. Raises DataError."""
+        if isinstance(figure, dict):
+            figure = figure.get("bytes") or figure.get("path")
+        if isinstance(figure, str) and len(figure) <= _LONGEST_PATH:
+            key, encoded = figure, None
+        elif isinstance(figure, str):
+            try:
+                encoded = base64.b64decode(figure.rpartition("base64,")[2], validate=True)
+            except binascii.Error as error:
+                raise DataError(
+                    f"{where}: neither a path nor base64 ({error}): {figure[:40]!r}..."
+                ) from error
+            key = hashlib.sha256(encoded).hexdigest()
+        elif isinstance(figure, bytes):
+            key, encoded = hashlib.sha256(figure).hexdigest(), figure
+        else:
+            raise DataError(f"{where}: must be a path, base64 text or bytes, got {figure!r}")
+        if key in self._bad:
+            raise DataError(f"{where}: {self._bad[key]}")
+        if key not in self._images:
+            try:
+                self._images[key] = self._checked(key, encoded)
+            except DataError as error:
+                self._bad[key] = str(error)
+                raise DataError(f"{where}: {error}") from error
+        return self._images[key]
+
+    def _checked(self, key: str, encoded: bytes | None) -> str | bytes:
+        name = f"the {len(encoded)} bytes of the picture" if encoded is not None else repr(key)
+        path = self._inside(key) if encoded is None else None
+        try:
+            source = path if path is not None else io.BytesIO(encoded or b"")
+            with _no_bomb_check(), Image.open(source) as picture:
+                pixels = picture.width * picture.height
+                if pixels > self._max_pixels:
+                    raise DataError(
+                        f"{name} has {picture.width} x {picture.height} pixels, more than the limit of "
+                        f"{self._max_pixels}; raise max_image_pixels if you trust it"
+                    )
+                # verify() walks a PNG's chunks and checksums without decoding; other formats must be decoded.
+                if picture.format == "PNG":
+                    picture.verify()
+                else:
+                    picture.load()
+        except DataError:
+            raise
+        except FileNotFoundError:
+            raise DataError(
+                f"{name} does not exist under {self.root}; the maps folder is incomplete"
+            ) from None
+        except Exception as error:  # Pillow's decoders raise many types for broken data
+            raise DataError(f"{name} is not a complete picture ({error}); fetch it again") from error
+        return str(path) if path is not None else encoded or b""
+
+    def _inside(self, name: str) -> Path:
+        path = self.root / name
+        if not path.resolve().is_relative_to(self.root.resolve()):
+            raise DataError(f"{name!r} lies outside the data folder {self.root}; only files inside are read")
+        return path
+
+    def network(self, network_id: str, source: Any, where: str) -> str:
+        """Registers the network a row names and returns its id. Raises DataError, also if two rows disagree."""
+        key = source if isinstance(source, str) else json.dumps(source, sort_keys=True, ensure_ascii=False)
+        known = self._sources.get(network_id)
+        if known is not None:
+            if known != key:
+                raise DataError(
+                    f"{where}: {network_id} has another network in an earlier row: {known[:80]!r}"
+                )
+            return network_id
+        if key in self._bad:
+            raise DataError(f"{where}: {self._bad[key]}")
+        try:
+            self.networks[network_id] = self._network(source)
+        except DataError as error:
+            self._bad[key] = str(error)
+            raise DataError(f"{where}: {error}") from error
+        self._sources[network_id] = key
+        return network_id
+
+    def _network(self, source: Any) -> MetroData:
+        name = "the network"
+        if isinstance(source, str) and not source.lstrip().startswith("{"):
+            name = repr(source)
+            try:
+                source = self._inside(source).read_text(encoding="utf-8")
+            except OSError as error:
+                raise DataError(
+                    f"stations file {name} cannot be read under {self.root} ({error.strerror}); "
+                    "ReasonMap ships these files, RewardMap does not"
+                ) from error
+            except UnicodeDecodeError as error:
+                raise DataError(f"stations file {name} is not UTF-8 ({error})") from error
+        if isinstance(source, str):
+            try:
+                source = json.loads(source)
+            except ValueError as error:
+                raise DataError(f"{name} is not JSON ({error})") from error
+        return check_metro_data(source, name)
+
+
+def check_metro_data(source: Any, name: str) -> MetroData:
+    """``source`` as a flat network. Columns that a table holds for other cities' lines come as None and are dropped.
+
+    Raises DataError, naming the line, unless it is an object of lists of at least two station names each.
+    """
+    if not isinstance(source, dict):
+        raise DataError(
+            f"{name} must be an object of line names and station lists, got {type(source).__name__}"
+        )
+    network = {line: stops for line, stops in source.items() if stops is not None}
+    if not network:
+        raise DataError(f"{name} has no lines")
+    for line, stops in network.items():
+        if not isinstance(stops, list) or not all(isinstance(stop, str) and stop.strip() for stop in stops):
+            raise DataError(f"{name}: line {line!r} must be a list of station names, got {stops!r}")
+        if len(stops) < 2:
+            raise DataError(f"{name}: line {line!r} has {len(stops)} stop(s), at least 2 are needed")
+    return network
+
+
+@contextmanager
+def _no_bomb_check() -> Iterator[None]:
+    """Pillow's own limit (178 million pixels) is below the largest released map; ours is checked instead."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit

@@ -1,0 +1,116 @@
+"""Writes data sets in ReasonMap-Train's form: pictures, flat networks, and rows as ``datasets`` saves them.
+
+A data folder holds ``maps/<country>/<city>.png``, ``stations/<country>/<city>.json`` and ``data/ReasonMap-Train``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rewardmap.transit.draw import draw_map, encode_png
+from rewardmap.transit.generate import TINY_LEVELS, generate_network
+from rewardmap.transit.questions import QUESTION_COUNTS, Balance, make_questions
+
+DATA_FOLDER = "data/ReasonMap-Train"
+PRESET_LEVELS = {"tiny": TINY_LEVELS}
+"""Map levels of a preset; maps take them in turn, so that each level has a third of the maps."""
+
+Progress = Callable[[int, int], None]
+"""Called with (maps done, maps in all)."""
+
+
+def write_dataset(
+    folder: str | Path,
+    *,
+    maps: Mapping[str, int],
+    preset: str = "tiny",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> None:
+    """Generates a data set with ``maps[split]`` maps per split and writes it to the new folder ``folder``.
+
+    Same preset, maps and seed: same bytes. The folder appears at once, when it is complete. Raises ValueError
+    for an unknown preset, a split without maps, or a folder that exists already.
+    """
+    folder = Path(folder)
+    if preset not in PRESET_LEVELS:
+        raise ValueError(f"unknown preset {preset!r}; known presets: {', '.join(PRESET_LEVELS)}")
+    if not maps or min(maps.values()) < 1:
+        raise ValueError(f"maps={dict(maps)!r} must give at least one map for each split")
+    if folder.exists():
+        raise ValueError(f"{folder} exists already; remove it or choose another folder")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        pictures: set[str] = set()
+        done = 0
+        for split, count in maps.items():
+            balance = Balance()
+            rows: list[dict[str, Any]] = []
+            for index in range(count):
+                rows += _write_map(partial, split, index, preset, seed, balance, pictures)
+                done += 1
+                if progress is not None:
+                    progress(done, sum(maps.values()))
+            write_rows(partial, rows, split)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_map(
+    root: Path, split: str, index: int, preset: str, seed: int, balance: Balance, pictures: set[str]
+) -> list[dict[str, Any]]:
+    levels = PRESET_LEVELS[preset]
+    level = levels[index % len(levels)]
+    country, city = f"{preset}_{split}", f"{level.replace('-', '_')}_{index:05d}"
+    for attempt in range(100):
+        rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index, attempt])
+        network = generate_network(level, rng, f"{country}/{city}")
+        png = encode_png(draw_map(network))
+        digest = hashlib.sha256(png).hexdigest()
+        if digest not in pictures:
+            break
+    else:
+        raise ValueError(f"preset {preset!r} has too few different maps for {index} of them; ask for fewer")
+    pictures.add(digest)
+    figure = root / "maps" / country / f"{city}.png"
+    stations = root / "stations" / country / f"{city}.json"
+    for path in (figure, stations):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    figure.write_bytes(png)
+    text = json.dumps(network.metro_data(), ensure_ascii=False, indent=1)
+    stations.write_text(text + "\n", encoding="utf-8")
+    return make_questions(network, QUESTION_COUNTS[preset], rng, balance)
+
+
+def write_rows(folder: str | Path, rows: Sequence[Mapping[str, Any]], split: str | None = "train") -> None:
+    """Adds rows to a data folder as one split; ``split=None`` saves them without splits, as the released data is.
+
+    Pictures and stations files are the caller's. Raises ValueError if that split is there already, or no rows.
+    """
+    from datasets import Dataset, disable_progress_bars, enable_progress_bars
+
+    data = Path(folder) / DATA_FOLDER
+    target = data if split is None else data / split
+    if not rows:
+        raise ValueError(f"no rows to write to {target}")
+    if target.exists():
+        raise ValueError(f"{target} exists already; remove it or choose another split")
+    disable_progress_bars()
+    try:
+        Dataset.from_list([dict(row) for row in rows]).save_to_disk(str(target))
+    finally:
+        enable_progress_bars()
+    if split is not None:
+        index = data / "dataset_dict.json"
+        splits = json.loads(index.read_text(encoding="utf-8"))["splits"] if index.exists() else []
+        index.write_text(json.dumps({"splits": [*splits, split]}), encoding="utf-8")

@@ -1,0 +1,295 @@
+"""Loading data sets in all released forms, and refusing bad ones with file, row and field named."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from PIL import Image
+
+from rewardmap.transit import gold_response, load_dataset
+from rewardmap.transit.questions import question_text
+from rewardmap.transit.reasonmap import DATA_FOLDER, write_rows
+from rewardmap.types import DataError
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+NETWORK = {"Red Line": ["A Station", "B Station (Transfer Station)"], "Blue Line": ["B Station", "C Station"]}
+
+
+def png(size: tuple[int, int] = (60, 40)) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 80).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    content = {
+        "country": "x",
+        "city": "y",
+        "station_1": "A Station",
+        "station_2": "B Station",
+        "figure": "./maps/x/y.png",
+        "json": "./stations/x/y.json",
+        "question": question_text("TorF1", "A Station", "B Station"),
+        "answer": 1,
+        "type": "TorF1",
+        "difficulty_city": "easy",
+        "city_line_count": 2,
+        "city_transfer_count": 1,
+        "question_transfer_count": 0,
+    }
+    return {key: value for key, value in {**content, **changes}.items() if value is not ...}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder with one map and its network, but no rows."""
+    for name, content in (("maps/x/y.png", png()), ("stations/x/y.json", json.dumps(NETWORK).encode())):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(content)
+    return tmp_path
+
+
+def test_rows_without_splits_load_whole_and_absent_columns_are_fine(root: Path) -> None:
+    planning = row(type="planning", answer=-1, station_2="C Station", question_transfer_count=1)
+    write_rows(root, [row(), planning], None)
+    data = load_dataset(root)
+    first, second = data.problems
+    assert (first.kind, first.answer, first.network_id, first.fine_grained_answer) == (
+        "TorF1",
+        1,
+        "x/y",
+        None,
+    )
+    assert Path(str(first.image)).read_bytes() == (root / "maps/x/y.png").read_bytes()
+    assert (second.answer, second.transfers_required) == (-1, 1)
+    assert first.uid != second.uid
+    assert data.networks["x/y"]["Red Line"] == NETWORK["Red Line"]
+    with pytest.raises(ValueError, match="holds no route"):
+        gold_response(second)
+
+
+def test_splits_are_kept_apart(root: Path) -> None:
+    write_rows(root, [row()], "train")
+    write_rows(root, [row(answer=0), row()], "test")
+    assert [p.answer for p in load_dataset(root, "test").problems] == [0, 1]
+    assert len(load_dataset(root).problems) == 1
+    with pytest.raises(DataError, match="no split 'validation'; it has train, test"):
+        load_dataset(root, "validation")
+    with pytest.raises(ValueError, match="exists already"):
+        write_rows(root, [row()], "test")
+
+
+def test_parquet_with_pictures_and_networks_inside_as_reasonmap_ships_them(root: Path) -> None:
+    leg = {"route_name": "Red Line", "departure_stop": "A Station", "arrival_stop": "B Station"}
+    released = row(
+        figure=base64.b64encode(png()).decode(),
+        json=NETWORK,
+        question=...,
+        answer=...,
+        type=...,
+        question_short="short?",
+        question_long="long?",
+        routes={"1": [{**leg, "via_stops": [], "num_via_stops": 0}], "2": None},
+        difficulty_question="easy",
+    )
+    other = {**released, "city": "z", "json": {"Green Line": ["D Station", "E Station"]}}
+    (root / "data").mkdir()
+    for name, rows in (("train", [released, released, other]), ("validation", [other])):
+        table = datasets.Dataset.from_list(rows)
+        table.to_parquet(str(root / f"data/{name}-00000-of-00001.parquet"))
+    data = load_dataset(root)
+    assert [p.question for p in data.problems] == ["short?"] * 3
+    assert load_dataset(root, planning_question="long").problems[0].question == "long?"
+    assert data.problems[0].image is data.problems[1].image and isinstance(data.problems[0].image, bytes)
+    assert set(data.networks["x/z"]) == {"Green Line"}
+    assert gold_response(data.problems[0]).startswith("Route Name: Red Line\nDeparture Stop: A Station\n")
+    assert len(load_dataset(root, "validation").problems) == 1
+
+
+def test_image_feature_of_datasets(root: Path) -> None:
+    features = datasets.Features(
+        {
+            name: datasets.Value("int64" if isinstance(value, int) else "string")
+            for name, value in row().items()
+        }
+    )
+    features["figure"] = datasets.Image(decode=False)
+    rows = [row(figure={"bytes": png(), "path": None})]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(str(root / DATA_FOLDER))
+    assert isinstance(load_dataset(root).problems[0].image, bytes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"question": ...}, "row 1: field 'question' is missing"),
+        ({"type": "Counting9"}, "row 1: field 'type' is 'Counting9'; it must be one of TorF1"),
+        ({"answer": 2}, "row 1: field 'answer' is 2; it must be from 0 to 1"),
+        ({"difficulty_city": "medium"}, "row 1: field 'difficulty_city' is 'medium'"),
+        ({"station_2": None}, "row 1: field 'station_2' is empty"),
+        ({"type": "planning", "question_transfer_count": -1}, "row 1: field 'question_transfer_count' is -1"),
+        ({"figure": "./maps/x/absent.png"}, "row 1: field 'figure': './maps/x/absent.png' does not exist"),
+        (
+            {"figure": "../outside.png"},
+            "row 1: field 'figure': '../outside.png' lies outside the data folder",
+        ),
+        ({"figure": "/etc/hostname"}, "row 1: field 'figure': '/etc/hostname' lies outside"),
+        ({"figure": "@" * 2000}, "row 1: field 'figure': neither a path nor base64"),
+        ({"figure": "AAAA" * 600}, "row 1: field 'figure': the 1800 bytes of the picture is not a complete"),
+        (
+            {"json": "./stations/x/no.json", "city": "n"},
+            "row 1: field 'json': stations file './stations/x/no",
+        ),
+        ({"json": '{"Red Line": ["A Station"]}', "city": "n"}, "line 'Red Line' has 1 stop"),
+        ({"json": '{"Red Line": [1, 2]}', "city": "n"}, "line 'Red Line' must be a list of station names"),
+        ({"json": "{}", "city": "n"}, "the network has no lines"),
+        ({"json": '{"Red', "city": "n"}, "the network is not JSON"),
+        ({"json": '{"L": ["A", "B"]}'}, "x/y has another network in an earlier row"),
+        ({"fine_grained_answer": "{'A': 1}"}, "row 1: field 'fine_grained_answer' is not JSON"),
+    ],
+)
+def test_a_bad_row_is_named_or_skipped_and_counted(root: Path, changes: dict[str, Any], message: str) -> None:
+    if changes.get("question") is ...:
+        table = [row(question=...), row(question=...)]
+        message = message.replace("row 1", "row 0")
+    else:
+        extra = {"fine_grained_answer": None} if "fine_grained_answer" in changes else {}
+        table = [row(**extra), row(**changes), row(**extra)]
+    write_rows(root, table)
+    with pytest.raises(DataError) as caught:
+        load_dataset(root)
+    assert message in str(caught.value) and str(root / DATA_FOLDER / "train") in str(caught.value)
+    if len(table) == 3:
+        data = load_dataset(root, on_bad_row="skip")
+        assert len(data.problems) == 2 and len(data.skipped) == 1 and message in data.skipped[0]
+    else:
+        with pytest.raises(DataError, match="all 2 rows are bad"):
+            load_dataset(root, on_bad_row="skip")
+
+
+def test_wrong_column_types_are_named(root: Path) -> None:
+    write_rows(root, [row(answer="1")])
+    with pytest.raises(DataError, match=r"row 0: field 'answer' must be a whole number, got '1'"):
+        load_dataset(root)
+    shutil.rmtree(root / DATA_FOLDER)
+    write_rows(root, [row(question=7)])
+    with pytest.raises(DataError, match="field 'question' must be text, got 7"):
+        load_dataset(root)
+
+
+def test_repeated_uid_is_refused(root: Path) -> None:
+    write_rows(root, [row(uid="a"), row(uid="a")])
+    with pytest.raises(DataError, match="row 1: field 'uid' repeats 'a'"):
+        load_dataset(root)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_truncated_and_oversized_pictures(root: Path, form: str) -> None:
+    path = root / "maps/x/y.png"
+    Image.effect_noise((200, 100), 90).save(path, form)
+    write_rows(root, [row()])
+    assert load_dataset(root, max_image_pixels=20_000).problems
+    with pytest.raises(DataError, match=r"has 200 x 100 pixels, more than the limit of 19999"):
+        load_dataset(root, max_image_pixels=19_999)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match="not a complete picture"):
+        load_dataset(root)
+
+
+def test_a_link_out_of_the_folder_is_refused(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    outside = tmp_path_factory.mktemp("elsewhere") / "secret.png"
+    outside.write_bytes(png())
+    (root / "maps/x/link.png").symlink_to(outside)
+    write_rows(root, [row(figure="./maps/x/link.png")])
+    with pytest.raises(DataError, match="lies outside the data folder"):
+        load_dataset(root)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: shutil.rmtree(data), "no data found; expected data/ReasonMap-Train"),
+        (
+            lambda data: (data / "train/data-00000-of-00001.arrow").write_bytes(b"nonsense"),
+            "not a readable arrow",
+        ),
+        (lambda data: (data / "train/data-00000-of-00001.arrow").unlink(), "not a readable arrow file"),
+        (lambda data: (data / "train/state.json").unlink(), "state.json: not readable as JSON"),
+        (lambda data: (data / "train/state.json").write_text("{}"), "'_data_files' does not list files"),
+        (
+            lambda data: (data / "dataset_dict.json").write_text("[1"),
+            "dataset_dict.json: not readable as JSON",
+        ),
+        (lambda data: (data / "dataset_dict.json").write_text("[1]"), "expected a JSON object, got list"),
+    ],
+)
+def test_broken_files_are_named(root: Path, damage: Callable[[Path], object], message: str) -> None:
+    write_rows(root, [row()])
+    damage(root / DATA_FOLDER)
+    with pytest.raises(DataError) as caught:
+        load_dataset(root, on_bad_row="skip")
+    assert message in str(caught.value) and str(root) in str(caught.value)
+
+
+def test_missing_folder_and_wrong_options(root: Path) -> None:
+    with pytest.raises(DataError, match="no such folder"):
+        load_dataset(root / "absent")
+    with pytest.raises(ValueError, match="on_bad_row must be"):
+        load_dataset(root, on_bad_row="ignore")  # type: ignore[arg-type]
+    (root / "data").mkdir()
+    (root / "data/train-0.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(DataError, match=r"train-0\.parquet: not a readable parquet file"):
+        load_dataset(root)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real maps are not here")
+def test_real_cities_become_problems(tmp_path: Path) -> None:
+    cities = {"oslo": ("norway", "middle"), "jinan": ("china", "easy"), "nanning": ("china", "middle")}
+    cities["washington"] = ("america", "middle")
+    rows = []
+    for city, (country, difficulty) in cities.items():
+        for kind, name in (("maps", f"{city}.png"), ("stations", f"{country}/{city}.json")):
+            target = tmp_path / kind / country / Path(name).name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(REAL / kind / name, target)
+        network = json.loads((tmp_path / f"stations/{country}/{city}.json").read_text(encoding="utf-8"))
+        line, stops = next(iter(network.items()))
+        common = row(
+            country=country,
+            city=city,
+            figure=f"./maps/{country}/{city}.png",
+            json=f"./stations/{country}/{city}.json",
+            difficulty_city=difficulty,
+            station_1=stops[0],
+            station_2=stops[-1],
+        )
+        rows += [
+            {**common, "question": question_text("TorF1", stops[0], stops[-1])},
+            {
+                **common,
+                "type": "TorF2",
+                "station_2": line,
+                "question": question_text("TorF2", stops[0], line),
+            },
+            {**common, "type": "Counting3", "answer": len(network), "question": question_text("Counting3")},
+            {
+                **common,
+                "type": "planning",
+                "answer": -1,
+                "question": question_text("planning", stops[0], stops[-1]),
+            },
+        ]
+    write_rows(tmp_path, rows, None)
+    data = load_dataset(tmp_path)
+    assert len(data.problems) == 16 and len(data.networks) == 4
+    assert len(data.networks["norway/oslo"]) == 5
+    with Image.open(str(data.problems[0].image)) as picture:
+        assert picture.size == (1682, 1551)
