@@ -1,0 +1,314 @@
+"""A whole run: data, policy, curriculum, evaluation before and after, report. Every part of it survives a kill."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from rewardmap import tiny
+from rewardmap.config import Config, ConfigError, dump_toml, load_config
+from rewardmap.curriculum import Curriculum
+from rewardmap.evaluate import Evaluation, TextPrior, evaluate, swap_maps, text_prior
+from rewardmap.files import write_text
+from rewardmap.policy import Policy, load_policy
+from rewardmap.profiling import PhaseTimer, peak_rss_bytes
+from rewardmap.report import MetricsLog, draw_curves, draw_samples, read_metrics, write_report
+from rewardmap.rewards import Rubric
+from rewardmap.rollout.local import LocalEngine
+from rewardmap.train.checkpoint import list_checkpoints, load_trainer_state, save_checkpoint
+from rewardmap.train.trainer import Trainer
+from rewardmap.transit.reasonmap import load_dataset, write_dataset
+from rewardmap.types import DataError, MetroData, Problem, SamplingParams
+
+CHECKPOINTS = "checkpoints"
+EVALUATION = "evaluation"
+
+
+def train(config: Config, run_dir: Path, *, console: Console) -> Path:
+    """Run a configuration from its beginning in a new folder; returns the folder.
+
+    Raises:
+        ConfigError: the folder already holds a run, or the configuration cannot be run.
+        DataError: the data set is empty or malformed.
+        KeyboardInterrupt: after a checkpoint was saved.
+    """
+    if (run_dir / "config.toml").exists():
+        raise ConfigError(f"{run_dir} already holds a run; resume it with --resume {run_dir}, or choose another --run-dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / "config.toml", dump_toml(config))
+    return _run(config, run_dir, console)
+
+
+def resume(run_dir: Path, *, console: Console) -> Path:
+    """Go on after the newest complete checkpoint of a run, or from its beginning when there is none yet."""
+    if not (run_dir / "config.toml").is_file():
+        raise ConfigError(f"{run_dir} is not a run folder: it has no config.toml")
+    return _run(load_config(run_dir / "config.toml"), run_dir, console)
+
+
+def evaluate_run(run_dir: Path, data: Path | None, split: str | None, *, console: Console) -> Path:
+    """Evaluate a run's newest checkpoint again and write the closing table into ``run_dir/eval-<split>``."""
+    if not (run_dir / "config.toml").is_file():
+        raise ConfigError(f"{run_dir} is not a run folder: it has no config.toml")
+    config = load_config(run_dir / "config.toml")
+    checkpoints = list_checkpoints(run_dir / CHECKPOINTS)
+    if not checkpoints:
+        raise ConfigError(f"{run_dir / CHECKPOINTS} holds no complete checkpoint; train or resume the run first")
+    split = split or config.data.test_split
+    folder = data or _data_folder(config, run_dir)
+    loaded = load_dataset(folder, split, on_bad_row=config.data.on_bad_row)
+    examiner = _Examiner(config, _first(loaded.problems, config.eval.max_problems), loaded.networks, console)
+    out = run_dir / f"eval-{split}" if data is None else run_dir / f"eval-{data.resolve().name}-{split}"
+    start, timer = time.perf_counter(), PhaseTimer()
+    policy = load_policy(checkpoints[-1], config.policy)
+    results = {}
+    with timer.phase("evaluate"):
+        results["after"] = examiner.examine(policy, "after", out)
+        if config.eval.text_only and len({problem.network_id for problem in examiner.problems}) > 1:
+            results["text_only"] = examiner.examine(policy, "text_only", out)
+    before = run_dir / EVALUATION / "before.jsonl"
+    if data is None and split == config.data.test_split and before.is_file():
+        results["before"] = Evaluation.from_jsonl(before)
+    seconds = time.perf_counter() - start
+    write_report(
+        out,
+        **results,
+        seconds=seconds,
+        tokens_per_second=results["after"].num_tokens / seconds,
+        phases=timer.totals,
+        peak_rss_bytes=peak_rss_bytes(),
+        seed=config.train.seed,
+        steps=int(checkpoints[-1].name.removeprefix("step-")),
+        console=console,
+    )
+    return out
+
+
+def _run(config: Config, run_dir: Path, console: Console) -> Path:
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    timer = PhaseTimer()
+    with timer.phase("data"):
+        folder = _prepare_data(config, run_dir, console)
+        training = load_dataset(folder, config.data.train_split, on_bad_row=config.data.on_bad_row)
+        testing = load_dataset(folder, config.data.test_split, on_bad_row=config.data.on_bad_row)
+        for skipped in (*training.skipped, *testing.skipped):
+            console.print(f"skipped: {skipped}", style="yellow", highlight=False)
+    networks = {**training.networks, **testing.networks}
+    examiner = _Examiner(config, _first(testing.problems, config.eval.max_problems), networks, console)
+    curriculum = Curriculum(training.problems, config.train.stages, config.train.prompts_per_step, config.train.seed)
+    checkpoints = list_checkpoints(run_dir / CHECKPOINTS)
+    with timer.phase("load"):
+        policy = load_policy(checkpoints[-1], config.policy) if checkpoints else _initial_policy(config)
+    engine = LocalEngine(policy, config.rollout.batch_sequences)
+    rubric = Rubric(mode=config.reward.mode, weight_on=config.reward.weight_on)
+    trainer = Trainer(config, policy, engine, rubric, networks, curriculum, timer)
+    if checkpoints:
+        trainer.load_state_dict(load_trainer_state(checkpoints[-1], trainer.optimizer))
+        console.print(f"resuming after step {curriculum.step} of {curriculum.total_steps}", highlight=False)
+    with MetricsLog(run_dir, last_step=curriculum.step) as log:
+        _train_loop(trainer, log, examiner, run_dir, console)
+    _close(trainer, examiner, run_dir, text_prior(training.problems, examiner.problems, networks, rubric))
+    console.print(f"run folder: {run_dir}", highlight=False)
+    return run_dir
+
+
+def _train_loop(trainer: Trainer, log: MetricsLog, examiner: _Examiner, run_dir: Path, console: Console) -> None:
+    config, curriculum = trainer.config, trainer.curriculum
+    first_rl = sum(stage.steps for stage in _leading_sft(config))
+    with _stop_request() as stop, _progress(console) as bar:
+        task = bar.add_task("train", total=curriculum.total_steps, completed=curriculum.step)
+        while curriculum.step < curriculum.total_steps:
+            if curriculum.step == first_rl and config.eval.before:
+                with trainer.timer.phase("evaluate"):
+                    examiner.examine(trainer.policy, "before", run_dir / EVALUATION, bar)
+            row = trainer.train_step()
+            log.append(row | {"seconds": trainer.timer.end_step()})
+            bar.update(task, completed=curriculum.step, description=_describe(row))
+            stage_ends = curriculum.position(curriculum.step).step_in_stage == 0
+            due = curriculum.step % config.train.checkpoint_every == 0 or stage_ends
+            if due or stop.requested or curriculum.step == curriculum.total_steps:
+                with trainer.timer.phase("checkpoint"):
+                    save_checkpoint(
+                        run_dir / CHECKPOINTS,
+                        curriculum.step,
+                        trainer.policy,
+                        trainer.optimizer,
+                        trainer.state_dict(),
+                        config.train.keep_checkpoints,
+                    )
+            if stop.requested:
+                raise KeyboardInterrupt(f"saved after step {curriculum.step}; go on with: rewardmap train --resume {run_dir}")
+
+
+def _close(trainer: Trainer, examiner: _Examiner, run_dir: Path, prior: TextPrior) -> None:
+    """Evaluate the trained policy and write everything a person looks at."""
+    config = trainer.config
+    results: dict[str, Evaluation] = {}
+    before = run_dir / EVALUATION / "before.jsonl"
+    if before.is_file():
+        results["before"] = Evaluation.from_jsonl(before)
+    with trainer.timer.phase("evaluate"):
+        results["after"] = examiner.examine(trainer.policy, "after", run_dir / EVALUATION)
+        if config.eval.text_only:
+            results["text_only"] = examiner.examine(trainer.policy, "text_only", run_dir / EVALUATION)
+    rows = read_metrics(run_dir)
+    with trainer.timer.phase("report"):
+        draw_curves(rows, results, run_dir / "curves.png")
+        if config.eval.samples:
+            draw_samples(
+                results["after"], examiner.problems, run_dir / "samples", config.eval.samples, results.get("before")
+            )
+    phases = _total_phases(rows, trainer.timer.totals)
+    sampled = sum(row.get("rollout_tokens", 0) for row in rows)
+    write_report(
+        run_dir,
+        **results,
+        prior=prior,
+        seconds=sum(phases.values()),
+        tokens_per_second=sampled / phases["rollout"] if sampled else None,
+        phases=phases,
+        peak_rss_bytes=peak_rss_bytes(),
+        seed=config.train.seed,
+        steps=trainer.version,
+        console=examiner.console,
+    )
+
+
+def _total_phases(rows: Sequence[Mapping[str, Mapping[str, float]]], now: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by phase over all sittings of a run: those of logged steps, and this sitting's others."""
+    logged: dict[str, float] = {}
+    for row in rows:
+        for phase, seconds in row["seconds"].items():
+            logged[phase] = logged.get(phase, 0.0) + seconds
+    return {**now, **{phase: max(seconds, now.get(phase, 0.0)) for phase, seconds in logged.items()}}
+
+
+@dataclass
+class _Examiner:
+    """Greedy evaluation of a policy on the held-out problems."""
+
+    config: Config
+    problems: Sequence[Problem]
+    networks: Mapping[str, MetroData]
+    console: Console
+
+    def examine(self, policy: Policy, name: str, out: Path, bar: Progress | None = None) -> Evaluation:
+        """Answer every held-out problem and write ``out/name.jsonl``; ``text_only`` swaps the maps first."""
+        rollout, seed = self.config.rollout, self.config.train.seed
+        problems = swap_maps(self.problems, seed) if name == "text_only" else self.problems
+        sampling = SamplingParams(temperature=0.0, max_new_tokens=rollout.max_new_tokens)
+        rubric = Rubric(mode=self.config.reward.mode)
+        engine = LocalEngine(policy, rollout.batch_sequences)
+        own = bar is None
+        bar = bar or _progress(self.console)
+        if own:
+            bar.start()
+        task = bar.add_task(f"evaluate: {name}", total=len(problems))
+        try:
+            result = evaluate(
+                engine, problems, self.networks, rubric, sampling, lambda done, _: bar.update(task, completed=done)
+            )
+        finally:
+            if own:
+                bar.stop()
+        result.to_jsonl(out / f"{name}.jsonl")
+        return result
+
+
+def _prepare_data(config: Config, run_dir: Path, console: Console) -> Path:
+    folder = _data_folder(config, run_dir)
+    if config.data.path is None and not folder.exists():
+        with _progress(console) as bar:
+            task = bar.add_task("draw maps", total=config.data.train_maps + config.data.test_maps)
+            write_dataset(
+                folder,
+                maps={config.data.train_split: config.data.train_maps, config.data.test_split: config.data.test_maps},
+                preset=config.data.level,
+                seed=config.data.seed,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    return folder
+
+
+def _data_folder(config: Config, run_dir: Path) -> Path:
+    if config.data.path is None:
+        return run_dir / "data"
+    folder = Path(config.data.path)
+    if not folder.is_dir():
+        raise DataError(f"data.path='{folder}': no such folder; give a ReasonMap-Train folder, or leave it out to generate one")
+    return folder
+
+
+def _leading_sft(config: Config) -> list:
+    stages = []
+    for stage in config.train.stages:
+        if stage.kind != "sft":
+            break
+        stages.append(stage)
+    return stages
+
+
+def _initial_policy(config: Config) -> Policy:
+    """The policy before the first step: named weights, the shipped warm start, or a new tiny model."""
+    sources = [stage.checkpoint for stage in config.train.stages if stage.checkpoint is not None]
+    if len(sources) > 1 or (sources and config.train.stages[0].checkpoint is None):
+        raise ConfigError("only the first stage may name a checkpoint")
+    if sources:
+        return load_policy(tiny.WARM_START if sources[0] == "shipped" else sources[0], config.policy)
+    if config.policy.model == "tiny":
+        return tiny.build_tiny(config.train.seed, config.policy.freeze_vision)
+    return load_policy(config.policy.model, config.policy)
+
+
+def _first(problems: Sequence[Problem], count: int) -> Sequence[Problem]:
+    return problems[:count] if count else problems
+
+
+def _describe(row: Mapping[str, object]) -> str:
+    if "reward" in row:
+        return f"{row['stage']}: reward {row['reward']:.2f}, right {row['accuracy']:.0%}"
+    return f"{row['stage']}: loss {row['loss']:.3f}"
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<48}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+@dataclass
+class _StopRequest:
+    requested: bool = False
+
+
+@contextmanager
+def _stop_request() -> Iterator[_StopRequest]:
+    """Ctrl-C and SIGTERM ask for a stop after the step in progress; a second one stops at once."""
+    stop = _StopRequest()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
