@@ -67,6 +67,13 @@ class Record:
     response: str
     num_tokens: int
 
+    @property
+    def group(self) -> str:
+        """The narrowest of ``GROUPS``: the kind, or for planning whether the route needs a transfer."""
+        if self.kind != "planning":
+            return self.kind
+        return TRANSFER if self.transfers_required else DIRECT
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -118,9 +125,7 @@ class Evaluation:
         samples = self._bootstrap(numerator, denominator, seed)
         return Estimate(self._ratio(metric), *_bounds(samples), n=int((denominator > 0).sum()))
 
-    def gain_over(
-        self, before: Evaluation, metric: str = "weighted_accuracy", seed: int = 0
-    ) -> Estimate:
+    def gain_over(self, before: Evaluation, metric: str = "weighted_accuracy", seed: int = 0) -> Estimate:
         """Paired difference self - before: both are resampled by the same maps.
 
         Raises:
@@ -170,7 +175,7 @@ class Evaluation:
         if metric == "weighted_accuracy":
             share = np.array([record.weight for record in self.records])
         elif metric in GROUPS:
-            share = np.array([_in_group(record, metric) for record in self.records], dtype=np.float64)
+            share = np.array([metric in (r.kind, r.group) for r in self.records], dtype=np.float64)
         else:
             known = ", ".join(("weighted_accuracy", "format_valid", *GROUPS))
             raise ValueError(f"metric {metric!r}: choose one of {known}")
@@ -185,12 +190,6 @@ class Evaluation:
         above = draws @ np.bincount(index, numerator, count)
         below = draws @ np.bincount(index, denominator, count)
         return above[below > 0] / below[below > 0]
-
-
-def _in_group(record: Record, group: str) -> bool:
-    if record.kind != "planning":
-        return record.kind == group
-    return group in ("planning", TRANSFER if record.transfers_required else DIRECT)
 
 
 def _bounds(samples: Array) -> tuple[float, float]:

@@ -1,0 +1,215 @@
+"""Sample answers beside their maps, as contact sheets."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from rewardmap.evaluate import GROUPS, Evaluation, Record
+from rewardmap.files import replacing
+from rewardmap.types import Problem
+
+INK, MUTED, PAPER, CARD, RULE = "#1c2430", "#6b7482", "#eceff3", "#ffffff", "#d9dee5"
+RIGHT, WRONG = "#12804a", "#c8252c"
+COLUMNS, ROWS = 2, 4
+WIDTH, MAP, PAD, GAP = 800, 272, 20, 18
+SMALL, BODY = 18, 21
+INDENT = 104
+MAX_LINES = 5
+CJK_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans SC",
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "PingFang SC",
+    "SimHei",
+)
+
+
+def draw_samples(
+    after: Evaluation,
+    problems: Sequence[Problem],
+    out_dir: Path,
+    n: int,
+    before: Evaluation | None = None,
+    seed: int = 0,
+) -> list[Path]:
+    """Draw ``n`` answers, drawn at random and evenly over the kinds, with those of before the training.
+
+    Args:
+        problems: those that ``after`` answered; records find theirs by uid.
+
+    Returns:
+        The PNG sheets written, ``samples-1.png`` and so on, eight answers each.
+
+    Raises:
+        OSError: a map that cannot be read, or a sheet that cannot be written; its path is named.
+    """
+    by_uid = {problem.uid: problem for problem in problems}
+    earlier = {record.uid: record for record in before.records} if before else {}
+    chosen = choose(after, n, seed)
+    paths: list[Path] = []
+    for start in range(0, len(chosen), COLUMNS * ROWS):
+        records = chosen[start : start + COLUMNS * ROWS]
+        cards = [_Card(by_uid[record.uid], record, earlier.get(record.uid)) for record in records]
+        path = out_dir / f"samples-{len(paths) + 1}.png"
+        with replacing(path) as temporary:
+            _sheet(cards).save(temporary)
+        paths.append(path)
+    return paths
+
+
+def choose(evaluation: Evaluation, n: int, seed: int) -> list[Record]:
+    """At most ``n`` records, in turn from each kind (planning: direct, with transfer), random within one."""
+    order = np.random.default_rng(seed).permutation(len(evaluation.records))
+    queues: dict[str, list[Record]] = {group: [] for group in GROUPS}
+    for index in order:
+        record = evaluation.records[index]
+        queues[record.group].append(record)
+    turns = [queue[turn] for turn in range(len(order)) for queue in queues.values() if turn < len(queue)]
+    return sorted(turns[:n], key=lambda record: GROUPS.index(record.group))
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """One line of a card's text; ``label`` stands in the margin of an indented one."""
+
+    text: str
+    colour: str
+    size: int
+    indent: int = 0
+    label: str = ""
+
+    @property
+    def leading(self) -> int:
+        return round(self.size * 1.42)
+
+
+class _Card:
+    """One map, its question, the right answer and the model's."""
+
+    def __init__(self, problem: Problem, after: Record, before: Record | None) -> None:
+        self._image = problem.image
+        self._lines = [_Line(f"{after.group}  ·  {after.map_difficulty} map", MUTED, SMALL)]
+        self._lines += _wrap(short_question(problem.question), INK, BODY)
+        self._lines += [_Line("", INK, 6), *_wrap(gold_text(problem), MUTED, SMALL, "gold")]
+        for name, record in (("before", before), ("after", after)):
+            if record is not None:
+                mark, colour = ("✓", RIGHT) if record.correct else ("✗", WRONG)
+                self._lines += _wrap(short_answer(record.response), colour, SMALL, f"{name} {mark}")
+
+    @property
+    def height(self) -> int:
+        return 2 * PAD + max(MAP, sum(line.leading for line in self._lines))
+
+    def draw(self, sheet: Image.Image, x: int, y: int, height: int) -> None:
+        pen = ImageDraw.Draw(sheet)
+        pen.rounded_rectangle((x, y, x + WIDTH, y + height), 10, fill=CARD, outline=RULE)
+        picture = _fit(self._image)
+        left, top = x + PAD + (MAP - picture.width) // 2, y + PAD
+        sheet.paste(picture, (left, top))
+        pen.rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=RULE)
+        column, at = x + MAP + 2 * PAD, y + PAD - 3
+        for line in self._lines:
+            pen.text((column, at), line.label, line.colour, _font(line.size, bold=True))
+            pen.text(
+                (column + line.indent, at), line.text, line.colour, _font(line.size, cjk=_is_cjk(line.text))
+            )
+            at += line.leading
+
+
+def short_question(question: str) -> str:
+    """The question without the instructions around it."""
+    asked = question.split("According to the subway map, ")[-1]
+    head, mark, choices = asked.partition("?")
+    offered = "   ".join(re.findall(r"[ABCD]\) *-?\d+", choices))
+    return f"{head[:1].upper()}{head[1:]}{mark}" + (f"\n{offered}" if offered else "")
+
+
+def short_answer(response: str) -> str:
+    """The answer with each complete leg on one line."""
+    leg = r"Route Name: *(.*)\s+Departure Stop: *(.*)\s+Arrival Stop: *(.*)"
+    text = re.sub(r"\s*\n--+\s*\n", "\n", re.sub(leg, r"\1: \2 → \3", response.strip()))
+    return text or "(nothing)"
+
+
+def gold_text(problem: Problem) -> str:
+    """The right answer in words; of several optimal routes the first, and how many there are."""
+    if problem.kind in ("TorF1", "TorF2"):
+        return "yes" if problem.answer == 1 else "no"
+    if problem.kind == "Counting1":
+        return "ABCD"[problem.answer]
+    if problem.kind != "planning":
+        return str(problem.answer)
+    if not problem.fine_grained_answer:
+        return f"any valid route; {problem.transfers_required} transfers at best"
+    legs = [
+        f"{leg['route_name']}: {leg['departure_stop']} → {leg['arrival_stop']}"
+        for leg in problem.fine_grained_answer[0]
+    ]
+    routes = len(problem.fine_grained_answer)
+    return "\n".join(legs) + (f"\n(one of {routes} optimal routes)" if routes > 1 else "")
+
+
+def _sheet(cards: Sequence[_Card]) -> Image.Image:
+    rows = [cards[start : start + COLUMNS] for start in range(0, len(cards), COLUMNS)]
+    heights = [max(card.height for card in row) for row in rows]
+    columns = min(COLUMNS, len(cards))
+    size = (columns * (WIDTH + GAP) + GAP, sum(heights) + GAP * (len(rows) + 1))
+    sheet = Image.new("RGB", size, PAPER)
+    y = GAP
+    for row, height in zip(rows, heights, strict=True):
+        for column, card in enumerate(row):
+            card.draw(sheet, GAP + column * (WIDTH + GAP), y, height)
+        y += height + GAP
+    return sheet
+
+
+def _fit(source: str | bytes) -> Image.Image:
+    """The map within MAP x MAP pixels, on white where it is transparent."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+        picture = opened.convert("RGBA")
+    scale = MAP / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    shrunk = picture.resize(size, Image.Resampling.LANCZOS)
+    paper = Image.new("RGBA", size, "white")
+    return Image.alpha_composite(paper, shrunk).convert("RGB")
+
+
+def _wrap(text: str, colour: str, size: int, label: str = "") -> Iterator[_Line]:
+    """Break to the card's width; at most MAX_LINES lines, the last one then ends in an ellipsis."""
+    indent = INDENT if label else 0
+    room = WIDTH - MAP - 3 * PAD - indent
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        lines.append("")
+        for piece in re.findall(r"\S+\s*|[\u2e80-\uffff]", paragraph):
+            font = _font(size, cjk=_is_cjk(piece))
+            if lines[-1] and font.getlength(lines[-1] + piece.rstrip()) > room:
+                lines.append("")
+            lines[-1] += piece
+    for number, line in enumerate(lines[:MAX_LINES]):
+        cut = number == MAX_LINES - 1 and len(lines) > MAX_LINES
+        yield _Line(line.rstrip() + (" …" if cut else ""), colour, size, indent, "" if number else label)
+
+
+def _is_cjk(text: str) -> bool:
+    return any(character >= "\u2e80" for character in text)
+
+
+@lru_cache(maxsize=32)
+def _font(size: int, bold: bool = False, cjk: bool = False) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib; for Chinese text a system font where there is one."""
+    from matplotlib.font_manager import FontProperties, findfont, fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    names = [name for name in CJK_FONTS if cjk and name in installed]
+    path = findfont(FontProperties([*names[:1], "DejaVu Sans"], weight="bold" if bold else "normal"))
+    return ImageFont.truetype(path, size)
