@@ -174,8 +174,8 @@ def _footer(report: Mapping[str, Any]) -> list[str]:
         lines.append("time by phase: " + " · ".join(f"{name} {seconds:.1f} s" for name, seconds in phases))
     lines.append(
         "Accuracy on held-out maps, weighted as ReasonMap does, then by kind. Brackets: 95 % bootstrap "
-        "intervals over maps. Swapped: the trained policy, every question with another map's picture. Prior: the "
-        "best answers that ignore the picture. Format: answers in the asked form."
+        "intervals over maps. Swapped: the trained policy, every question with another map's picture. Prior: "
+        "the best answers that ignore the picture. Format: answers in the asked form."
     )
     return lines
 
