@@ -6,8 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from rewardmap_kernels import PolicyObjective
 from torch import Tensor
+
+from rewardmap_kernels import PolicyObjective
 
 OBJECTIVES = [
     PolicyObjective("grpo"),
@@ -22,7 +23,9 @@ OBJECTIVES = [
     PolicyObjective("reinforce", entropy_coef=0.01, kl_coef=0.05),
     PolicyObjective("grpo", importance_correction="truncate", importance_max=1.2),
     PolicyObjective("grpo", importance_correction="mask", importance_min=0.7, importance_max=1.2),
-    PolicyObjective("cispo", importance_correction="truncate", importance_level="sequence", importance_max=1.5),
+    PolicyObjective(
+        "cispo", importance_correction="truncate", importance_level="sequence", importance_max=1.5
+    ),
     PolicyObjective("gspo", importance_correction="mask", importance_level="sequence", importance_min=0.2),
     PolicyObjective("reinforce", importance_correction="truncate", importance_min=0.9, importance_max=1.1),
 ]
@@ -35,8 +38,11 @@ def objective_id(objective: PolicyObjective) -> str:
     return "-".join([objective.name, *changed])
 
 
-def row_inputs(n: int, seed: int = 0, dtype: torch.dtype = torch.float64, sequences: int = 3) -> dict[str, Any]:
-    """Everything ``policy_loss`` reads beside logprobs and entropy; log-ratios of about 0.3, a fifth of rows masked."""
+def row_inputs(
+    n: int, seed: int = 0, dtype: torch.dtype = torch.float64, sequences: int = 3
+) -> dict[str, Any]:
+    """Everything ``policy_loss`` reads beside logprobs and entropy; log-ratios of about 0.3, a fifth of rows
+    masked."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(spread: float, centre: float = 0.0) -> Tensor:

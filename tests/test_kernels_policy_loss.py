@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from rewardmap_kernels import PolicyObjective, loss_normalizer, policy_loss, reference
 
 sys.path.append(str(Path(__file__).parent))
@@ -24,7 +25,9 @@ def logprobs_and_entropy(n: int, seed: int = 1) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("objective", cases.OBJECTIVES, ids=cases.objective_id)
-def test_loss_and_derivatives_match_autograd(objective: PolicyObjective, masked: bool, on_policy: bool) -> None:
+def test_loss_and_derivatives_match_autograd(
+    objective: PolicyObjective, masked: bool, on_policy: bool
+) -> None:
     rows = cases.row_inputs(97)
     if on_policy:
         rows["old_logprobs"] = None
@@ -51,10 +54,13 @@ def test_masked_rows_are_exactly_zero_whatever_they_hold(objective: PolicyObject
     clean = policy_loss(logprobs, entropy=entropy, objective=objective, **rows)
     off = ~rows["loss_mask"]
     poisoned: dict[str, Any] = {
-        k: torch.where(off, float("nan"), v) if k not in ("sequence", "loss_mask") else v for k, v in rows.items()
+        k: torch.where(off, float("nan"), v) if k not in ("sequence", "loss_mask") else v
+        for k, v in rows.items()
     }
     logprobs = torch.where(off, float("nan"), logprobs)
-    got = policy_loss(logprobs, entropy=torch.where(off, float("inf"), entropy), objective=objective, **poisoned)
+    got = policy_loss(
+        logprobs, entropy=torch.where(off, float("inf"), entropy), objective=objective, **poisoned
+    )
     for mine, theirs in zip(got[:3], clean[:3], strict=True):
         assert torch.equal(mine, theirs)
         assert (mine[off] == 0).all()
@@ -125,7 +131,8 @@ def test_normalizers() -> None:
     assert loss_normalizer(PolicyObjective("dapo"), mask, total_tokens=torch.tensor(40)) == 40
     assert loss_normalizer(PolicyObjective("dr_grpo"), mask, num_sequences=4, max_length=7) == 28
     for name in ("grpo", "gspo", "sapo"):
-        got = loss_normalizer(PolicyObjective(name), mask, sequence=sequence, num_sequences=4)  # type: ignore[arg-type]
+        objective = PolicyObjective(name)  # type: ignore[arg-type]
+        got = loss_normalizer(objective, mask, sequence=sequence, num_sequences=4)
         assert got.tolist() == [8, 8, 8, 8, 8, 4]
     assert loss_normalizer(PolicyObjective("dapo"), torch.zeros(3)) == 1
     # Mean over sequences of their token means.
@@ -157,14 +164,22 @@ def test_a_bad_objective_raises(options: dict[str, Any], message: str) -> None:
     ("objective", "change", "message"),
     [
         ({}, {"advantages": torch.zeros(3)}, r"advantages must have shape \(4,\), got \(3,\)"),
-        ({}, {"advantages": torch.zeros(4, dtype=torch.long)}, "advantages must be floating point, got torch.int64"),
+        (
+            {},
+            {"advantages": torch.zeros(4, dtype=torch.long)},
+            "advantages must be floating point, got torch.int64",
+        ),
         ({}, {"normalizer": 0.0}, "normalizer must be positive, got 0.0"),
         ({}, {"normalizer": torch.ones(2)}, "normalizer must be 0-d"),
         ({"kl_coef": 0.1}, {}, "kl_coef = 0.1 needs ref_logprobs"),
         ({"entropy_coef": 0.1}, {}, "entropy_coef = 0.1 needs entropy"),
         ({"importance_correction": "mask"}, {}, "needs rollout_logprobs"),
         ({"name": "gspo"}, {}, "gspo needs sequence"),
-        ({"name": "gspo"}, {"sequence": torch.tensor([0, 1, 9, 2])}, r"sequence\[2\] = 9 is outside \[0, 4\)"),
+        (
+            {"name": "gspo"},
+            {"sequence": torch.tensor([0, 1, 9, 2])},
+            r"sequence\[2\] = 9 is outside \[0, 4\)",
+        ),
         ({"name": "gspo"}, {"sequence": torch.zeros(4)}, "sequence must be int32 or int64"),
     ],
 )

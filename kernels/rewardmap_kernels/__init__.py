@@ -1,8 +1,9 @@
-"""Fused operations for policy-gradient training of language models: import them alone, with torch and nothing else."""
+"""Fused operations for policy-gradient training of language models; torch is all they need."""
 
+from .dispatch import last_path, use_implementation
 from .group_advantage import GroupAdvantage, group_advantage
 from .linear_logprob import linear_logprobs
-from .linear_loss import LinearPolicyLoss, linear_policy_loss
+from .linear_loss import LinearPolicyLoss, contributing_rows, linear_policy_loss
 from .logits_loss import LogitsPolicyLoss, logits_policy_loss, selective_log_softmax
 from .policy_loss import PolicyLossOutput, PolicyObjective, loss_normalizer, policy_loss
 
@@ -12,11 +13,14 @@ __all__ = [
     "LogitsPolicyLoss",
     "PolicyLossOutput",
     "PolicyObjective",
+    "contributing_rows",
     "group_advantage",
+    "last_path",
     "linear_logprobs",
     "linear_policy_loss",
     "logits_policy_loss",
     "loss_normalizer",
     "policy_loss",
     "selective_log_softmax",
+    "use_implementation",
 ]

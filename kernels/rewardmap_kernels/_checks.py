@@ -43,7 +43,8 @@ def check_rows(name: str, tensor: Tensor | None, like: Tensor, rows: int, kind: 
 def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
     """Raise unless every value of the integer ``tensor`` is in [low, high).
 
-    On an accelerator the check runs as an asynchronous device assertion, so that it costs no host synchronisation.
+    On an accelerator the check runs as an asynchronous device assertion, so that it costs no host
+    synchronisation.
     """
     if tensor.numel() == 0:
         return
@@ -53,11 +54,14 @@ def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
             row = int(((tensor < low) | (tensor >= high)).nonzero()[0, 0])
             raise ValueError(f"{name}[{row}] = {int(tensor[row])} is outside [{low}, {high})")
     else:
-        torch._assert_async(((tensor >= low) & (tensor < high)).all(), f"{name} has values outside [{low}, {high})")
+        torch._assert_async(
+            ((tensor >= low) & (tensor < high)).all(), f"{name} has values outside [{low}, {high})"
+        )
 
 
 def check_normalizer(normalizer: Tensor | float, like: Tensor, rows: int) -> None:
-    """Raise unless ``normalizer`` is a positive number, a 0-d tensor or a [rows] tensor on ``like``'s device."""
+    """Raise unless ``normalizer`` is a positive number, a 0-d tensor or a [rows] tensor on ``like``'s
+    device."""
     if isinstance(normalizer, Tensor):
         if normalizer.dim() > 1 or (normalizer.dim() == 1 and normalizer.shape[0] != rows):
             raise ValueError(f"normalizer must be 0-d or of shape ({rows},), got {tuple(normalizer.shape)}")
@@ -80,7 +84,9 @@ def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     check_floating("hidden", hidden, 2)
     check_floating("weight", weight, 2)
     if weight.shape[1] != hidden.shape[1]:
-        raise ValueError(f"hidden has width {hidden.shape[1]} and weight has width {weight.shape[1]}; they must agree")
+        raise ValueError(
+            f"hidden has width {hidden.shape[1]} and weight has width {weight.shape[1]}; they must agree"
+        )
     if weight.device != hidden.device:
         raise ValueError(f"weight is on {weight.device}, expected {hidden.device}")
     if (weight.dtype == torch.float64) != (hidden.dtype == torch.float64):

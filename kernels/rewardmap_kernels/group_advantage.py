@@ -1,7 +1,7 @@
 """Advantages of answers relative to their group, for groups of any size side by side (CSR offsets).
 
-Sources: GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783: scale "none"), RLOO (2402.14740: leave-one-out), REINFORCE++ (2501.03262: batch
-baseline and batch scale).
+Sources: GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783: scale "none"), RLOO (2402.14740: leave-one-out),
+REINFORCE++ (2501.03262: batch baseline and batch scale).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ BASELINES = ("mean", "leave_one_out", "batch_mean", "none")
 
 
 class GroupAdvantage(NamedTuple):
-    """``advantages`` [B]; ``mean``, ``std`` [G] of each group's rewards; ``degenerate`` [G] bool: all its rewards are equal."""
+    """``advantages`` [B]; ``mean``, ``std`` [G] of each group's rewards; ``degenerate`` [G] bool: all its
+    rewards are equal."""
 
     advantages: Tensor
     mean: Tensor
@@ -29,7 +30,9 @@ class GroupAdvantage(NamedTuple):
 def _check_offsets(offsets: Tensor, rewards: Tensor) -> None:
     total = rewards.shape[0]
     if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"offsets must be [G + 1] int32 or int64, got {tuple(offsets.shape)} {offsets.dtype}")
+        raise ValueError(
+            f"offsets must be [G + 1] int32 or int64, got {tuple(offsets.shape)} {offsets.dtype}"
+        )
     if offsets.device != rewards.device:
         raise ValueError(f"offsets is on {offsets.device}, expected {rewards.device}")
     if offsets.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -39,7 +42,9 @@ def _check_offsets(offsets: Tensor, rewards: Tensor) -> None:
         falling = (offsets[1:] < offsets[:-1]).nonzero()
         if len(falling):
             g = int(falling[0, 0])
-            raise ValueError(f"offsets must not fall, got offsets[{g}] = {offsets[g]}, offsets[{g + 1}] = {offsets[g + 1]}")
+            raise ValueError(
+                f"offsets must not fall, got offsets[{g}] = {offsets[g]}, offsets[{g + 1}] = {offsets[g + 1]}"
+            )
     else:
         valid = (offsets[0] == 0) & (offsets[-1] == total) & (offsets[1:] >= offsets[:-1]).all()
         torch._assert_async(valid, "offsets must rise from 0 to len(rewards)")
@@ -73,14 +78,16 @@ def group_advantage(
 ) -> GroupAdvantage:
     """(rewards - baseline) / (scale + eps) * weights, per group.
 
-    Args: ``rewards`` [B]; ``offsets`` [G + 1] integer, group g is rewards[offsets[g]:offsets[g + 1]]; ``scale``: "group" or
-    "batch" standard deviation, "none", "max_min" (the group's range), "mad" (its median absolute deviation from the median);
-    ``ddof`` 0 or 1; ``baseline``: "mean" of the group, "leave_one_out" (mean of the others), "batch_mean", "none";
-    ``weights`` [B] multiply the finished advantage, so that a difficulty weight does not cancel in the normalisation.
+    Args: ``rewards`` [B]; ``offsets`` [G + 1] integer, group g is rewards[offsets[g]:offsets[g + 1]];
+    ``scale``: "group" or "batch" standard deviation, "none", "max_min" (the group's range), "mad" (its median
+    absolute deviation from the median); ``ddof`` 0 or 1; ``baseline``: "mean" of the group, "leave_one_out"
+    (mean of the others), "batch_mean", "none"; ``weights`` [B] multiply the finished advantage, so that a
+    difficulty weight does not cancel in the normalisation.
 
-    Degenerate groups (all rewards equal, compared as they are, so also of one answer) get advantage exactly 0 under the group's own
-    baselines. A standard deviation of fewer than ddof + 1 rewards is 0. Non-finite rewards propagate within their group
-    (with "batch" statistics: everywhere). Not differentiable. float32 inside (float64 when rewards are).
+    Degenerate groups (all rewards equal, compared as they are, so also of one answer) get advantage exactly 0
+    under the group's own baselines. A standard deviation of fewer than ddof + 1 rewards is 0. Non-finite
+    rewards propagate within their group (with "batch" statistics: everywhere). Not differentiable. float32
+    inside (float64 when rewards are).
 
     Raises ValueError for a wrong shape, dtype, device or option.
     """

@@ -1,8 +1,9 @@
 """Policy objectives on [N] vectors: loss, its derivative coefficients and metrics, without a host sync.
 
-Written once and called by every fused operation. One row is one response token. Sources: GRPO (arXiv 2402.03300), Dr. GRPO
-(2503.20783), DAPO (2503.14476), CISPO (2506.13585), GSPO (2507.18071), SAPO (2511.20347), dual clip (1912.09729), KL
-estimators k1, k2, k3 (Schulman, "Approximating KL divergence", 2020).
+Written once and called by every fused operation. One row is one response token. Sources: GRPO (arXiv
+2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), CISPO (2506.13585), GSPO (2507.18071), SAPO
+(2511.20347), dual clip (1912.09729), KL estimators k1, k2, k3 (Schulman, "Approximating KL divergence",
+2020).
 """
 
 from __future__ import annotations
@@ -23,25 +24,27 @@ CLIPPED: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo")
 """The objectives of the form -min(r A, clip(r) A); they differ in the level of r and in the normaliser."""
 
 LOG_RATIO_BOUND = 20.0
-"""Log-ratios are clamped to +-this before exp: e^20 = 4.9e8 keeps float32 finite; the gradient outside is zero."""
+"""Log-ratios are clamped to +-this before exp: e^20 = 4.9e8 keeps float32 finite; the gradient outside is
+zero."""
 
 _FIXED_POINT = 2.0**38
-"""Per-sequence sums are made in 64-bit integers of this scale: exact in any order, so bitwise reproducible."""
+"""Per-sequence sums are made in 64-bit integers of this scale: exact in any order, so bitwise
+reproducible."""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyObjective:
     """What is optimised. Immutable and hashable.
 
-    ``name``: grpo, bnpo, dr_grpo, dapo (clipped; they differ by ``loss_normalizer`` only), cispo, gspo, sapo, reinforce.
-    ``clip_eps_low``, ``clip_eps_high``: the ratio is clipped to [1 - low, 1 + high] (cispo: its stop-gradient weight is).
-    ``dual_clip``: c > 1; for negative advantages the loss is at most c |A|. ``delta``: the unclipped ratio is capped at
-    delta > 1 + clip_eps_high (two-sided clipping, arXiv 2505.07291). Both: clipped objectives only.
-    ``kl_coef``, ``kl_estimator``: adds kl_coef * KL(policy || reference), estimator k1, k2 or k3, per row.
-    ``entropy_coef``: subtracts entropy_coef * entropy per row.
-    ``importance_correction``: multiplies the policy term by w = exp(old_logprobs - rollout_logprobs), a constant.
-    "truncate" clamps w to [importance_min, importance_max]; "mask" makes w 0 outside. ``importance_level``: "token", or
-    "sequence": w is the product over the sequence's rows.
+    ``name``: grpo, bnpo, dr_grpo, dapo (clipped; they differ by ``loss_normalizer`` only), cispo, gspo, sapo,
+    reinforce. ``clip_eps_low``, ``clip_eps_high``: the ratio is clipped to [1 - low, 1 + high] (cispo: its
+    stop-gradient weight is). ``dual_clip``: c > 1; for negative advantages the loss is at most c |A|.
+    ``delta``: the unclipped ratio is capped at delta > 1 + clip_eps_high (two-sided clipping, arXiv
+    2505.07291). Both: clipped objectives only. ``kl_coef``, ``kl_estimator``: adds kl_coef * KL(policy ||
+    reference), estimator k1, k2 or k3, per row. ``entropy_coef``: subtracts entropy_coef * entropy per row.
+    ``importance_correction``: multiplies the policy term by w = exp(old_logprobs - rollout_logprobs), a
+    constant. "truncate" clamps w to [importance_min, importance_max]; "mask" makes w 0 outside.
+    ``importance_level``: "token", or "sequence": w is the product over the sequence's rows.
     ``sapo_temperature_pos``, ``sapo_temperature_neg``: SAPO's temperatures for advantages > 0 and <= 0.
 
     Raises ValueError for a value out of range, and for a flag that the objective would ignore.
@@ -82,29 +85,41 @@ class PolicyObjective:
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"entropy_coef must be finite, got {self.entropy_coef}")
         if self.importance_min > self.importance_max:
-            raise ValueError(f"importance_min {self.importance_min} is above importance_max {self.importance_max}")
+            raise ValueError(
+                f"importance_min {self.importance_min} is above importance_max {self.importance_max}"
+            )
         if self.name not in CLIPPED and (self.dual_clip is not None or self.delta is not None):
-            raise ValueError(f"dual_clip and delta apply to {', '.join(CLIPPED)}; the objective {self.name} ignores them")
+            raise ValueError(
+                f"dual_clip and delta apply to {', '.join(CLIPPED)}; the objective {self.name} ignores them"
+            )
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be > 1, got {self.dual_clip}")
         if self.delta is not None and not self.delta > 1 + self.clip_eps_high:
-            raise ValueError(f"delta must be > 1 + clip_eps_high = {1 + self.clip_eps_high}, got {self.delta}")
+            raise ValueError(
+                f"delta must be > 1 + clip_eps_high = {1 + self.clip_eps_high}, got {self.delta}"
+            )
         if self.name != "sapo" and (self.sapo_temperature_pos, self.sapo_temperature_neg) != (1.0, 1.05):
-            raise ValueError(f"sapo_temperature_pos/neg apply to sapo; the objective {self.name} ignores them")
+            raise ValueError(
+                f"sapo_temperature_pos/neg apply to sapo; the objective {self.name} ignores them"
+            )
         if self.importance_correction == "none" and self.importance_level != "token":
             raise ValueError("importance_level = 'sequence' needs importance_correction 'truncate' or 'mask'")
 
     @property
     def needs_sequence(self) -> bool:
         """Whether a row's coefficient depends on the other rows of its sequence."""
-        return self.name == "gspo" or (self.importance_correction != "none" and self.importance_level == "sequence")
+        return self.name == "gspo" or (
+            self.importance_correction != "none" and self.importance_level == "sequence"
+        )
 
 
 class PolicyLossOutput(NamedTuple):
-    """``row_loss`` [N]: sums to the loss, differentiable. ``d_logprob``, ``d_entropy`` [N]: derivatives of that sum.
+    """``row_loss`` [N]: sums to the loss, differentiable. ``d_logprob``, ``d_entropy`` [N]: derivatives of
+    that sum.
 
-    ``metrics``: 0-d tensors, means over the unmasked rows: clip_fraction_low, clip_fraction_high, approx_kl (k3 of old
-    against current), kl_ref, entropy, ratio_mean, ratio_min, ratio_max, importance_mean, importance_rejected.
+    ``metrics``: 0-d tensors, means over the unmasked rows: clip_fraction_low, clip_fraction_high, approx_kl
+    (k3 of old against current), kl_ref, entropy, ratio_mean, ratio_min, ratio_max, importance_mean,
+    importance_rejected.
     """
 
     row_loss: Tensor
@@ -118,7 +133,12 @@ class _AttachDerivatives(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logprobs: Tensor, entropy: Tensor | None, row_loss: Tensor, d_logprob: Tensor, d_entropy: Tensor
+        ctx: Any,
+        logprobs: Tensor,
+        entropy: Tensor | None,
+        row_loss: Tensor,
+        d_logprob: Tensor,
+        d_entropy: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(d_logprob, d_entropy)
         ctx.dtypes = (logprobs.dtype, None if entropy is None else entropy.dtype)
@@ -129,12 +149,21 @@ class _AttachDerivatives(torch.autograd.Function):
         (grad,) = grad_outputs
         d_logprob, d_entropy = ctx.saved_tensors
         logprob_dtype, entropy_dtype = ctx.dtypes
-        to_entropy = (grad * d_entropy).to(entropy_dtype) if entropy_dtype is not None and ctx.needs_input_grad[1] else None
+        to_entropy = (
+            (grad * d_entropy).to(entropy_dtype)
+            if entropy_dtype is not None and ctx.needs_input_grad[1]
+            else None
+        )
         return (grad * d_logprob).to(logprob_dtype), to_entropy, None, None, None
 
 
 def require_inputs(
-    objective: PolicyObjective, *, entropy: object, ref_logprobs: object, rollout_logprobs: object, sequence: object
+    objective: PolicyObjective,
+    *,
+    entropy: object,
+    ref_logprobs: object,
+    rollout_logprobs: object,
+    sequence: object,
 ) -> None:
     """Raise ValueError when an input that the objective reads is None."""
     if objective.kl_coef and ref_logprobs is None:
@@ -142,7 +171,9 @@ def require_inputs(
     if objective.entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef = {objective.entropy_coef} needs entropy, got None")
     if objective.importance_correction != "none" and rollout_logprobs is None:
-        raise ValueError(f"importance_correction = {objective.importance_correction!r} needs rollout_logprobs, got None")
+        raise ValueError(
+            f"importance_correction = {objective.importance_correction!r} needs rollout_logprobs, got None"
+        )
     if objective.needs_sequence and sequence is None:
         level = "gspo" if objective.name == "gspo" else "importance_level = 'sequence'"
         raise ValueError(f"{level} needs sequence ([N], the index of each row's sequence), got None")
@@ -167,7 +198,8 @@ def _sequence_counts(mask: Tensor, sequence: Tensor, num_sequences: int) -> Tens
 def _importance_weights(
     objective: PolicyObjective, gap: Tensor, mask: Tensor, sequence: Tensor | None, num_sequences: int
 ) -> tuple[Tensor, Tensor]:
-    """The constant weight of each row and whether the correction rejected it (mask) or moved it (truncate)."""
+    """The constant weight of each row and whether the correction rejected it (mask) or moved it
+    (truncate)."""
     if objective.importance_level == "sequence":
         assert sequence is not None
         bounded = torch.where(mask, gap.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND), 0.0)
@@ -187,7 +219,9 @@ class _Terms(NamedTuple):
     clipped_high: Tensor
 
 
-def _policy_terms(objective: PolicyObjective, logprobs: Tensor, ratio: Tensor, inside: Tensor, adv: Tensor) -> _Terms:
+def _policy_terms(
+    objective: PolicyObjective, logprobs: Tensor, ratio: Tensor, inside: Tensor, adv: Tensor
+) -> _Terms:
     """The policy term per row and its derivative with respect to the row's log-probability.
 
     ``ratio`` is r, with dr/dlogp = r where ``inside`` (the log-ratio was not clamped), else 0.
@@ -201,7 +235,9 @@ def _policy_terms(objective: PolicyObjective, logprobs: Tensor, ratio: Tensor, i
         weight = ratio.clamp(low, high)
         return _Terms(-weight * adv * logprobs, -weight * adv, ratio < low, ratio > high)
     if objective.name == "sapo":
-        tau = torch.where(adv > 0, objective.sapo_temperature_pos, objective.sapo_temperature_neg).to(ratio.dtype)
+        tau = torch.where(adv > 0, objective.sapo_temperature_pos, objective.sapo_temperature_neg).to(
+            ratio.dtype
+        )
         gate = torch.sigmoid(tau * (ratio - 1.0))
         return _Terms(-gate * 4.0 / tau * adv, -4.0 * gate * (1.0 - gate) * slope * adv, no, no)
     capped, capped_slope = ratio, slope
@@ -211,7 +247,8 @@ def _policy_terms(objective: PolicyObjective, logprobs: Tensor, ratio: Tensor, i
     plain, clipped = capped * adv, ratio.clamp(low, high) * adv
     take_plain = plain <= clipped
     value = torch.where(take_plain, plain, clipped)
-    # Where the clipped branch wins strictly, the ratio is outside [low, high] and the clip's derivative is zero.
+    # Where the clipped branch wins strictly, the ratio is outside [low, high] and the clip's derivative is
+    # zero.
     derivative = torch.where(take_plain, capped_slope * adv, 0.0)
     if objective.dual_clip is not None:
         floor = objective.dual_clip * adv
@@ -251,18 +288,20 @@ def policy_loss(
     The loss is ``row_loss.sum()``, with row_loss[n] = mask[n] * l[n] / normalizer[n] and
     l = policy term * importance weight + kl_coef * KL - entropy_coef * entropy.
 
-    Args (all [N], on one device): ``logprobs`` nats of the chosen tokens at the sampling temperature; ``advantages``;
-    ``normalizer`` the divisor: a number, a 0-d tensor or [N], from ``loss_normalizer``; ``entropy`` nats;
-    ``old_logprobs`` of the policy that the ratio is taken against, None when it is the current one (ratio 1, with its
-    gradient); ``ref_logprobs`` for the KL; ``rollout_logprobs`` as the sampling engine reported them, for the importance
-    correction; ``sequence`` integer index of each row's sequence in [0, num_sequences), for sequence-level objectives
-    (``num_sequences`` defaults to N); ``loss_mask`` non-zero where the row counts: masked rows get loss and
-    derivatives of exactly 0 whatever they hold.
+    Args (all [N], on one device): ``logprobs`` nats of the chosen tokens at the sampling temperature;
+    ``advantages``; ``normalizer`` the divisor: a number, a 0-d tensor or [N], from ``loss_normalizer``;
+    ``entropy`` nats; ``old_logprobs`` of the policy that the ratio is taken against, None when it is the
+    current one (ratio 1, with its gradient); ``ref_logprobs`` for the KL; ``rollout_logprobs`` as the
+    sampling engine reported them, for the importance correction; ``sequence`` integer index of each row's
+    sequence in [0, num_sequences), for sequence-level objectives (``num_sequences`` defaults to N);
+    ``loss_mask`` non-zero where the row counts: masked rows get loss and derivatives of exactly 0 whatever
+    they hold.
 
-    gspo follows GSPO-token (arXiv 2507.18071, eq. 14): the ratio is the sequence's geometric mean, held constant, times
-    pi/sg(pi) of the row; with a constant advantage per sequence this is the gradient of GSPO.
+    gspo follows GSPO-token (arXiv 2507.18071, eq. 14): the ratio is the sequence's geometric mean, held
+    constant, times pi/sg(pi) of the row; with a constant advantage per sequence this is the gradient of GSPO.
 
-    Raises ValueError for a wrong shape, dtype or device and for an input that the objective needs and that is None.
+    Raises ValueError for a wrong shape, dtype or device and for an input that the objective needs and that is
+    None.
     """
     check_floating("logprobs", logprobs, 1)
     n = logprobs.shape[0]
@@ -278,18 +317,26 @@ def policy_loss(
     check_rows("loss_mask", loss_mask, logprobs, n, "mask")
     check_normalizer(normalizer, logprobs, n)
     require_inputs(
-        objective, entropy=entropy, ref_logprobs=ref_logprobs, rollout_logprobs=rollout_logprobs, sequence=sequence
+        objective,
+        entropy=entropy,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        sequence=sequence,
     )
     buckets = n if num_sequences is None else num_sequences
     if sequence is not None and objective.needs_sequence:
         check_range("sequence", sequence, 0, buckets)
     with torch.no_grad():
         output = _evaluate(
-            logprobs, advantages, normalizer, objective, entropy, old_logprobs, ref_logprobs, rollout_logprobs,
-            sequence, buckets, loss_mask,
+            logprobs, advantages, normalizer, objective, entropy, old_logprobs, ref_logprobs,
+            rollout_logprobs, sequence, buckets, loss_mask,
         )  # fmt: skip
-    if torch.is_grad_enabled() and (logprobs.requires_grad or (entropy is not None and entropy.requires_grad)):
-        row_loss = _AttachDerivatives.apply(logprobs, entropy, output.row_loss, output.d_logprob, output.d_entropy)
+    if torch.is_grad_enabled() and (
+        logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
+    ):
+        row_loss = _AttachDerivatives.apply(
+            logprobs, entropy, output.row_loss, output.d_logprob, output.d_entropy
+        )
         return output._replace(row_loss=row_loss)
     return output
 
@@ -302,9 +349,9 @@ def _extreme(ratio: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor], ne
 
 
 def _evaluate(
-    logprobs: Tensor, advantages: Tensor, normalizer: Tensor | float, objective: PolicyObjective, entropy: Tensor | None,
-    old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None, sequence: Tensor | None,
-    num_sequences: int, loss_mask: Tensor | None,
+    logprobs: Tensor, advantages: Tensor, normalizer: Tensor | float, objective: PolicyObjective, entropy:
+    Tensor | None, old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None,
+    sequence: Tensor | None, num_sequences: int, loss_mask: Tensor | None,
 ) -> PolicyLossOutput:  # fmt: skip
     dtype = compute_dtype(logprobs)
     mask = torch.ones_like(logprobs, dtype=torch.bool) if loss_mask is None else loss_mask != 0
@@ -374,11 +421,14 @@ def loss_normalizer(
     max_length: int | None = None,
     total_tokens: Tensor | float | None = None,
 ) -> Tensor:
-    """The divisor of every row's loss, computed from masks alone, on the mask's device and without a sync. float32.
+    """The divisor of every row's loss, computed from masks alone, on the mask's device and without a sync.
+    float32.
 
-    - dapo, bnpo, cispo, reinforce (token mean): the number of unmasked rows, 0-d; ``total_tokens`` replaces it when the
+    - dapo, bnpo, cispo, reinforce (token mean): the number of unmasked rows, 0-d; ``total_tokens`` replaces
+    it when the
       optimizer step spans several micro-batches or ranks (dapo's definition; bnpo's is the local count).
-    - grpo, gspo, sapo (mean over sequences of their token means): rows of the sequence * num_sequences, [N]; needs
+    - grpo, gspo, sapo (mean over sequences of their token means): rows of the sequence * num_sequences, [N];
+    needs
       ``sequence`` [N] and ``num_sequences`` (of the whole step when it spans several micro-batches).
     - dr_grpo: num_sequences * max_length, 0-d.
 

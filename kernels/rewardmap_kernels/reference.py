@@ -1,11 +1,13 @@
 """Every operation in plain torch: the definition, the oracle of the tests, independent of the fused code.
 
-Written for reading, in any floating dtype (float64 for the oracle), differentiable by autograd, [N, V] materialised.
-Nothing here shares arithmetic with the fused paths: stop-gradients are ``detach``, sequences and groups are loops.
+Written for reading, in any floating dtype (float64 for the oracle), differentiable by autograd, [N, V]
+materialised. Nothing here shares arithmetic with the fused paths: stop-gradients are ``detach``, sequences
+and groups are loops.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +16,11 @@ from torch import Tensor
 from .policy_loss import CLIPPED, LOG_RATIO_BOUND, PolicyObjective
 
 
-def selective_log_softmax(logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
-    """logits [N, V], targets [N] -> logprobs [N] of the targets and entropy [N], nats, of softmax(logits / temperature)."""
+def selective_log_softmax(
+    logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """logits [N, V], targets [N] -> logprobs [N] of the targets and entropy [N], nats, of softmax(logits /
+    temperature)."""
     divisor = temperature[:, None] if isinstance(temperature, Tensor) else temperature
     log_probs = torch.log_softmax(logits / divisor, dim=-1)
     # A column at -inf has probability 0 and adds 0 to the entropy.
@@ -105,13 +110,14 @@ def group_advantage(
     baseline: str = "mean",
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """rewards [B] -> (advantages [B], mean [G], std [G], degenerate [G]); ``group_advantage.group_advantage`` documents it."""
+    """rewards [B] -> (advantages [B], mean [G], std [G], degenerate [G]); ``group_advantage.group_advantage``
+    documents it."""
     advantages = torch.zeros_like(rewards)
     groups = len(offsets) - 1
     mean, std = rewards.new_zeros(groups), rewards.new_zeros(groups)
     degenerate = torch.ones(groups, dtype=torch.bool)
     batch_std = rewards.std(correction=ddof) if len(rewards) > ddof else rewards.new_zeros(())
-    for g, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for g, (start, end) in enumerate(itertools.pairwise(offsets)):
         r = rewards[start:end]
         if len(r) == 0:
             continue

@@ -1,0 +1,72 @@
+"""The one place that joins an implementation of the row operations with the policy objective and the matrix
+products."""
+
+from __future__ import annotations
+
+import contextlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import torch_rows
+from ._checks import check_normalizer, check_rows, check_temperature
+from .dispatch import choose
+from .policy_loss import require_inputs
+
+
+def implementation(operation: str, tensor: Tensor) -> ModuleType:
+    """``triton_launch`` or ``torch_rows``, as ``dispatch`` decides."""
+    if choose(operation, tensor) == "torch":
+        return torch_rows
+    from . import triton_launch
+
+    return triton_launch
+
+
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Products choose their own precision: autocast must not narrow them."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def autocast_operand(tensor: Tensor) -> Tensor:
+    """The tensor as autocast would hand it to a matrix product."""
+    device = tensor.device.type
+    if tensor.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def check_policy_inputs(
+    inputs: dict[str, Any], mask: Tensor | None, temperature: Tensor | float, like: Tensor
+) -> None:
+    """Raise for what policy_loss would raise for, before the first product."""
+    n = like.shape[0]
+    for name in ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs"):
+        check_rows(name, inputs[name], like, n)
+    if inputs["advantages"] is None:
+        raise ValueError("advantages must be a [N] tensor, got None")
+    check_rows("sequence", inputs["sequence"], like, n, "int")
+    check_rows("loss_mask", mask, like, n, "mask")
+    check_normalizer(inputs["normalizer"], like, n)
+    check_temperature(temperature, like, n)
+    require_inputs(
+        inputs["objective"], entropy=True, ref_logprobs=inputs["ref_logprobs"],
+        rollout_logprobs=inputs["rollout_logprobs"], sequence=inputs["sequence"],
+    )  # fmt: skip
+
+
+def row_slice(value: Any, rows: slice) -> Any:
+    """The rows of a per-row tensor; anything else as it is."""
+    return value[rows] if isinstance(value, Tensor) and value.dim() else value
+
+
+def float16_scale(dtype: torch.dtype, normalizer: Tensor | float, like: Tensor) -> Tensor | None:
+    """A power of two near the normaliser (0-d), by which float16 gradients are kept from underflowing; None
+    otherwise."""
+    if dtype != torch.float16:
+        return None
+    smallest = torch.as_tensor(normalizer, dtype=torch.float32, device=like.device)
+    smallest = smallest.amin() if smallest.numel() else torch.ones((), device=like.device)
+    return torch.exp2(torch.floor(torch.log2(smallest.clamp(min=1.0))))

@@ -1,0 +1,141 @@
+"""Launches of the Triton row kernels. Same functions as ``torch_rows``; imported only where triton runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import triton_rows as kernels
+from .dispatch import launched
+from .policy_loss import CLIPPED, PolicyObjective
+from .torch_rows import FusedRows, RowStatistics
+
+BLOCK_BYTES = 16384
+"""Bytes of a row that a program holds at a time; 8 warps, 16 (float32) or 32 (16-bit) values per thread."""
+WARPS = 8
+
+
+def _block(logits: Tensor) -> int:
+    return min(triton.next_power_of_2(logits.shape[1]), BLOCK_BYTES // logits.element_size())
+
+
+def _per_row(values: Tensor | None, dummy: Tensor) -> Tensor:
+    if values is None:
+        return dummy
+    values = values.contiguous()
+    return values.view(torch.uint8) if values.dtype == torch.bool else values
+
+
+def _unit_stride(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _gradient_memory(logits: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """Where the gradient goes: new memory, the logits themselves, or the upper half of each wider row."""
+    if not in_place:
+        return torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    if dtype == logits.dtype:
+        return logits
+    if logits.element_size() != 2 * dtype.itemsize or not logits.is_contiguous():
+        raise ValueError(
+            f"a {dtype} gradient does not fit over {logits.dtype} logits of strides {logits.stride()}"
+        )
+    return logits.view(dtype)[:, logits.shape[1] :]
+
+
+def _one(scale: Tensor | None, like: Tensor) -> Tensor:
+    return torch.ones((), dtype=torch.float32, device=like.device) if scale is None else scale
+
+
+def statistics(
+    operation: str, logits: Tensor, targets: Tensor, temperature: Tensor | float, keep: Tensor | None
+) -> RowStatistics:
+    """See ``torch_rows.statistics``. The log-sum-exp is in base 2."""
+    logits = _unit_stride(logits)
+    n = logits.shape[0]
+    lse2, logprobs, entropy = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3))
+    per_row = isinstance(temperature, Tensor)
+    launched(operation, "statistics_kernel")
+    if n:
+        kernels.statistics_kernel[(n,)](
+            logits, logits.stride(0), targets.contiguous(),
+            _per_row(temperature if isinstance(temperature, Tensor) else None, lse2), _per_row(keep, lse2),
+            lse2, logprobs, entropy, logits.shape[1], 1.0 if per_row else float(temperature), HAS_MASK=keep is
+            not None, HAS_TEMPERATURE=per_row, BLOCK=_block(logits), num_warps=WARPS,
+        )  # fmt: skip
+    return RowStatistics(lse2, logprobs, entropy)
+
+
+def gradient(
+    operation: str, logits: Tensor, targets: Tensor, temperature: Tensor | float, rows: RowStatistics,
+    d_logprob: Tensor, d_entropy: Tensor, scale: Tensor | None, dtype: torch.dtype, in_place: bool,
+) -> Tensor:  # fmt: skip
+    """See ``torch_rows.gradient``."""
+    logits = _unit_stride(logits)
+    out = _gradient_memory(logits, dtype, in_place)
+    n = logits.shape[0]
+    per_row = isinstance(temperature, Tensor)
+    launched(operation, "gradient_kernel")
+    if n:
+        kernels.gradient_kernel[(n,)](
+            logits, logits.stride(0), out, out.stride(0), targets.contiguous(),
+            _per_row(temperature if isinstance(temperature, Tensor) else None, rows.lse), _one(scale, logits),
+            rows.lse, rows.entropy, d_logprob.contiguous(), d_entropy.contiguous(), logits.shape[1],
+            1.0 if per_row else float(temperature), HAS_TEMPERATURE=per_row, IN_PLACE=in_place,
+            BLOCK=_block(logits), num_warps=WARPS,
+        )  # fmt: skip
+    return out
+
+
+def fused(
+    operation: str, logits: Tensor, targets: Tensor, temperature: Tensor | float, keep: Tensor | None,
+    inputs: dict[str, Any], scale: Tensor | None, dtype: torch.dtype, in_place: bool,
+) -> FusedRows:  # fmt: skip
+    """See ``torch_rows.fused``: one launch."""
+    objective: PolicyObjective = inputs["objective"]
+    assert not objective.needs_sequence
+    logits = _unit_stride(logits)
+    out = _gradient_memory(logits, dtype, in_place)
+    n = logits.shape[0]
+    logprobs, entropy, d_logprob = (
+        torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3)
+    )
+    normalizer = inputs["normalizer"]
+    if not isinstance(normalizer, Tensor):
+        normalizer = torch.full((), float(normalizer), dtype=torch.float32, device=logits.device)
+    normalizer = normalizer.to(logits.device)
+    per_row = isinstance(temperature, Tensor)
+    launched(operation, "policy_row_kernel")
+    if n:
+        kernels.policy_row_kernel[(n,)](
+            logits, logits.stride(0), out, out.stride(0), targets.contiguous(),
+            _per_row(temperature if isinstance(temperature, Tensor) else None, logprobs), _per_row(keep,
+            logprobs), _per_row(inputs["advantages"], logprobs), _per_row(inputs["old_logprobs"], logprobs),
+            _per_row(inputs["ref_logprobs"], logprobs), _per_row(inputs["rollout_logprobs"], logprobs),
+            normalizer.contiguous(), normalizer.dim(), _one(scale, logits), logprobs, entropy, d_logprob,
+            logits.shape[1], 1.0 if per_row else float(temperature), 1.0 - objective.clip_eps_low,
+            1.0 + objective.clip_eps_high, objective.dual_clip or 0.0, objective.delta or 0.0,
+            objective.kl_coef, objective.entropy_coef, objective.importance_min, objective.importance_max,
+            objective.sapo_temperature_pos, objective.sapo_temperature_neg,
+            OBJECTIVE="clipped" if objective.name in CLIPPED else objective.name,
+            DUAL_CLIP=objective.dual_clip is not None, DELTA=objective.delta is not None,
+            KL=objective.kl_estimator if objective.kl_coef else "none",
+            IMPORTANCE=objective.importance_correction, ENTROPY=objective.entropy_coef != 0.0,
+            HAS_OLD=inputs["old_logprobs"] is not None, HAS_MASK=keep is not None, HAS_TEMPERATURE=per_row,
+            IN_PLACE=in_place, BLOCK=_block(logits), num_warps=WARPS,
+        )  # fmt: skip
+    return FusedRows(logprobs, entropy, d_logprob, out)
+
+
+def scale_(operation: str, values: Tensor, scale: Tensor) -> Tensor:
+    """values [N, V] *= scale (0-d) in place; costs no pass when the scale is 1."""
+    n, columns = values.shape
+    launched(operation, "scale_kernel")
+    if n:
+        kernels.scale_kernel[(n,)](
+            values, values.stride(0), columns, scale, BLOCK=_block(values), num_warps=WARPS
+        )
+    return values

@@ -1,0 +1,262 @@
+"""The Triton kernels on the CPU: run by ``test_kernels_interpreted.py`` in a process with TRITON_INTERPRET=1.
+
+float32 and float16 only: the interpreter is silently wrong in bfloat16. Blocks are made tiny so that rows
+span several.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rewardmap_kernels import (
+    PolicyObjective,
+    last_path,
+    linear_logprobs,
+    linear_policy_loss,
+    logits_policy_loss,
+    policy_loss,
+    reference,
+    selective_log_softmax,
+    triton_launch,
+    use_implementation,
+)
+from rewardmap_kernels.dispatch import choose
+
+sys.path.append(str(Path(__file__).parent))
+import kernels_cases as cases
+
+N, V, H = 9, 77, 16
+TOKEN_LEVEL = [o for o in cases.OBJECTIVES if not o.needs_sequence]
+SEQUENCE_LEVEL = [o for o in cases.OBJECTIVES if o.needs_sequence]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(triton_launch, "BLOCK_BYTES", 128)
+    with use_implementation("triton"):
+        yield
+
+
+def float64(rows: dict[str, Any]) -> dict[str, Any]:
+    return {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in rows.items()}
+
+
+def around(current: Tensor, rows: dict[str, Any]) -> dict[str, Any]:
+    """The same rows with log-ratios of about 0.15 to the policy's own log-probabilities."""
+    names = ("old_logprobs", "ref_logprobs", "rollout_logprobs")
+    return {**rows, **{name: current.detach() + 0.3 * (rows[name] + 1.5) for name in names}}
+
+
+def tensors(dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(5)
+    hidden = (torch.randn(N, H, generator=g) * scale).to(dtype).requires_grad_()
+    weight = torch.randn(V, H, generator=g).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(0, V, (N,), generator=g)
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    return float((got.detach().double() - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+def exact_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: Any,
+    objective: PolicyObjective,
+    rows: dict[str, Any],
+) -> tuple[Tensor, Tensor, Tensor]:
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    divisor = temperature.double() if isinstance(temperature, Tensor) else temperature
+    logprobs, entropy = reference.linear_logprobs(h, w, targets, divisor)
+    loss = reference.policy_row_loss(logprobs, entropy=entropy, objective=objective, **float64(rows)).sum()
+    return loss.detach(), *torch.autograd.grad(loss, (h, w))
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("objective", cases.OBJECTIVES, ids=cases.objective_id)
+def test_linear_policy_loss(objective: PolicyObjective, on_policy: bool) -> None:
+    hidden, weight, targets = tensors(torch.float32)
+    rows = cases.row_inputs(N, dtype=torch.float32)
+    temperature: Any = torch.linspace(0.6, 1.5, N) if on_policy else 0.8
+    rows = around(reference.linear_logprobs(hidden, weight, targets, temperature)[0], rows)
+    if on_policy:
+        rows["old_logprobs"] = None
+    loss, d_hidden, d_weight = exact_loss(hidden, weight, targets, temperature, objective, rows)
+    got = linear_policy_loss(
+        hidden, weight, targets, objective=objective, temperature=temperature, chunk_rows=5, **rows
+    )
+    kernel = ("statistics_kernel", "gradient_kernel") if objective.needs_sequence else ("policy_row_kernel",)
+    assert last_path("linear_policy_loss") == ("triton", kernel)
+    grads = torch.autograd.grad(got.loss, (hidden, weight))
+    torch.testing.assert_close(got.loss.double(), loss, rtol=2e-5, atol=1e-6)
+    assert error(grads[0], d_hidden) < 3e-6 and error(grads[1], d_weight) < 3e-6
+
+
+@pytest.mark.parametrize("objective", TOKEN_LEVEL, ids=cases.objective_id)
+def test_the_coefficient_is_policy_loss_s(objective: PolicyObjective) -> None:
+    n = 40
+    g = torch.Generator().manual_seed(2)
+    logits, targets = torch.randn(n, 9, generator=g) * 2, torch.randint(0, 9, (n,), generator=g)
+    rows = cases.row_inputs(n, dtype=torch.float32)
+    current = reference.selective_log_softmax(logits, targets)[0]
+    rows = around(current, rows)
+    rows["old_logprobs"][:4] += torch.tensor([30.0, -30.0, 30.0, -30.0])
+    mask = rows.pop("loss_mask")
+    inputs = {"objective": objective, "num_sequences": None, **rows}
+    choose("logits_policy_loss", logits)
+    for old in (rows["old_logprobs"], None):
+        inputs["old_logprobs"] = old
+        done = triton_launch.fused(
+            "logits_policy_loss", logits, targets, 1.0, mask, inputs, None, torch.float32, False
+        )
+        wanted = policy_loss(done.logprobs, entropy=done.entropy, loss_mask=mask, **inputs)
+        torch.testing.assert_close(done.d_logprob, wanted.d_logprob, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("objective", [TOKEN_LEVEL[5], SEQUENCE_LEVEL[0]], ids=cases.objective_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_logits_policy_loss_in_place_and_not(objective: PolicyObjective, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(1)
+    wide = (torch.randn(N, V + 5, generator=g) * 3).to(dtype)
+    logits, targets = wide[:, 2 : V + 2], torch.randint(0, V, (N,), generator=g)
+    z = logits.double().requires_grad_()
+    logprobs, entropy = reference.selective_log_softmax(z, targets, 0.9)
+    rows = around(logprobs.float(), cases.row_inputs(N, dtype=torch.float32))
+    loss = reference.policy_row_loss(logprobs, entropy=entropy, objective=objective, **float64(rows)).sum()
+    (exact,) = torch.autograd.grad(loss, z)
+    off = ~rows["loss_mask"]
+    for inplace in (False, True):
+        leaf = logits.detach().clone().requires_grad_() if not inplace else wide.clone().requires_grad_()
+        source = leaf * 1.0 if inplace else leaf
+        view = source[:, 2 : V + 2] if inplace else source
+        got = logits_policy_loss(view, targets, objective=objective, temperature=0.9, inplace=inplace, **rows)
+        (grad,) = torch.autograd.grad(got.loss * 0.5, leaf)
+        grad = grad[:, 2 : V + 2] if inplace else grad
+        assert "scale_kernel" in last_path("logits_policy_loss")[1]  # type: ignore[index]
+        torch.testing.assert_close(got.loss.double(), loss.detach(), rtol=1e-4, atol=1e-6)
+        assert error(grad, 0.5 * exact) < (2e-3 if dtype == torch.float16 else 2e-6)
+        assert (grad[off] == 0).all()
+
+
+def test_float16_heads_write_the_gradient_over_the_logits() -> None:
+    """No worse than twice torch eager's own float16 error, for every tensor."""
+    hidden, weight, targets = tensors(torch.float16)
+    rows = cases.row_inputs(N, dtype=torch.float32)
+    rows["normalizer"] = 20000.0  # without scaling, float16 gradients would underflow
+    objective = PolicyObjective("dapo", entropy_coef=0.05)
+    loss, d_hidden, d_weight = exact_loss(hidden, weight, targets, 1.0, objective, rows)
+    logits = hidden @ weight.t()
+    logprobs, entropy = reference.selective_log_softmax(logits.float(), targets)
+    eager = reference.policy_row_loss(
+        logprobs, entropy=entropy, objective=objective, **{**rows, "normalizer": 1.0}
+    ).sum()
+    eager_grads = torch.autograd.grad(eager, (hidden, weight))
+    got = linear_policy_loss(hidden, weight, targets, objective=objective, chunk_rows=6, **rows)
+    grads = torch.autograd.grad(got.loss * 20000, (hidden, weight))
+    assert last_path("linear_policy_loss") == ("triton", ("policy_row_kernel",))
+    assert error(got.loss, loss) <= 2 * error(eager / 20000, loss) + 1e-6
+    for mine, theirs, exact in zip(grads, eager_grads, (d_hidden * 20000, d_weight * 20000), strict=True):
+        assert mine.dtype == torch.float16
+        assert error(mine, exact) <= 2 * error(theirs, exact) + 1e-6
+
+
+@pytest.mark.parametrize("kind", ["flat", "peaked", "high", "low", "ties", "missing columns"])
+def test_extreme_logits(kind: str) -> None:
+    g = torch.Generator().manual_seed(7)
+    logits = torch.randn(N, V, generator=g)
+    targets = torch.randint(0, V, (N,), generator=g)
+    if kind == "flat":
+        logits = logits * 1e-4
+    elif kind == "peaked":
+        logits[torch.arange(N), targets] = 80.0
+    elif kind == "high":
+        logits = logits + 80.0
+    elif kind == "low":
+        logits = logits - 50.0
+    elif kind == "ties":
+        logits = torch.zeros(N, V)
+    else:
+        logits[:, 40:] = float("-inf")  # a whole block of columns outside the vocabulary
+        logits[:, :32] = float("-inf")
+        targets = targets % 8 + 32
+    z = logits.double().requires_grad_()
+    exact = reference.selective_log_softmax(z, targets, 0.7)
+    a, b = torch.randn(N, generator=g), torch.randn(N, generator=g)
+    (wanted,) = torch.autograd.grad((a * exact[0] + b * exact[1]).sum(), z)
+    logits.requires_grad_()
+    got = selective_log_softmax(logits, targets, 0.7)
+    assert last_path("selective_log_softmax") == ("triton", ("statistics_kernel",))
+    (grad,) = torch.autograd.grad((a * got[0] + b * got[1]).sum(), logits)
+    for mine, theirs in zip(got, exact, strict=True):
+        torch.testing.assert_close(mine.double(), theirs.detach(), rtol=1e-5, atol=2e-6)
+    wanted = torch.nan_to_num(wanted)  # autograd of the definition is 0 * inf where a column is -inf
+    torch.testing.assert_close(grad.double(), wanted, rtol=1e-4, atol=2e-6)
+
+
+def test_masked_rows_are_exactly_zero_and_others_do_not_see_them() -> None:
+    hidden, weight, targets = tensors(torch.float32)
+    rows = cases.row_inputs(N, dtype=torch.float32)
+    off = ~rows["loss_mask"]
+    bad = {
+        k: torch.where(off, float("nan"), v) if k not in ("sequence", "loss_mask") else v
+        for k, v in rows.items()
+    }
+    poisoned = torch.where(off[:, None], float("inf"), hidden.detach()).requires_grad_()
+    for objective in (TOKEN_LEVEL[5], SEQUENCE_LEVEL[0]):
+        clean = linear_policy_loss(hidden, weight, targets, objective=objective, chunk_rows=5, **rows)
+        got = linear_policy_loss(poisoned, weight, targets, objective=objective, chunk_rows=5, **bad)
+        assert torch.equal(clean.loss, got.loss) and torch.equal(clean.logprobs, got.logprobs)
+        mine, theirs = (
+            torch.autograd.grad(out.loss, (h, weight)) for out, h in ((got, poisoned), (clean, hidden))
+        )
+        assert (
+            torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1]) and (mine[0][off] == 0).all()
+        )
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_linear_logprobs(entropy_gradient: bool, trainable: bool) -> None:
+    hidden, weight, targets = tensors(torch.float32)
+    weight.requires_grad_(trainable)
+    h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    exact = reference.linear_logprobs(h, w, targets, 0.8)
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(N, generator=g), torch.randn(N, generator=g) * entropy_gradient
+    wanted = torch.autograd.grad((a * exact[0] + b * exact[1]).sum(), (h, w))
+    live = (hidden, weight) if trainable else (hidden,)
+    for keep_bytes in (1 << 30, 0):
+        got = linear_logprobs(
+            hidden, weight, targets, temperature=0.8, entropy_gradient=entropy_gradient, chunk_rows=4,
+            keep_bytes=keep_bytes,
+        )  # fmt: skip
+        assert last_path("linear_logprobs")[0] == "triton"  # type: ignore[index]
+        assert got[1].requires_grad == entropy_gradient
+        grads = torch.autograd.grad((a * got[0] + b * got[1]).sum(), live)
+        for mine, theirs in zip((*got, *grads), (*exact, *wanted), strict=False):
+            assert error(mine.detach(), theirs.detach()) < 3e-6
+
+
+def test_runs_are_bitwise_equal_and_no_rows_is_fine() -> None:
+    hidden, weight, targets = tensors(torch.float32)
+    rows = cases.row_inputs(N, dtype=torch.float32)
+    outs = [linear_policy_loss(hidden, weight, targets, objective=TOKEN_LEVEL[5], **rows) for _ in range(2)]
+    grads = [torch.autograd.grad(out.loss, (hidden, weight)) for out in outs]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    empty = {k: v[:0] if isinstance(v, Tensor) else v for k, v in rows.items()}
+    out = linear_policy_loss(hidden[:0], weight, targets[:0], objective=TOKEN_LEVEL[5], **empty)
+    assert out.loss == 0 and (torch.autograd.grad(out.loss, weight)[0] == 0).all()
+
+
+def test_float64_refuses_rather_than_falls_back() -> None:
+    logits = torch.zeros(2, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"selective_log_softmax cannot run by triton: torch.float64"):
+        selective_log_softmax(logits, torch.zeros(2, dtype=torch.long))
