@@ -38,12 +38,17 @@ _LINE = re.compile(r"Route Name: (.*?)\n")
 _DEPARTURE = re.compile(r"Departure Stop: (.*?)\n")
 _LABELS = ("Route Name:", "Departure Stop:", "Arrival Stop:")
 _LOWER_LABELS = tuple(label.lower() for label in _LABELS)
-_PHRASES = ("the final answer is", "the answer is", "the correct answer is", "the answer should be")
+PHRASES = tuple(
+    spelling
+    for phrase in ("the final answer is", "the answer is", "the correct answer is", "the answer should be")
+    for spelling in (phrase, phrase.replace("the", "The"))
+)
+"""What announces an answer outside a box, in the order in which they are looked for."""
 
 # The reference's LaTeX tidy, in its order. Rewrites to \frac, \sqrt, \infty and pmatrix are left out: what
 # they produce or keep can never equal an accepted answer (yes, no, a letter, an integer), and no later step
 # removes it.
-_LATEX_REWRITES = (
+LATEX_REWRITES = (
     (" ", ""),
     ("\\,", ""),
     ("\\\\", "\\"),
@@ -134,12 +139,11 @@ def split_legs(response: str) -> tuple[list[Leg], bool]:
 def extract_answer(response: str) -> str:
     """The short answer of a TorF or Counting response, lower-cased and stripped of LaTeX."""
     if "oxed{" not in response:
-        for phrase in _PHRASES:
-            for spelling in (phrase, phrase.replace("the", "The")):
-                if spelling in response:
-                    response = response.rsplit(spelling, 1)[1].strip().split("\n", 1)[0].split(". ", 1)[0]
-                else:
-                    response = response.strip()
+        for phrase in PHRASES:
+            if phrase in response:
+                response = response.rsplit(phrase, 1)[1].strip().split("\n", 1)[0].split(". ", 1)[0]
+            else:
+                response = response.strip()
     elif response.count("oxed{") > 1:
         response = "\\boxed{" + response.rsplit("oxed{", 1)[1]
     return _tidy(response).rstrip(".").lstrip(":").strip()
@@ -154,7 +158,7 @@ def _tidy(text: str) -> str:
     if closing != -1 and (opening == -1 or closing < opening):
         text = text[:closing]
     text = text.rsplit("=", 1)[-1].rsplit("\\approx", 1)[-1]
-    for old, new in _LATEX_REWRITES:
+    for old, new in LATEX_REWRITES:
         text = text.replace(old, new)
     if text.startswith("."):
         text = "0" + text

@@ -10,12 +10,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rewardmap.rewards.parse import clean, clean_network
-from rewardmap.rewards.score import CORRECTNESS, CleanLines, Outcome, score_reference
+from rewardmap.rewards.batch import score_texts
+from rewardmap.rewards.compiled import HAND_BACK, Results
+from rewardmap.rewards.intern import Names
+from rewardmap.rewards.parse import clean
+from rewardmap.rewards.score import score_paper, score_reference
 from rewardmap.types import KINDS, LEVELS, DataError, MetroData, Problem
 
 Mode = Literal["reference", "paper", "graph"]
-MODES: tuple[Mode, ...] = ("reference",)
+MODES: tuple[Mode, ...] = ("reference", "paper")
 PUBLISHED_MAP_WEIGHTS = {"easy": 1.0, "middle": 1.2, "hard": 1.5}
 
 
@@ -41,7 +44,8 @@ class RewardBatch:
 
 @dataclass(frozen=True)
 class Rubric:
-    """How answers become rewards: R = W (10 correct + alpha detail), from arXiv 2510.02240.
+    """How answers become rewards: R = W (format + correctness + alpha detail), from arXiv 2510.02240, section
+    4.2.
 
     Example:
         batch = Rubric(weight_on="advantage").score(problems, responses, networks)
@@ -49,7 +53,8 @@ class Rubric:
     """
 
     mode: Mode = "reference"
-    """``reference``: the published code, bugs included."""
+    """``reference``: the published code, bugs included. ``paper``: Algorithm 1 and a format term, as
+    printed."""
     weight_on: Literal["reward", "advantage"] = "reward"
     """``reward``: as published; division by the group's standard deviation cancels it, since W is the same
     for all answers to one problem. ``advantage``: applied after normalisation, where it acts."""
@@ -59,15 +64,22 @@ class Rubric:
     """Added to W for planning questions that need a transfer."""
     alpha: float = 0.5
     """Weight of detail."""
-    _lines: dict[str, tuple[MetroData, CleanLines]] = field(
-        default_factory=dict, init=False, repr=False, compare=False, hash=False
-    )
+    correct_reward: float = 10.0
+    """What a right answer earns. The paper does not state it; 10 is the published code's."""
+    format_reward: float = 1.0
+    """``paper`` mode: what an answer of the asked form earns. The paper does not state it; the code has
+    none."""
+    threads: int = 1
+    """Threads that score a batch."""
+    _names: Names = field(default_factory=Names, init=False, repr=False, compare=False, hash=False)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode {self.mode!r}: choose one of {', '.join(MODES)}")
         if self.weight_on not in ("reward", "advantage"):
             raise ValueError(f"weight_on {self.weight_on!r}: choose 'reward' or 'advantage'")
+        if self.threads < 1:
+            raise ValueError(f"threads {self.threads}: at least 1")
         if set(self.map_weights) != set(LEVELS):
             raise ValueError(
                 f"map_weights {dict(self.map_weights)}: give one weight each for {', '.join(LEVELS)}"
@@ -90,14 +102,11 @@ class Rubric:
         """
         if len(problems) != len(responses):
             raise ValueError(f"{len(problems)} problems but {len(responses)} responses: give one each")
-        outcomes = []
-        weights = np.empty(len(problems))
-        for i, (problem, response) in enumerate(zip(problems, responses, strict=True)):
+        asked, distinct = distinct_problems(problems)
+        for problem in distinct:
             check_problem(problem)
-            lines = self._clean_lines(problem, networks)
-            weights[i] = self.weight(problem)
-            outcomes.append(self._outcome(problem, response, lines))
-        return self._batch(outcomes, weights)
+        weights = np.array([self.weight(problem) for problem in distinct], dtype=np.float64)[asked]
+        return self._batch(self._results(asked, distinct, responses, networks), weights)
 
     def weight(self, problem: Problem) -> float:
         """W = W_map + W_question of a problem."""
@@ -105,50 +114,62 @@ class Rubric:
         transfers = problem.kind == "planning" and problem.transfers_required > 0
         return weight + self.transfer_weight if transfers else weight
 
-    def _outcome(self, problem: Problem, response: str, lines: CleanLines) -> Outcome:
-        return score_reference(
-            problem.kind,
-            response,
-            problem.answer,
-            clean(problem.station_1),
-            clean(problem.station_2),
-            problem.transfers_required,
-            lines,
-        )
+    def _results(
+        self,
+        asked: NDArray[np.int64],
+        distinct: Sequence[Problem],
+        responses: Sequence[str],
+        networks: Mapping[str, MetroData],
+    ) -> Results:
+        numbers = [self._names.number(problem, networks) for problem in distinct]
+        questions = self._names.questions(distinct, numbers)
+        bank = self._names.bank()
+        paper = self.mode == "paper"
+        results = score_texts(responses, asked, questions, bank, paper=paper, threads=self.threads)
+        plain = score_paper if paper else score_reference
+        for row in np.flatnonzero(results.failure == HAND_BACK).tolist():
+            problem = distinct[asked[row]]
+            outcome = plain(
+                problem.kind,
+                responses[row],
+                problem.answer,
+                clean(problem.station_1),
+                clean(problem.station_2),
+                problem.transfers_required,
+                self._names.lines(numbers[asked[row]]),
+            )
+            results.correct[row], results.detail[row] = outcome.correct, outcome.detail
+            results.format_valid[row], results.failure[row] = outcome.format_valid, outcome.failure
+        return results
 
-    def _batch(self, outcomes: Sequence[Outcome], weights: NDArray[np.float64]) -> RewardBatch:
-        correct = np.array([outcome.correct for outcome in outcomes], dtype=np.bool_)
-        detail = np.array([outcome.detail for outcome in outcomes], dtype=np.float64)
-        score = CORRECTNESS * correct + self.alpha * detail
-        ones = np.ones_like(weights)
+    def _batch(self, results: Results, weights: NDArray[np.float64]) -> RewardBatch:
+        # In the order of the published code, so that equal means equal to the last bit.
+        score = self.correct_reward * results.correct + self.alpha * results.detail
+        if self.mode == "paper":
+            score = self.format_reward * results.format_valid + score
+        on_reward = self.weight_on == "reward"
         return RewardBatch(
-            score=score * weights if self.weight_on == "reward" else score,
-            correct=correct,
-            detail=detail,
+            score=score * weights if on_reward else score,
+            correct=results.correct,
+            detail=results.detail,
             weight=weights,
-            format_valid=np.array([outcome.format_valid for outcome in outcomes], dtype=np.bool_),
-            failure=np.array([outcome.failure for outcome in outcomes], dtype=np.int8),
-            advantage_weight=weights if self.weight_on == "advantage" else ones,
+            format_valid=results.format_valid,
+            failure=results.failure,
+            advantage_weight=np.ones_like(weights) if on_reward else weights,
         )
 
-    def _clean_lines(self, problem: Problem, networks: Mapping[str, MetroData]) -> CleanLines:
-        metro = network_of(problem, networks)
-        cached = self._lines.get(problem.network_id)
-        if cached is None or cached[0] is not metro:
-            cached = (metro, clean_network(problem.network_id, metro))
-            self._lines[problem.network_id] = cached
-        return cached[1]
 
-
-def network_of(problem: Problem, networks: Mapping[str, MetroData]) -> MetroData:
-    """The problem's stations file. Raises DataError where it is missing."""
-    metro = networks.get(problem.network_id)
-    if metro is None:
-        raise DataError(
-            f"row {problem.uid!r}, field 'network_id': no network {problem.network_id!r} among the "
-            f"{len(networks)} given; load its stations file"
-        )
-    return metro
+def distinct_problems(problems: Sequence[Problem]) -> tuple[NDArray[np.int64], list[Problem]]:
+    """([n] which distinct problem each row asks, the distinct problem objects)."""
+    number: dict[int, int] = {}
+    distinct: list[Problem] = []
+    asked = []
+    for problem in problems:
+        at = number.setdefault(id(problem), len(distinct))
+        if at == len(distinct):
+            distinct.append(problem)
+        asked.append(at)
+    return np.array(asked, dtype=np.int64), distinct
 
 
 def check_problem(problem: Problem) -> None:

@@ -31,7 +31,6 @@ about routes, in the order in which they are looked for; the last three exist in
 FAILURE_CODE = {name: code for code, name in enumerate(FAILURES)}
 
 CHOICES = {"a": 0, "b": 1, "c": 2, "d": 3}
-CORRECTNESS = 10.0
 DETAIL_CAP = 10.0
 
 CleanLines = Mapping[str, frozenset[str]]
@@ -154,3 +153,44 @@ def line_key(line: str) -> str:
     if "八通" in line:
         return "Line 1"
     return "Line 4" if "大兴" in line else line
+
+
+def score_paper(
+    kind: str,
+    response: str,
+    answer: object,
+    station_1: str,
+    station_2: str,
+    transfers_required: int,
+    lines: CleanLines,
+) -> Outcome:
+    """As ``score_reference``, but with detail as Algorithm 1 of arXiv 2510.02240 prints it."""
+    outcome = score_reference(kind, response, answer, station_1, station_2, transfers_required, lines)
+    if kind != "planning":
+        return outcome
+    legs = [leg for leg in split_legs(response)[0] if leg.exact_labels]
+    return outcome._replace(detail=paper_detail(legs, station_1, station_2, transfers_required, lines))
+
+
+def paper_detail(legs: Sequence[Leg], start: str, goal: str, required: int, lines: CleanLines) -> float:
+    """Algorithm 1, literally; at most 10, no floor.
+
+    2 for either right endpoint; 4 for the first leg's line ("name correct" read as: it is on the map); 1 for
+    each leg that holds its stops and joins the next; 5 off for each leg entered after more transfers than
+    required.
+    """
+    if not legs:
+        return 0.0
+    score = 2.0 if legs[0].departure == start or legs[-1].arrival == goal else 0.0
+    for i, leg in enumerate(legs):
+        if i > required:
+            score -= 5.0
+        stops = lines.get(line_key(leg.line))
+        if stops is None:
+            continue
+        if i == 0:
+            score += 4.0
+        joined = i + 1 < len(legs) and leg.arrival == legs[i + 1].departure
+        if joined and leg.departure in stops and leg.arrival in stops:
+            score += 1.0
+    return min(score, DETAIL_CAP)

@@ -1,0 +1,384 @@
+"""The published reward over UTF-8 bytes, compiled by Numba: text in, numbers out, no interpreter in the loop.
+
+Equal to ``score.score_reference`` (and ``score.score_paper``) on every input. The few answers that need more
+of Unicode than a table can give come back as ``HAND_BACK`` and are scored there.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rewardmap.rewards.compiled_text import (
+    ABSENT,
+    ALIAS_1,
+    ALIAS_4,
+    ARRIVAL,
+    BOXED,
+    BY_HAND,
+    DEPARTURE,
+    MISS,
+    NEWLINE,
+    OFFSETS,
+    PLANNING,
+    RIGHT,
+    ROUTE,
+    TEXT,
+    TRUE_FALSE,
+    UNSURE,
+    ZERO,
+    clean,
+    extract,
+    find,
+    rfind,
+    short,
+    strip,
+)
+from rewardmap.rewards.jit import entry, helper
+
+HAND_BACK = -1
+"""In place of a failure code: this answer is the plain code's."""
+LINE, CLEAN_NAME, RAW_NAME = range(3)
+"""Sorts of interned names; a name's space is ``3 * network + sort``."""
+LINE_1, LINE_4, MISSING_LINE, MISSING_STOP, STOPS, MEMBERS_AT = range(6)
+"""Columns of ``Bank.about``: the lines that the two aliases mean, the line and stop that an unreadable leg
+names (-1: none), the number of stops, and where the network's part of ``Bank.members`` begins."""
+
+_NONE, _NO_ANSWER, _BAD_FORMAT, _WRONG, _ENDPOINT, _UNKNOWN_LINE, _NOT_ON_LINE, _BROKEN = range(8)
+
+
+class Bank(NamedTuple):
+    """The interned names of every network."""
+
+    text: NDArray[np.uint8]
+    """All names' bytes, end to end."""
+    table: NDArray[np.int64]
+    """[power of two, 4] open addressing by name: space (-1 is empty), first and last byte in ``text``, value.
+    The value is the number of the line, or of the cleaned stop, within its network; -1: no stop of the
+    network."""
+    about: NDArray[np.int64]
+    """[networks, 6] see ``LINE_1``."""
+    members: NDArray[np.bool_]
+    """Per network a table [lines, stops]: is the stop on the line."""
+    lower: NDArray[np.int32]
+    """[code points] what to add for lower case, or ``NOT_SIMPLE``."""
+
+
+class Questions(NamedTuple):
+    """Problems as columns. ``start`` and ``goal`` are stops by number, -1 for kinds other than planning."""
+
+    kind: NDArray[np.int64]
+    network: NDArray[np.int64]
+    start: NDArray[np.int64]
+    goal: NDArray[np.int64]
+    required: NDArray[np.int64]
+    gold: NDArray[np.int64]
+
+
+class Results(NamedTuple):
+    """Filled by ``score_rows``, one value per answer."""
+
+    correct: NDArray[np.bool_]
+    detail: NDArray[np.float64]
+    format_valid: NDArray[np.bool_]
+    failure: NDArray[np.int8]
+
+
+@helper
+def _hash(buf, start, end, space):  # type: ignore[no-untyped-def]
+    """FNV-1a, 64 bits."""
+    h = np.uint64(0xCBF29CE484222325) ^ np.uint64(space)
+    prime = np.uint64(0x100000001B3)
+    for i in range(start, end):
+        h = (h ^ np.uint64(buf[i])) * prime
+    return np.int64((h ^ (h >> np.uint64(29))) >> np.uint64(1))
+
+
+@entry
+def fill_table(text, names, table):  # type: ignore[no-untyped-def]
+    """Enter the rows of ``names`` [names, 4] into an empty ``Bank.table``."""
+    mask = len(table) - 1
+    for name in range(len(names)):
+        at = _hash(text, names[name, 1], names[name, 2], names[name, 0]) & mask
+        while table[at, 0] >= 0:
+            at = (at + 1) & mask
+        for k in range(4):
+            table[at, k] = names[name, k]
+
+
+@helper
+def _lookup(text, table, space, buf, start, end):  # type: ignore[no-untyped-def]
+    size = end - start
+    mask = len(table) - 1
+    at = _hash(buf, start, end, space) & mask
+    while table[at, 0] >= 0:
+        low = table[at, 1]
+        if table[at, 0] == space and table[at, 2] - low == size:
+            k = 0
+            while k < size and text[low + k] == buf[start + k]:
+                k += 1
+            if k == size:
+                return table[at, 3]
+        at = (at + 1) & mask
+    return MISS
+
+
+@helper
+def _cleaned_stop(text, table, lower, space, data, start, end, buf, spare):  # type: ignore[no-untyped-def]
+    """(number of the stop, or -1, or UNSURE; whether any text is left of the name) after two cleanings."""
+    n = end - start
+    for i in range(n):
+        buf[i] = data[start + i]
+    n = clean(buf, n, spare, lower)
+    if n >= 0:
+        n = clean(buf, n, spare, lower)
+    if n < 0:
+        return UNSURE, True
+    return max(_lookup(text, table, space, buf, ZERO, n), ABSENT), n > 0
+
+
+@helper
+def _stop(bank, network, data, start, end, buf, spare):  # type: ignore[no-untyped-def]
+    """As ``_cleaned_stop``, which only names that are not spelled as in the network need."""
+    known = _lookup(bank.text, bank.table, 3 * network + RAW_NAME, data, start, end)
+    if known != MISS:
+        return known, True
+    space = 3 * network + CLEAN_NAME
+    return _cleaned_stop(bank.text, bank.table, bank.lower, space, data, start, end, buf, spare)
+
+
+@helper
+def _line(bank, network, data, start, end):  # type: ignore[no-untyped-def]
+    """Number of the line that data[start:end] names, aliases included; -1 if none."""
+    known = _lookup(bank.text, bank.table, 3 * network + LINE, data, start, end)
+    if known != MISS:
+        return known
+    if find(data, start, end, ALIAS_1) >= 0:
+        return bank.about[network, LINE_1]
+    if find(data, start, end, ALIAS_4) >= 0:
+        return bank.about[network, LINE_4]
+    return -1
+
+
+@helper
+def _label(data, low, colon, label):  # type: ignore[no-untyped-def]
+    """How ``label`` (without its colon) stands before the colon: 0 not at all, 1 in another case, 2
+    exactly."""
+    at = OFFSETS[label]
+    size = OFFSETS[label + 1] - at
+    start = colon - size
+    if start < low:
+        return 0
+    found = 2
+    for k in range(size):
+        have, want = data[start + k], TEXT[at + k]
+        if have != want:
+            if want == 0x20 or have | 0x20 != want | 0x20:
+                return 0
+            found = 1
+    return found
+
+
+@helper
+def _route(data, start, end, network, bank, legs, buf, spare):  # type: ignore[no-untyped-def]
+    """Read the legs of data[start:end] into ``legs`` [legs, 4]: line, departure, arrival, exact labels.
+
+    Returns (number of legs, torn or incomplete ones among them) or (UNSURE, True).
+    """
+    count = 0
+    flawed = False
+    piece = start
+    lowered = exact = 0
+    line_at = departure_at = arrival_at = ABSENT
+    i = start
+    while True:
+        dash = i + 1 < end and data[i] == 0x2D and data[i + 1] == 0x2D
+        if i >= end or dash:
+            if lowered == 7:
+                line_end = find(data, line_at, i, NEWLINE) if line_at >= 0 else -1
+                line = bank.about[network, MISSING_LINE]
+                if line_end >= 0:
+                    low, high = strip(data, line_at, line_end)
+                    line = _line(bank, network, data, low, high)
+                departure_end = find(data, departure_at, i, NEWLINE) if departure_at >= 0 else -1
+                departure = bank.about[network, MISSING_STOP]
+                if departure_end >= 0:
+                    departure, _ = _stop(bank, network, data, departure_at, departure_end, buf, spare)
+                low, high = strip(data, arrival_at if arrival_at >= 0 else piece, i)
+                arrival, named = _stop(bank, network, data, low, high, buf, spare)
+                if departure == UNSURE or arrival == UNSURE:
+                    return UNSURE, True
+                legs[count, 0] = line
+                legs[count, 1] = departure
+                legs[count, 2] = arrival
+                legs[count, 3] = exact == 7
+                count += 1
+                if exact != 7 or line_end < 0 or departure_end < 0 or not named:
+                    flawed = True
+            elif lowered:
+                flawed = True
+            if i >= end:
+                return count, flawed
+            i += 2
+            piece = i
+            lowered = exact = 0
+            line_at = departure_at = arrival_at = ABSENT
+            continue
+        if data[i] == 0x3A and i > piece:
+            last = data[i - 1] | 0x20
+            if last == 0x65:
+                found = _label(data, piece, i, ROUTE)
+                if found:
+                    lowered |= 1
+                    if found == 2:
+                        exact |= 1
+                        if line_at < 0 and i + 1 < end and data[i + 1] == 0x20:
+                            line_at = i + 2
+            elif last == 0x70:
+                found = _label(data, piece, i, DEPARTURE)
+                if found:
+                    lowered |= 2
+                    if found == 2:
+                        exact |= 2
+                        if departure_at < 0 and i + 1 < end and data[i + 1] == 0x20:
+                            departure_at = i + 2
+                else:
+                    found = _label(data, piece, i, ARRIVAL)
+                    if found:
+                        lowered |= 4
+                        if found == 2:
+                            exact |= 4
+                            arrival_at = i + 1
+        i += 1
+
+
+@helper
+def _judge(legs, count, start, goal, members, stops):  # type: ignore[no-untyped-def]
+    """Failure code of the exactly labelled legs: ``score.check_route``. ``members`` is [lines * stops]."""
+    last = -1
+    first = -1
+    for i in range(count):
+        if legs[i, 3]:
+            first = i if first < 0 else first
+            last = i
+    if first < 0:
+        return _BAD_FORMAT
+    if legs[first, 1] != start or legs[last, 2] != goal:
+        return _ENDPOINT
+    i = first
+    while i <= last:
+        line, departure, arrival = legs[i, 0], legs[i, 1], legs[i, 2]
+        if line < 0:
+            return _UNKNOWN_LINE
+        if departure < 0 or arrival < 0:
+            return _NOT_ON_LINE
+        if not (members[line * stops + departure] and members[line * stops + arrival]):
+            return _NOT_ON_LINE
+        i += 1
+        while i <= last and not legs[i, 3]:
+            i += 1
+        if i <= last and arrival != legs[i, 1]:
+            return _BROKEN
+    return _NONE
+
+
+@helper
+def _detail(legs, count, start, goal, required, members, stops, paper):  # type: ignore[no-untyped-def]
+    """``score.route_detail`` or, with ``paper``, ``score.paper_detail`` (whose legs are all exact)."""
+    if count == 0:
+        return 0.0
+    departs, arrives = legs[0, 1] == start, legs[count - 1, 2] == goal
+    if not paper and not (departs and arrives):
+        return 0.0
+    score = 2.0 if departs or arrives else 0.0
+    for i in range(count):
+        excess = i > required if paper else i + 1 > required
+        if excess:
+            score -= 5.0
+        line = legs[i, 0]
+        if line < 0:
+            continue
+        row = line * stops
+        if paper:
+            score += 4.0 if i == 0 else 0.0
+        elif required > 0:
+            score += 3.0
+        elif members[row + start] and members[row + goal]:
+            score += 4.0
+        departure, arrival = legs[i, 1], legs[i, 2]
+        joined = i + 1 < count and departure >= 0 and arrival >= 0 and arrival == legs[i + 1, 1]
+        if joined and (paper or not excess) and members[row + departure] and members[row + arrival]:
+            score += 1.0
+    return min(score, 10.0)
+
+
+@helper
+def _exact_only(legs, count):  # type: ignore[no-untyped-def]
+    kept = 0
+    for i in range(count):
+        if legs[i, 3]:
+            for k in range(4):
+                legs[kept, k] = legs[i, k]
+            kept += 1
+    return kept
+
+
+@entry
+def score_rows(data, starts, asked, questions, bank, paper, results):  # type: ignore[no-untyped-def]
+    """Score the answers data[starts[i]:starts[i + 1]] (UTF-8) to the questions asked[i].
+
+    Time is linear in the bytes. A row with more Unicode than ``Bank.lower`` knows gets failure ``HAND_BACK``.
+    """
+    longest = 0
+    for row in range(len(asked)):
+        longest = max(longest, starts[row + 1] - starts[row])
+    # "Univ" grows fourfold when it is cleaned, and a lower-cased letter by half at most.
+    buf = np.empty(5 * longest + 64, np.uint8)
+    spare = np.empty(5 * longest + 64, np.uint8)
+    legs = np.empty((longest // 30 + 2, 4), np.int64)
+    for row in range(len(asked)):
+        start, end, question = starts[row], starts[row + 1], asked[row]
+        kind = questions.kind[question]
+        low, high = strip(data, start, end)
+        blank = low == high
+        failure = _NONE
+        detail = 0.0
+        valid = False
+        if kind == BY_HAND:
+            failure = HAND_BACK
+        elif kind == PLANNING:
+            network = questions.network[question]
+            count, flawed = _route(data, start, end, network, bank, legs, buf, spare)
+            if count < 0:
+                failure = HAND_BACK
+            else:
+                stops = bank.about[network, STOPS]
+                members = bank.members[bank.about[network, MEMBERS_AT] :]
+                first, last = questions.start[question], questions.goal[question]
+                failure = _judge(legs, count, first, last, members, stops)
+                if paper:
+                    count = _exact_only(legs, count)
+                required = questions.required[question]
+                detail = _detail(legs, count, first, last, required, members, stops, paper)
+                valid = count > 0 and not flawed
+        else:
+            low, high = extract(data, start, end, bank.lower, buf, spare)
+            said = short(kind, buf, low, high) if low >= 0 else UNSURE
+            if said == UNSURE:
+                failure = HAND_BACK
+            elif said == MISS:
+                failure = _BAD_FORMAT
+            else:
+                gold = questions.gold[question]
+                right = said == (gold == 1) if kind == TRUE_FALSE else said == gold
+                failure = _NONE if right else _WRONG
+                box = rfind(data, start, end, BOXED)
+                valid = box >= 0 and find(data, box, end, RIGHT) >= 0
+        if failure == _BAD_FORMAT and blank:
+            failure = _NO_ANSWER
+        results.correct[row] = failure == _NONE
+        results.detail[row] = detail
+        results.format_valid[row] = valid
+        results.failure[row] = failure

@@ -1,0 +1,64 @@
+"""How the compiled scorer is compiled and where its machine code is kept between processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numba
+
+_SOURCES = ("jit.py", "compiled_text.py", "compiled.py")
+
+
+@cache
+def cache_folder() -> Path:
+    """Where the machine code is kept: ``$NUMBA_CACHE_DIR``, else the user's cache folder, never the package.
+
+    Its last part names the sources, for Numba itself notices a change only in the file of the stored
+    function.
+    """
+    base = os.environ.get("NUMBA_CACHE_DIR")
+    if not base:
+        base = str(
+            Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rewardmap" / "numba"
+        )
+    digest = hashlib.sha256()
+    for source in _SOURCES:
+        digest.update(Path(__file__).with_name(source).read_bytes())
+    return Path(base) / digest.hexdigest()[:16]
+
+
+def entry(function: Callable[..., Any]) -> Any:
+    """Compile, on its first call, a function that Python calls; without a writable cache, in every
+    process."""
+    config: Any = numba.config
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(cache_folder())
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return numba.njit(nogil=True)(function)
+    finally:
+        config.CACHE_DIR = before
+
+
+def helper(function: Callable[..., Any]) -> Any:
+    """Compile a function that only compiled code calls and that allocates nothing.
+
+    Without the runtime (``_nrt``) its array arguments are not reference-counted, which would cost more than
+    the work done on a name.
+    """
+    njit: Any = numba.njit
+    return njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, _nrt=False)(function)
+
+
+@cache
+def announce() -> None:
+    """Say once per process, on stderr, when the first call has to compile."""
+    if not any(cache_folder().rglob("*score_rows*.nbi")):
+        print("rewardmap: compiling the scorer (once; some seconds)", file=sys.stderr, flush=True)
