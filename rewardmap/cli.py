@@ -1,4 +1,4 @@
-"""The command line: ``rewardmap train | eval | generate | score``.
+"""The command line: ``rewardmap train | eval | generate``.
 
 Heavy imports wait until a command runs, so that ``--help`` is quick. A user's mistake ends in one line on
 stderr and exit code 2, a failure in exit code 1, Ctrl-C in 130; ``--debug`` shows the traceback.

@@ -255,7 +255,7 @@ def test_one_map_cannot_be_swapped() -> None:
 
 
 def test_text_prior_finds_what_the_words_give_away() -> None:
-    """The line decides TorF2; 2 is right whenever offered; the Red Line joins A and C on three maps of four."""
+    """The line decides TorF2; 2 is right if offered; the Red Line joins A and C on three of four maps."""
     lines = ("Red Line", "Blue Line")
     other = {"Red Line": ["A Station", "B Station"], "Blue Line": ["B Station", "C Station", "A Station"]}
     networks = {f"land/{side}{i}": other if i == 3 else NETWORK for side in ("a", "b") for i in range(4)}

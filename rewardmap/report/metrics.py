@@ -31,7 +31,8 @@ class MetricsLog:
         self._path = run_dir / FILE
         kept = [row for row in read_metrics(run_dir) if row["step"] <= last_step]
         write_text(self._path, "".join(_line(row) for row in kept))
-        self._file = self._path.open("a", encoding="utf-8")
+        # Unbuffered: nothing is left to be written, and to fail again, when the log closes after a full disk.
+        self._file = self._path.open("ab", buffering=0)
         self._events = SummaryWriter(str(run_dir / EVENTS), purge_step=last_step + 1)
         self._stage = kept[-1].get("stage") if kept else None
 
@@ -41,9 +42,10 @@ class MetricsLog:
         Raises:
             OSError: naming the file, e.g. when the disk is full.
         """
+        line = memoryview(_line(row).encode())
         try:
-            self._file.write(_line(row))
-            self._file.flush()
+            while line:
+                line = line[self._file.write(line) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
         for name, value in _scalars(row):

@@ -211,5 +211,5 @@ def _font(size: int, bold: bool = False, cjk: bool = False) -> ImageFont.FreeTyp
 
     installed = {font.name for font in fontManager.ttflist}
     names = [name for name in CJK_FONTS if cjk and name in installed]
-    path = findfont(FontProperties([*names[:1], "DejaVu Sans"], weight="bold" if bold else "normal"))
+    path = findfont(FontProperties(family=[*names[:1], "DejaVu Sans"], weight="bold" if bold else "normal"))
     return ImageFont.truetype(path, size)

@@ -1,0 +1,176 @@
+"""The command line: what reaches the rooms below, and how mistakes and failures end."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import rewardmap
+from rewardmap.cli import app, explain
+from rewardmap.config import Config
+from rewardmap.train import run as runs
+from rewardmap.types import DataError
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+    """What ``rewardmap.train.run`` was called with; nothing is trained."""
+    made: list[Call] = []
+
+    def record(name: str) -> Callable[..., Path]:
+        def called(*arguments: Any, **options: Any) -> Path:
+            made.append(((name, *arguments), options))
+            return Path("somewhere")
+
+        return called
+
+    for name in ("train", "resume", "evaluate_run"):
+        monkeypatch.setattr(runs, name, record(name))
+    return made
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def fail_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def failing(*arguments: Any, **options: Any) -> Path:
+        raise error
+
+    monkeypatch.setattr(runs, "train", failing)
+
+
+def test_train_without_arguments_is_the_tiny_run(calls: list[Call]) -> None:
+    assert invoke("train").exit_code == 0
+    ((name, config, run_dir), _) = calls[0]
+    assert (name, config.policy.model, run_dir.parent) == ("train", "tiny", Path("runs"))
+    assert run_dir.name.startswith("tiny-")
+
+
+def test_train_with_a_file_and_overrides(calls: list[Call], tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text("[train]\nseed = 5\nprompts_per_step = 3\n", encoding="utf-8")
+    result = invoke(
+        "train", str(path), "train.seed=6", "rollout.group_size=2", "--run-dir", str(tmp_path / "out")
+    )
+    assert result.exit_code == 0, result.output
+    ((_, config, run_dir), _) = calls[0]
+    assert (config.train.seed, config.train.prompts_per_step, config.rollout.group_size) == (6, 3, 2)
+    assert run_dir == tmp_path / "out"
+
+
+def test_train_with_overrides_alone(calls: list[Call]) -> None:
+    assert invoke("train", "train.seed=6").exit_code == 0
+    config = calls[0][0][1]
+    assert isinstance(config, Config) and config.train.seed == 6 and config.policy.model == "tiny"
+
+
+def test_resume(calls: list[Call], tmp_path: Path) -> None:
+    assert invoke("train", "--resume", str(tmp_path)).exit_code == 0
+    assert calls[0][0] == ("resume", tmp_path)
+    result = invoke("train", "train.seed=1", "--resume", str(tmp_path))
+    assert result.exit_code == 2 and "own config.toml" in result.stderr
+    assert len(calls) == 1
+
+
+def test_eval(calls: list[Call], tmp_path: Path) -> None:
+    assert invoke("eval", str(tmp_path), "--data", "maps", "--split", "val").exit_code == 0
+    assert invoke("eval", str(tmp_path)).exit_code == 0
+    assert [call[0] for call in calls] == [
+        ("evaluate_run", tmp_path, Path("maps"), "val"),
+        ("evaluate_run", tmp_path, None, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "train.sed=3"], "'train.sed'; did you mean 'train.seed'"),
+        (["train", "train.seed=a"], "train.seed"),
+        (["train", "no_such_config"], "no_such_config"),
+        (["train", "tiny", "extra"], "key=value"),
+    ],
+)
+def test_a_wrong_setting_ends_in_one_line(arguments: list[str], named: str, calls: list[Call]) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert named in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and "Traceback" not in result.stderr
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "named"),
+    [
+        (DataError("data/x.json, row 3: field 'type'"), 2, "data/x.json, row 3: field 'type'"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "maps/oslo.png"), 1, "maps/oslo.png"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "run/model.safetensors"),
+            1,
+            "run/model.safetensors",
+        ),
+        (RuntimeError("IoError(Os { code: 28, kind: StorageFull })"), 1, "no space left"),
+        (RuntimeError("the gradient\nis nan"), 1, "RuntimeError: the gradient is nan"),
+        (KeyboardInterrupt("saved after step 7"), 130, "saved after step 7"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_a_failure_ends_in_one_line_and_its_own_code(
+    error: BaseException, code: int, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_with(monkeypatch, error)
+    result = invoke("train")
+    assert result.exit_code == code
+    assert named in result.stderr
+    assert len(result.stderr.splitlines()) == 1 and "Traceback" not in result.stderr
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_with(monkeypatch, DataError("a row"))
+    result = invoke("train", "--debug")
+    assert result.exit_code == 1
+    assert isinstance(result.exception, DataError)
+
+
+def test_a_full_disk_has_a_remedy() -> None:
+    line = explain(OSError(errno.ENOSPC, "No space left on device", "runs/a/model.safetensors"))
+    assert "runs/a/model.safetensors" in line and "--resume" in line and "--run-dir" in line
+
+
+def test_generate_writes_what_train_reads(tmp_path: Path) -> None:
+    from rewardmap.transit import load_dataset
+
+    out = tmp_path / "maps"
+    assert invoke("generate", str(out), "--maps", "3", "--test-maps", "2", "--seed", "4").exit_code == 0
+    train, test = load_dataset(out, "train"), load_dataset(out, "test")
+    assert (len(train.networks), len(test.networks)) == (3, 2)
+    again = invoke("generate", str(out))
+    assert again.exit_code == 2 and "exists" in again.stderr
+    nonsense = invoke("generate", str(tmp_path / "other"), "--level", "huge")
+    assert nonsense.exit_code == 2 and "huge" in nonsense.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["maps"]
+
+
+def test_help_is_quick_and_names_the_commands() -> None:
+    code = (
+        "import sys; from rewardmap.cli import main; sys.argv = ['rewardmap', '--help']\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numba', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert all(command in result.stdout for command in ("train", "eval", "generate"))
+
+
+def test_version() -> None:
+    assert invoke("--version").output.strip() == f"rewardmap {rewardmap.__version__}"
