@@ -149,9 +149,16 @@ SHORT = st.one_of(SHORT, SHORT.map(lambda text: f"\\boxed{{{text}}}"))
 
 def ask(kind: str, **fields: object) -> Problem:
     values: dict[str, object] = {
-        "uid": "q", "image": b"", "question": "", "answer": -1, "station_1": "Alpha Station",
-        "station_2": "Bravo Station", "network_id": "net", "map_difficulty": "easy", "transfers_required": 0,
-    }  # fmt: skip
+        "uid": "q",
+        "image": b"",
+        "question": "",
+        "answer": -1,
+        "station_1": "Alpha Station",
+        "station_2": "Bravo Station",
+        "network_id": "net",
+        "map_difficulty": "easy",
+        "transfers_required": 0,
+    }
     return Problem(kind=kind, **{**values, **fields})  # type: ignore[arg-type]
 
 
@@ -238,8 +245,34 @@ LEG = "Route Name: Red Line\nDeparture Stop: Alpha Station\nArrival Stop: Bravo 
 
 @pytest.mark.parametrize(
     "unit",
-    ["-", "--", "(", "（", "站", "x", "Univ", "\x00", "Route Name: ", "Arrival Stop:", LEG, "\\boxed{", "{", "}", "=", ".", "\\approx", "the answer is", "km", "\\left", "\\\\", "9", "\u3000", "�", "İ"],
-)  # fmt: skip
+    [
+        "-",
+        "--",
+        "(",
+        "（",
+        "站",
+        "x",
+        "Univ",
+        "\x00",
+        "Route Name: ",
+        "Arrival Stop:",
+        LEG,
+        "\\boxed{",
+        "{",
+        "}",
+        "=",
+        ".",
+        "\\approx",
+        "the answer is",
+        "km",
+        "\\left",
+        "\\\\",
+        "9",
+        "\u3000",
+        "�",
+        "İ",
+    ],
+)
 @pytest.mark.parametrize("kind", ["planning", "Counting2"])
 def test_a_megabyte_is_scored_in_linear_time(unit: str, kind: str) -> None:
     sizes = (100_000, 1_000_000)
