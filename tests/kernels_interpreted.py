@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rewardmap_kernels import (
     PolicyObjective,
+    group_advantage,
     last_path,
     linear_logprobs,
     linear_policy_loss,
@@ -254,6 +255,39 @@ def test_runs_are_bitwise_equal_and_no_rows_is_fine() -> None:
     empty = {k: v[:0] if isinstance(v, Tensor) else v for k, v in rows.items()}
     out = linear_policy_loss(hidden[:0], weight, targets[:0], objective=TOKEN_LEVEL[5], **empty)
     assert out.loss == 0 and (torch.autograd.grad(out.loss, weight)[0] == 0).all()
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "batch_mean", "none"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "max_min"])
+def test_group_advantage(scale: str, baseline: str) -> None:
+    g = torch.Generator().manual_seed(3)
+    offsets = [0, 5, 6, 6, 46, 49]
+    rewards, weights = torch.rand(49, generator=g), torch.rand(49, generator=g)
+    rewards[46:] = 0.1
+    options: dict[str, Any] = {"scale": scale, "baseline": baseline, "eps": 1e-4}
+    for ddof, w, inside in ((0, weights, False), (1, None, scale in ("group", "batch"))):
+        exact = reference.group_advantage(
+            rewards.double(),
+            offsets,
+            ddof=ddof,
+            weights=None if w is None else w.double(),
+            eps_inside=inside,
+            **options,
+        )
+        got = group_advantage(
+            rewards, torch.tensor(offsets), ddof=ddof, weights=w, eps_inside=inside, **options
+        )
+        assert last_path("group_advantage") == ("triton", ("group_advantage_kernel",))
+        for mine, theirs in zip(got[:3], exact[:3], strict=True):
+            torch.testing.assert_close(mine.double(), theirs, rtol=2e-5, atol=2e-6)
+        assert got.degenerate.tolist() == [False, True, True, False, True]
+        if baseline in ("mean", "leave_one_out"):
+            assert (got.advantages[46:] == 0).all() and got.advantages[5] == 0
+    rewards[2] = float("nan")
+    got = group_advantage(rewards, torch.tensor(offsets), **options)
+    assert got.advantages[:5].isnan().any() and not got.degenerate[0]
+    with pytest.raises(ValueError, match="cannot run by triton: the median"):
+        group_advantage(rewards, torch.tensor(offsets), scale="mad")
 
 
 def test_float64_refuses_rather_than_falls_back() -> None:

@@ -24,13 +24,13 @@ def rewards_and_weights() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("scale", ["group", "batch", "none", "max_min", "mad"])
 def test_matches_the_definition(scale: str, baseline: str, ddof: int) -> None:
     rewards, weights = rewards_and_weights()
-    for w in (None, weights):
-        expected = reference.group_advantage(
-            rewards, OFFSETS, scale=scale, ddof=ddof, eps=1e-4, baseline=baseline, weights=w
-        )
-        got = group_advantage(
-            rewards, torch.tensor(OFFSETS), scale=scale, ddof=ddof, eps=1e-4, baseline=baseline, weights=w
-        )
+    for w, inside in ((None, False), (weights, scale in ("group", "batch"))):
+        options: dict[str, Any] = {
+            "scale": scale, "ddof": ddof, "eps": 1e-4, "baseline": baseline, "weights": w,
+            "eps_inside": inside,
+        }  # fmt: skip
+        expected = reference.group_advantage(rewards, OFFSETS, **options)
+        got = group_advantage(rewards, torch.tensor(OFFSETS), **options)
         for mine, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
@@ -78,6 +78,37 @@ def test_a_bad_reward_stays_in_its_group() -> None:
     assert got[:8].isnan().all() and torch.equal(got[8:], base[8:])
 
 
+def test_components_are_summed_before_or_after_normalising() -> None:
+    g = torch.Generator().manual_seed(4)
+    rewards = torch.rand(22, 3, generator=g, dtype=torch.float64)
+    rewards[9:12, :2] = 0.25
+    parts = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    offsets = torch.tensor(OFFSETS)
+    summed = group_advantage(rewards, offsets, component_weights=parts)
+    expected = group_advantage(rewards @ parts, offsets)
+    for mine, theirs in zip(summed, expected, strict=True):
+        assert torch.equal(mine, theirs)
+    after = group_advantage(rewards, offsets, component_weights=parts, combine="normalize_then_sum")
+    each = [group_advantage(rewards[:, k], offsets) for k in range(3)]
+    wanted = sum(w * e.advantages for w, e in zip(parts, each, strict=True))
+    torch.testing.assert_close(after.advantages, wanted, rtol=1e-12, atol=1e-12)
+    assert after.degenerate.tolist() == [False, True, True, False, False, False]
+    assert each[0].degenerate.tolist() == [False, True, True, True, False, False]
+
+
+def test_a_group_with_a_bad_reward_can_be_dropped_or_refused() -> None:
+    rewards, _ = rewards_and_weights()
+    offsets = torch.tensor(OFFSETS)
+    base = group_advantage(rewards, offsets)
+    for value in (float("nan"), float("inf")):
+        rewards[13] = value
+        got = group_advantage(rewards, offsets, non_finite="drop_group")
+        assert (got.advantages[12:20] == 0).all() and got.degenerate[4]
+        assert torch.equal(got.advantages[:12], base.advantages[:12])
+        with pytest.raises(ValueError, match=r"rewards\[13\] = (nan|inf) is not finite"):
+            group_advantage(rewards, offsets, non_finite="raise")
+
+
 def test_nothing_at_all() -> None:
     out = group_advantage(torch.zeros(0), torch.tensor([0]))
     assert out.advantages.shape == (0,) and out.mean.shape == (0,)
@@ -92,12 +123,16 @@ def test_nothing_at_all() -> None:
         ({"offsets": torch.tensor([0, 3, 2, 4])}, r"must not fall, got offsets\[1\] = 3, offsets\[2\] = 2"),
         ({"offsets": torch.tensor([0.0, 4.0])}, "offsets must be"),
         ({"rewards": torch.ones(4, dtype=torch.long)}, "rewards must be floating point"),
-        ({"rewards": torch.ones(2, 2)}, "rewards must have 1"),
+        ({"rewards": torch.ones(2, 2, 2)}, "rewards must have 1"),
         ({"weights": torch.ones(3)}, r"weights must have shape \(4,\), got \(3,\)"),
         ({"scale": "std"}, "'std' is not one of group, batch"),
         ({"baseline": "median"}, "'median' is not one of mean"),
         ({"ddof": 2}, "ddof must be 0 or 1, got 2"),
         ({"eps": -1.0}, "eps must be >= 0"),
+        ({"eps_inside": True, "scale": "none"}, "scale 'none' has no variance"),
+        ({"rewards": torch.ones(4, 2)}, r"\[B, K\] and component_weights \[K\] go together"),
+        ({"combine": "normalize_then_sum"}, "needs rewards"),
+        ({"non_finite": "drop_group", "scale": "batch"}, "batch statistics"),
     ],
 )
 def test_bad_input_raises(change: dict[str, Any], message: str) -> None:

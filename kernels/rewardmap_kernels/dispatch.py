@@ -50,9 +50,12 @@ def _why_not_triton(tensor: Tensor) -> str | None:
     return "Triton's interpreter is wrong in bfloat16" if tensor.dtype == torch.bfloat16 else None
 
 
-def choose(operation: str, tensor: Tensor) -> Implementation:
-    """The implementation that ``operation`` runs by for tensors like ``tensor``; recorded and said once."""
-    reason = _why_not_triton(tensor)
+def choose(operation: str, tensor: Tensor, refusal: str | None = None) -> Implementation:
+    """The implementation that ``operation`` runs by for tensors like ``tensor``; recorded and said once.
+
+    ``refusal``: why this call has no Triton kernel, None where it has one.
+    """
+    reason = refusal or _why_not_triton(tensor)
     if _forced and _forced[-1] == "triton" and reason is not None:
         raise ValueError(f"{operation} cannot run by triton: {reason}")
     if _forced and _forced[-1] == "torch":

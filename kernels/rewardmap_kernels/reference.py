@@ -109,6 +109,7 @@ def group_advantage(
     eps: float = 1e-6,
     baseline: str = "mean",
     weights: Tensor | None = None,
+    eps_inside: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """rewards [B] -> (advantages [B], mean [G], std [G], degenerate [G]); ``group_advantage.group_advantage``
     documents it."""
@@ -133,9 +134,9 @@ def group_advantage(
         else:
             centred = r - r.mean()
         if scale == "group":
-            centred = centred / (std[g] + eps)
+            centred = centred / ((std[g] ** 2 + eps).sqrt() if eps_inside else std[g] + eps)
         elif scale == "batch":
-            centred = centred / (batch_std + eps)
+            centred = centred / ((batch_std**2 + eps).sqrt() if eps_inside else batch_std + eps)
         elif scale == "max_min":
             centred = centred / (r.max() - r.min() + eps)
         elif scale == "mad":
