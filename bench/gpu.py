@@ -1,0 +1,275 @@
+"""Everything that needs a GPU, in stages: ``python bench/gpu.py --stage tests|kernels|step|csrc|rollout``.
+
+Runs from a bare checkout: nothing of ours installed, no network; ``PYTHONPATH`` is kept, so that missing
+    packages can be brought along in a folder. Each item of a stage runs in a process of its own and becomes
+    one JSON row with its provenance in ``bench/results/<stage>-<gpu>.jsonl`` as soon as it is done. A stage
+    called again skips the items that already passed with the same sources on the same GPU.
+
+Exit codes: 0 all items passed, 1 some failed, 2 the stage cannot run here, 3 the deadline came first: call
+    again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+SOURCES = ("rewardmap", "kernels", "csrc", "bench", "tests")
+STAGES = ("tests", "kernels", "step", "csrc", "rollout")
+DEADLINE = 530
+"""Seconds a stage may take: under nine minutes."""
+PASSED, FAILED, IMPOSSIBLE, UNFINISHED = 0, 1, 2, 3
+
+PROBE = """
+import importlib.util, json, platform, torch
+here = torch.cuda.is_available()
+triton = importlib.util.find_spec("triton") and __import__("triton").__version__
+print(json.dumps({
+    "gpu": torch.cuda.get_device_name() if here else None, "gpus": torch.cuda.device_count() if here else 0,
+    "capability": list(torch.cuda.get_device_capability()) if here else None, "torch": torch.__version__,
+    "cuda": torch.version.cuda, "triton": triton, "python": platform.python_version(),
+}))
+"""
+
+Row = dict[str, Any]
+
+
+class CannotRunError(Exception):
+    """The stage has nothing to do, or lacks what it needs."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One measurement: a command whose last line on stdout is a JSON object, or pytest's summary."""
+
+    name: str
+    command: tuple[str, ...]
+    read: Callable[[str, int], Row]
+    """(stdout, exit code) -> the row's own fields, ``ok`` among them."""
+
+
+def main() -> int:
+    arguments = _arguments()
+    deadline = time.monotonic() + arguments.deadline
+    try:
+        items = STAGE_ITEMS[arguments.stage](arguments.device)
+        machine = probe(arguments.device)
+    except CannotRunError as reason:
+        print(f"stage {arguments.stage}: {reason}", file=sys.stderr)
+        return IMPOSSIBLE
+    out = arguments.out or (Path(tempfile.mkdtemp(prefix="bench-")) if arguments.device == "cpu" else RESULTS)
+    path = out / f"{arguments.stage}-{slug(machine['gpu'] or 'cpu')}.jsonl"
+    provenance = {"stage": arguments.stage, "device": arguments.device, **machine, **source()}
+    print(f"{arguments.stage} on {machine['gpu'] or 'CPU (dry run)'} -> {path}", flush=True)
+    return run(items, path, provenance, deadline)
+
+
+def run(items: Sequence[Item], path: Path, provenance: Row, deadline: float) -> int:
+    """Run what has not passed yet and append a row for each. Returns the exit code."""
+    done = passed(path, provenance)
+    failed = 0
+    for item in items:
+        if item.name in done:
+            print(f"  {item.name}: passed before, skipped", flush=True)
+            continue
+        left = deadline - time.monotonic()
+        if left <= 0:
+            print("  the deadline came first; call again to go on", flush=True)
+            return UNFINISHED
+        start = time.monotonic()
+        output, code = run_child(item.command, left)
+        if code is None:
+            print(f"  {item.name}: not done within the deadline; call again to go on", flush=True)
+            return UNFINISHED
+        row = {
+            "item": item.name,
+            **item.read(output, code),
+            "wall_seconds": round(time.monotonic() - start, 2),
+        }
+        append(path, row | provenance | {"date": datetime.now(UTC).isoformat(timespec="seconds")})
+        failed += not row["ok"]
+        print(f"  {item.name}: {'ok' if row['ok'] else 'FAILED'} {json.dumps(row)}", flush=True)
+    return FAILED if failed else PASSED
+
+
+def run_child(command: Sequence[str], seconds: float) -> tuple[str, int | None]:
+    """Output and exit code; None when the time was up, and then the whole process group is gone."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(
+            [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    child = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        output, _ = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        return "", None
+    return output, child.returncode
+
+
+def probe(device: str) -> Row:
+    """GPU, driver and versions. Raises CannotRunError where ``device`` is missing."""
+    output, code = run_child((sys.executable, "-c", PROBE), 120)
+    if code != 0:
+        raise CannotRunError(f"{sys.executable} cannot import torch; start this with an interpreter that can")
+    machine: Row = json.loads(output.splitlines()[-1])
+    if device == "cpu":
+        return machine | {"gpu": None, "gpus": 0, "capability": None, "driver": None}
+    if machine["gpu"] is None:
+        raise CannotRunError(
+            f"no GPU here: torch {machine['torch']} finds no CUDA device. Use a machine with one, or "
+            "--device cpu for a dry run that writes its rows into a temporary folder"
+        )
+    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    return machine | {"driver": driver[0] if driver else None}
+
+
+def source() -> Row:
+    """The commit where git knows it, and a digest of the sources, which decides what is the same code."""
+    digest = hashlib.sha256()
+    for folder in SOURCES:
+        for file in sorted((ROOT / folder).rglob("*")):
+            if file.is_file() and "__pycache__" not in file.parts and RESULTS not in file.parents:
+                digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    git = subprocess.run(
+        ("git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {"commit": git.stdout.strip() or None, "sources": digest.hexdigest()[:16]}
+
+
+def passed(path: Path, provenance: Row) -> set[str]:
+    """Items of ``path`` that passed with these sources, on this machine's kind of GPU."""
+    if not path.exists():
+        return set()
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    same = ("sources", "gpu", "torch", "triton", "driver")
+    return {row["item"] for row in rows if row["ok"] and all(row[key] == provenance[key] for key in same)}
+
+
+def append(path: Path, row: Row) -> None:
+    """One more line; a line cut off by a kill before is ended first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    cut = path.exists() and not path.read_bytes().endswith(b"\n") and path.stat().st_size
+    if cut:
+        whole = path.read_text(encoding="utf-8").split("\n")[:-1]
+        path.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def test_items(device: str) -> list[Item]:
+    """The files with tests marked ``gpu``, one item each."""
+    need("pytest")
+    files = [
+        file
+        for file in sorted((ROOT / "tests").glob("test_*.py"))
+        if re.search(r"\bmark\.gpu\b", file.read_text(encoding="utf-8"))
+    ]
+    if not files:
+        raise CannotRunError("no test is marked 'gpu' yet")
+    command = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")
+    return [Item(file.stem, (*command, f"tests/{file.name}"), read_pytest) for file in files]
+
+
+def read_pytest(output: str, code: int) -> Row:
+    """Counts from pytest's last line. A file whose tests all skipped has shown nothing: not passed."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    last = lines[-1] if lines else ""
+    counts = {
+        word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)
+    }
+    row: Row = {name: counts.get(name, 0) for name in ("passed", "failed", "skipped")}
+    row["ok"] = code == 0 and row["passed"] > 0
+    if not row["ok"]:
+        row["tail"] = lines[-12:]
+    return row
+
+
+def step_items(device: str) -> list[Item]:
+    """One training step of the tiny model, by dtype."""
+    need("transformers", "pydantic", "tomli_w", "numba", "PIL", "pyarrow", "safetensors")
+    script = str(ROOT / "bench" / "step.py")
+    dtypes = ("float32", "bfloat16") if device == "cuda" else ("float32",)
+    return [
+        Item(f"tiny-{dtype}", (sys.executable, script, "--device", device, "--dtype", dtype), read_json)
+        for dtype in dtypes
+    ]
+
+
+def read_json(output: str, code: int) -> Row:
+    lines = output.splitlines()
+    if code != 0 or not lines:
+        return {"ok": False, "exit_code": code, "tail": lines[-12:]}
+    row: Row = json.loads(lines[-1])
+    return row
+
+
+def need(*modules: str) -> None:
+    """Raises CannotRunError naming the modules that a child would not find."""
+    code = f"import importlib.util as u; print(*(m for m in {modules!r} if u.find_spec(m) is None))"
+    missing = run_child((sys.executable, "-c", code), 60)[0].split()
+    if missing:
+        raise CannotRunError(
+            f"{sys.executable} lacks {', '.join(missing)}; put them in a folder named in PYTHONPATH"
+        )
+
+
+def nothing_yet(device: str) -> list[Item]:
+    raise CannotRunError("has nothing to measure yet")
+
+
+STAGE_ITEMS: dict[str, Callable[[str], list[Item]]] = {
+    "tests": test_items,
+    "step": step_items,
+    **dict.fromkeys(("kernels", "csrc", "rollout"), nothing_yet),
+}
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage", choices=STAGES, required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
+    parser.add_argument("--deadline", type=float, default=DEADLINE, help=f"seconds (default {DEADLINE})")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results (default bench/results; a new one for cpu)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""The frame of ``bench/gpu.py`` without a GPU: rows, provenance, resuming, the deadline, honest refusals."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "bench" / "gpu.py"
+PROVENANCE = {"gpu": "Some GPU", "torch": "2", "triton": "3", "driver": "1", "sources": "abc", "commit": None}
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_gpu", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def item(gpu: ModuleType, name: str, code: str) -> Any:
+    return gpu.Item(name, (sys.executable, "-c", code), gpu.read_json)
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """As a newcomer calls it, from elsewhere and without a path to our packages."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        cwd="/",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+def test_a_row_per_item_and_only_the_rest_when_called_again(gpu: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "step-some-gpu.jsonl"
+    count = tmp_path / "count"
+    good = item(
+        gpu, "good", f"open({str(count)!r}, 'a').write('x'); print('{{\"ok\": true, \"seconds\": 2}}')"
+    )
+    bad = item(gpu, "bad", "print('{\"ok\": false}')")
+    broken = item(gpu, "broken", "print('about to fail'); raise SystemExit(3)")
+    assert gpu.run([good, bad, broken], path, PROVENANCE, time.monotonic() + 60) == gpu.FAILED
+    first = rows(path)
+    assert [(row["item"], row["ok"]) for row in first] == [("good", True), ("bad", False), ("broken", False)]
+    assert first[0]["seconds"] == 2 and first[2]["exit_code"] == 3 and first[2]["tail"] == ["about to fail"]
+    assert all(row["gpu"] == "Some GPU" and row["date"] for row in first)
+
+    assert gpu.run([good, bad], path, PROVENANCE, time.monotonic() + 60) == gpu.FAILED
+    assert [row["item"] for row in rows(path)[3:]] == ["bad"]
+    other = PROVENANCE | {"sources": "changed"}
+    assert gpu.run([good], path, other, time.monotonic() + 60) == gpu.PASSED
+    assert count.read_text() == "xx"
+
+
+def test_the_deadline_ends_a_stage_and_its_children(gpu: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "slow.jsonl"
+    slow = item(gpu, "slow", f"import time; time.sleep(3); open({str(tmp_path / 'late')!r}, 'w')")
+    start = time.monotonic()
+    assert gpu.run([slow], path, PROVENANCE, start + 0.5) == gpu.UNFINISHED
+    assert gpu.run([slow], path, PROVENANCE, start) == gpu.UNFINISHED
+    assert not path.exists()
+    time.sleep(max(0.0, start + 3.5 - time.monotonic()))
+    assert not (tmp_path / "late").exists()
+
+
+def test_a_line_cut_off_by_a_kill_is_dropped(gpu: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "cut.jsonl"
+    gpu.append(path, {"item": "a", "ok": True} | PROVENANCE)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"item": "b", "o')
+    assert gpu.passed(path, PROVENANCE) == {"a"}
+    gpu.append(path, {"item": "c", "ok": True} | PROVENANCE)
+    assert [row["item"] for row in rows(path)] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("last", "code", "ok", "counts"),
+    [
+        ("3 passed in 1.02s", 0, True, (3, 0, 0)),
+        ("2 passed, 1 skipped, 4 deselected in 1s", 0, True, (2, 0, 1)),
+        ("1 failed, 2 passed in 1s", 1, False, (2, 1, 0)),
+        ("5 skipped in 0.1s", 0, False, (0, 0, 5)),
+        ("", 4, False, (0, 0, 0)),
+    ],
+)
+def test_reading_pytest(
+    gpu: ModuleType, last: str, code: int, ok: bool, counts: tuple[int, int, int]
+) -> None:
+    row = gpu.read_pytest(f"...\n{last}\n", code)
+    assert row["ok"] is ok
+    assert (row["passed"], row["failed"], row["skipped"]) == counts
+
+
+def test_the_digest_follows_the_sources(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "bench" / "results")
+    for name in ("rewardmap/a.py", "bench/results/step.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    before = gpu.source()["sources"]
+    (tmp_path / "bench/results/step.jsonl").write_text("2")
+    assert gpu.source()["sources"] == before
+    (tmp_path / "rewardmap/a.py").write_text("2")
+    assert gpu.source()["sources"] != before
+
+
+def test_what_is_missing_is_named(gpu: ModuleType) -> None:
+    gpu.need("json", "pathlib")
+    with pytest.raises(gpu.CannotRunError, match=r"no_such_module_1, no_such_module_2;.*PYTHONPATH"):
+        gpu.need("json", "no_such_module_1", "no_such_module_2")
+
+
+@pytest.mark.parametrize("stage", ["kernels", "csrc", "rollout"])
+def test_a_stage_without_content_says_so(gpu: ModuleType, stage: str) -> None:
+    if gpu.STAGE_ITEMS[stage] is not gpu.nothing_yet:
+        pytest.skip(f"stage {stage} has content")
+    result = call("--stage", stage, "--device", "cpu")
+    assert result.returncode == gpu.IMPOSSIBLE
+    assert "nothing to measure" in result.stderr and not result.stdout
+
+
+def test_without_a_gpu_it_says_so(gpu: ModuleType) -> None:
+    if __import__("torch").cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = call("--stage", "step")
+    assert result.returncode == gpu.IMPOSSIBLE
+    assert "no GPU here" in result.stderr and "--device cpu" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_dry_run_of_a_training_step(tmp_path: Path) -> None:
+    """Real step, real row; nothing lands in ``bench/results``."""
+    result = call("--stage", "step", "--device", "cpu", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (row,) = rows(tmp_path / "step-cpu.jsonl")
+    assert row["ok"] and row["gradient_error"] <= row["gradient_tolerance"]
+    assert row["step_seconds"] > 0 and row["rollout_tokens"] > 0 and row["answers_per_step"] == 128
+    assert row["gpu"] is None and row["torch"] and len(row["sources"]) == 16
