@@ -1,12 +1,12 @@
 """Everything that needs a GPU, in stages: ``python bench/gpu.py --stage tests|kernels|step|csrc|rollout``.
 
 Runs from a bare checkout: nothing of ours installed, no network; ``PYTHONPATH`` is kept, so that missing
-    packages can be brought along in a folder. Each item of a stage runs in a process of its own and becomes
-    one JSON row with its provenance in ``bench/results/<stage>-<gpu>.jsonl`` as soon as it is done. A stage
-    called again skips the items that already passed with the same sources on the same GPU.
+packages can be brought along in a folder. Each item of a stage runs in a process of its own and becomes one
+JSON row with its provenance in ``bench/results/<stage>-<gpu>.jsonl`` as soon as it is done. A stage called
+again skips the items that already passed with the same sources on the same GPU.
 
-Exit codes: 0 all items passed, 1 some failed, 2 the stage cannot run here, 3 the deadline came first: call
-    again.
+Exit codes: 0 all items passed, 1 some failed, 2 the stage cannot run here,
+3 the deadline came first (call again).
 """
 
 from __future__ import annotations

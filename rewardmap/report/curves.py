@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -110,8 +111,8 @@ def _bands(axes: Any, rows: Sequence[Mapping[str, Any]], label: bool) -> None:
     for number, (name, first, last) in enumerate(spans):
         axes.axvspan(first - 0.5, last + 0.5, color=BANDS[number % len(BANDS)], linewidth=0, zorder=0)
         letters = (last - first + 1) / whole / 0.0095
-        lines = name if len(name) <= letters else name.replace("-", "-\n")
-        if label and max(map(len, lines.split("\n"))) <= letters:
+        lines = textwrap.fill(name, max(1, int(letters)), break_long_words=False)
+        if label and max(map(len, lines.split("\n"))) <= letters and lines.count("\n") < 2:
             place = ((first + last) / 2, 1.02)
             axes.annotate(
                 lines, place, xycoords=("data", "axes fraction"), ha="center", fontsize=9, color=MUTED
