@@ -1,0 +1,48 @@
+"""What the README shows works as written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from rewardmap.cli import app
+from rewardmap.config import load_config
+from rewardmap.transit import write_dataset
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["step", "kernels"])
+def test_python_blocks_run(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_dataset("maps", maps={"train": 2})
+    names: dict[str, object] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    parameter = names["policy"].model.lm_head.weight if "policy" in names else names["weight"]  # type: ignore[attr-defined]
+    assert parameter.grad is not None and parameter.grad.abs().sum() > 0  # type: ignore[attr-defined]
+
+
+def test_commands_exist() -> None:
+    named = set(re.findall(r"^rewardmap (\w+)", TEXT, re.MULTILINE))
+    assert named >= {"train", "eval", "generate"}
+    for command in named:
+        assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command
+
+
+def test_paths_exist() -> None:
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", TEXT) + re.findall(r"configs/\w+\.toml", TEXT):
+        assert (ROOT / path).exists(), path
+
+
+def test_settings_shown_are_settings() -> None:
+    for line in re.findall(r"^rewardmap train (.*?)(?:#|$)", TEXT, re.MULTILINE):
+        load_config("tiny", [word for word in line.split() if "=" in word])
+
+
+def test_the_place_of_the_table_is_marked() -> None:
+    assert TEXT.index("<!-- tiny-table:start -->") < TEXT.index("<!-- tiny-table:end -->")
