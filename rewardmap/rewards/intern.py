@@ -15,6 +15,7 @@ from rewardmap.rewards.compiled import CLEAN_NAME, LINE, RAW_NAME, Bank, Questio
 from rewardmap.rewards.compiled_text import NOT_SIMPLE
 from rewardmap.rewards.parse import MISSING, clean, clean_network, strip_markers
 from rewardmap.rewards.score import CleanLines, line_key
+from rewardmap.transit.graph import Network
 from rewardmap.types import DataError, MetroData, Problem
 
 _KINDS = {
@@ -29,7 +30,7 @@ _LARGEST_GOLD = 10**17
 
 
 class _Interned(NamedTuple):
-    metro: MetroData
+    network: MetroData | Network
     lines: CleanLines
     stops: dict[str, int]
     """Cleaned stop -> its number."""
@@ -55,19 +56,14 @@ class Names:
         self._read: list[_Interned] = []
         self._bank: Bank | None = None
 
-    def number(self, problem: Problem, networks: Mapping[str, MetroData]) -> int:
+    def number(self, problem: Problem, networks: Mapping[str, MetroData | Network]) -> int:
         """The number of the problem's network, read now if it is new. Raises DataError where it is
         missing."""
-        metro = networks.get(problem.network_id)
-        if metro is None:
-            raise DataError(
-                f"row {problem.uid!r}, field 'network_id': no network {problem.network_id!r} among the "
-                f"{len(networks)} given; load its stations file"
-            )
+        metro = network_of(problem, networks)
         number = self._number.get(problem.network_id, len(self._read))
         if number == len(self._read):
             self._read.append(_intern(problem.network_id, metro))
-        elif self._read[number].metro is not metro:
+        elif self._read[number].network is not metro:
             self._read[number] = _intern(problem.network_id, metro)
         else:
             return number
@@ -103,7 +99,19 @@ class Names:
         return Questions(*columns)
 
 
-def _intern(network_id: str, metro: MetroData) -> _Interned:
+def network_of(problem: Problem, networks: Mapping[str, MetroData | Network]) -> MetroData | Network:
+    """The problem's network. Raises DataError where it is missing."""
+    network = networks.get(problem.network_id)
+    if network is None:
+        raise DataError(
+            f"row {problem.uid!r}, field 'network_id': no network {problem.network_id!r} among the "
+            f"{len(networks)} given; load its stations file"
+        )
+    return network
+
+
+def _intern(network_id: str, network: MetroData | Network) -> _Interned:
+    metro = network.metro_data() if isinstance(network, Network) else network
     lines = clean_network(network_id, metro)
     stops: dict[str, int] = {}
     for names in lines.values():
@@ -127,7 +135,7 @@ def _intern(network_id: str, metro: MetroData) -> _Interned:
         lines_at.get(MISSING, -1),
         stops.get(clean(clean(MISSING)), -1),
     )
-    return _Interned(metro, lines, stops, gold, entries, special, members)
+    return _Interned(network, lines, stops, gold, entries, special, members)
 
 
 def _bank(read: Iterable[_Interned]) -> Bank:

@@ -10,15 +10,18 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rewardmap.rewards.batch import score_texts
+from rewardmap.rewards.batch import empty_results, score_texts
 from rewardmap.rewards.compiled import HAND_BACK, Results
-from rewardmap.rewards.intern import Names
+from rewardmap.rewards.graph import DETAIL, score_graph
+from rewardmap.rewards.intern import Names, network_of
 from rewardmap.rewards.parse import clean
 from rewardmap.rewards.score import score_paper, score_reference
+from rewardmap.rewards.topology import Topology, station_key, topology
+from rewardmap.transit.graph import Network
 from rewardmap.types import KINDS, LEVELS, DataError, MetroData, Problem
 
 Mode = Literal["reference", "paper", "graph"]
-MODES: tuple[Mode, ...] = ("reference", "paper")
+MODES: tuple[Mode, ...] = ("reference", "paper", "graph")
 PUBLISHED_MAP_WEIGHTS = {"easy": 1.0, "middle": 1.2, "hard": 1.5}
 
 
@@ -54,7 +57,8 @@ class Rubric:
 
     mode: Mode = "reference"
     """``reference``: the published code, bugs included. ``paper``: Algorithm 1 and a format term, as
-    printed."""
+    printed. ``graph``: every leg verified on the network, nothing below 0, every right answer above every
+    wrong one."""
     weight_on: Literal["reward", "advantage"] = "reward"
     """``reward``: as published; division by the group's standard deviation cancels it, since W is the same
     for all answers to one problem. ``advantage``: applied after normalisation, where it acts."""
@@ -72,6 +76,9 @@ class Rubric:
     threads: int = 1
     """Threads that score a batch."""
     _names: Names = field(default_factory=Names, init=False, repr=False, compare=False, hash=False)
+    _topologies: dict[str, tuple[MetroData | Network, Topology]] = field(
+        default_factory=dict, init=False, repr=False, compare=False, hash=False
+    )
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -80,21 +87,29 @@ class Rubric:
             raise ValueError(f"weight_on {self.weight_on!r}: choose 'reward' or 'advantage'")
         if self.threads < 1:
             raise ValueError(f"threads {self.threads}: at least 1")
+        if self.mode == "graph" and not 0 <= self.alpha * DETAIL < self.correct_reward:
+            raise ValueError(
+                f"alpha {self.alpha}: in graph mode {DETAIL} alpha, the most that detail can add, must be at "
+                f"least 0 and less than correct_reward ({self.correct_reward})"
+            )
         if set(self.map_weights) != set(LEVELS):
             raise ValueError(
                 f"map_weights {dict(self.map_weights)}: give one weight each for {', '.join(LEVELS)}"
             )
 
     def score(
-        self, problems: Sequence[Problem], responses: Sequence[str], networks: Mapping[str, MetroData]
+        self,
+        problems: Sequence[Problem],
+        responses: Sequence[str],
+        networks: Mapping[str, MetroData | Network],
     ) -> RewardBatch:
         """Score ``responses[i]`` as an answer to ``problems[i]``.
 
         Args:
             problems: n of them; repeat a problem once per answer of its group.
             responses: n texts.
-            networks: ``network_id`` -> the raw stations file, markers and all. Read once per object: not to
-                be changed afterwards.
+            networks: ``network_id`` -> the raw stations file, markers and all, or a ``transit.Network``,
+            whose     true topology ``graph`` mode uses. Read once per object: not to be changed afterwards.
 
         Raises:
             DataError: names the row's uid and field where a problem is malformed or its network is missing.
@@ -119,8 +134,10 @@ class Rubric:
         asked: NDArray[np.int64],
         distinct: Sequence[Problem],
         responses: Sequence[str],
-        networks: Mapping[str, MetroData],
+        networks: Mapping[str, MetroData | Network],
     ) -> Results:
+        if self.mode == "graph":
+            return self._verified(asked, distinct, responses, networks)
         numbers = [self._names.number(problem, networks) for problem in distinct]
         questions = self._names.questions(distinct, numbers)
         bank = self._names.bank()
@@ -141,6 +158,33 @@ class Rubric:
             results.correct[row], results.detail[row] = outcome.correct, outcome.detail
             results.format_valid[row], results.failure[row] = outcome.format_valid, outcome.failure
         return results
+
+    def _verified(
+        self,
+        asked: NDArray[np.int64],
+        distinct: Sequence[Problem],
+        responses: Sequence[str],
+        networks: Mapping[str, MetroData | Network],
+    ) -> Results:
+        known = [self._topology(problem, networks) for problem in distinct]
+        for problem, network in zip(distinct, known, strict=True):
+            check_stations(problem, network)
+        results = empty_results(len(responses))
+        for row, (number, response) in enumerate(zip(asked.tolist(), responses, strict=True)):
+            if not isinstance(response, str):
+                raise ValueError(f"response {row} is {type(response).__name__}, not text")
+            outcome = score_graph(distinct[number], response, known[number])
+            results.correct[row], results.detail[row] = outcome.correct, outcome.detail
+            results.format_valid[row], results.failure[row] = outcome.format_valid, outcome.failure
+        return results
+
+    def _topology(self, problem: Problem, networks: Mapping[str, MetroData | Network]) -> Topology:
+        network = network_of(problem, networks)
+        known = self._topologies.get(problem.network_id)
+        if known is None or known[0] is not network:
+            known = (network, topology(problem.network_id, network))
+            self._topologies[problem.network_id] = known
+        return known[1]
 
     def _batch(self, results: Results, weights: NDArray[np.float64]) -> RewardBatch:
         # In the order of the published code, so that equal means equal to the last bit.
@@ -191,6 +235,22 @@ def check_problem(problem: Problem) -> None:
     for name in ("station_1", "station_2"):
         if not isinstance(getattr(problem, name), str):
             raise bad(name, getattr(problem, name), "a station's name")
+
+
+def check_stations(problem: Problem, network: Topology) -> None:
+    """Raise DataError naming uid and field where a route's ends are no stops of the network, or one stop."""
+    if problem.kind != "planning":
+        return
+    for name in ("station_1", "station_2"):
+        station = getattr(problem, name)
+        if station_key(station) not in network.stations:
+            raise DataError(
+                f"row {problem.uid!r}, field {name!r}: {station!r} is not in network {problem.network_id!r}"
+            )
+    if station_key(problem.station_1) == station_key(problem.station_2):
+        raise DataError(
+            f"row {problem.uid!r}, field 'station_2': {problem.station_2!r} is where the route starts"
+        )
 
 
 def _is_int(value: object) -> bool:

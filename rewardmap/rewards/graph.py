@@ -1,0 +1,209 @@
+"""The ``graph`` reward: legs verified on the network, credit only for verified progress, nothing below 0.
+
+A right answer is a route that can be ridden from the first stop to the last: each leg on one train, each
+change at the stop where the leg before ended, no stop visited twice. Its detail is how close it is to the
+shortest route. A wrong answer's detail is potential-based (Ng, Harada and Russell, 1999): how much nearer to
+the goal its verified legs, counted from the start, have come at best. Gains telescope, so detours and returns
+earn nothing, and what follows the first leg that fails is not read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rewardmap.rewards.score import CHOICES, FAILURE_CODE, Outcome
+from rewardmap.rewards.topology import Topology, line_key, station_key
+from rewardmap.types import Problem
+
+DETAIL = 10.0
+PARTIAL = 0.8
+"""Share of ``DETAIL`` that a wrong route can reach at most."""
+
+_LABEL = re.compile(
+    r"(route[ \t]*name|departure[ \t]*stop|arrival[ \t]*stop)[*_ \t]*[:：][*_ \t]*", re.IGNORECASE
+)
+_LISTED = re.compile(r"\b(?:stops|lines)[*_ \t]*[:：][*_ \t]*\[([^\[\]]*)\]", re.IGNORECASE)
+_ORDER = ("r", "d", "a")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,9}")
+
+
+_Costs = dict[int, tuple[int, int]]
+
+
+class _Leg(NamedTuple):
+    line: str
+    departure: str
+    arrival: str
+
+
+def score_graph(problem: Problem, response: str, topology: Topology) -> Outcome:
+    """Score one answer; detail is 0 to 10, and a right answer's is above 0."""
+    answer = response.rsplit("</think>", 1)[-1]
+    outcome = (
+        _score_route(problem, answer, topology)
+        if problem.kind == "planning"
+        else _score_short(problem, answer)
+    )
+    if outcome.failure == FAILURE_CODE["bad_format"] and not response.strip():
+        return outcome._replace(failure=FAILURE_CODE["no_answer"])
+    return outcome
+
+
+def _score_route(problem: Problem, answer: str, topology: Topology) -> Outcome:
+    legs = read_legs(answer)
+    if not legs:
+        return Outcome(False, 0.0, False, FAILURE_CODE["bad_format"])
+    starts = topology.stations[station_key(problem.station_1)]
+    goals = topology.stations[station_key(problem.station_2)]
+    costs = topology.costs(goals)
+    ridden = _ride(legs, starts, costs, topology)
+    arrived = [ridden.ends[goal][0] for goal in goals if goal in ridden.ends]
+    if ridden.failure == "none" and arrived:
+        least_legs, least_stops = min(costs[stop] for stop in starts if stop in costs)
+        excess = (len(legs) - least_legs) + (min(arrived) - least_stops) / max(least_stops, 1)
+        failure = "not_optimal" if excess > 0 else "none"
+        return Outcome(True, DETAIL / (1.0 + max(excess, 0.0)), True, FAILURE_CODE[failure])
+    failure = "endpoint" if ridden.failure == "none" else ridden.failure
+    before = min(_distance(costs, stop) for stop in starts)
+    progress = max(0.0, 1.0 - ridden.nearest / before)
+    return Outcome(False, PARTIAL * DETAIL * progress, True, FAILURE_CODE[failure])
+
+
+def _distance(costs: _Costs, stop: int) -> float:
+    """Legs to the goal and, below one leg in all, stops; a stop without a way there is farthest."""
+    legs, stops = costs.get(stop, (len(costs), 0))
+    return legs + stops / (1.0 + 2 * len(costs))
+
+
+class _Ridden(NamedTuple):
+    """How far the legs could be ridden. Names that several stops share are followed all at once."""
+
+    ends: dict[int, tuple[int, frozenset[int]]]
+    """Where the verified legs may end -> stops travelled, stops visited; empty unless a leg is verified."""
+    nearest: float
+    """The least distance to the goal after any verified leg; infinite if there is none."""
+    failure: str
+
+
+def _ride(legs: Sequence[_Leg], starts: Sequence[int], costs: _Costs, topology: Topology) -> _Ridden:
+    named = topology.stations.get(station_key(legs[0].departure), ())
+    here = {stop: (0, frozenset((stop,))) for stop in starts if stop in named}
+    if not here:
+        return _Ridden({}, math.inf, "endpoint")
+    ends: dict[int, tuple[int, frozenset[int]]] = {}
+    nearest = math.inf
+    for leg in legs:
+        named = topology.stations.get(station_key(leg.departure), ())
+        moved: dict[int, tuple[int, frozenset[int]]] = {}
+        failure = "broken_transfer"
+        for stop in here.keys() & set(named):
+            failure = _move(leg, stop, here[stop], topology, moved)
+        if not moved:
+            return _Ridden(ends, nearest, failure)
+        here = ends = moved
+        nearest = min(nearest, *(_distance(costs, stop) for stop in moved))
+    return _Ridden(ends, nearest, "none")
+
+
+def _move(
+    leg: _Leg,
+    stop: int,
+    state: tuple[int, frozenset[int]],
+    topology: Topology,
+    moved: dict[int, tuple[int, frozenset[int]]],
+) -> str:
+    """Ride one leg from a stop; enters where it may end into ``moved``. Returns the failure if it ends
+    nowhere."""
+    travelled, visited = state
+    lines = topology.lines.get(line_key(leg.line), ())
+    if not lines:
+        return "unknown_line"
+    failure = "stop_not_on_line"
+    for line in lines:
+        for end in topology.stations.get(station_key(leg.arrival), ()):
+            if not (topology.on_line(stop, line) and topology.on_line(end, line)):
+                continue
+            ride = topology.ride(line, stop, end)
+            if ride is None:
+                failure = "wrong_branch"
+            elif end in visited or ride.passed & visited:
+                failure = "repeated_stop"
+            elif end not in moved or travelled + ride.stops < moved[end][0]:
+                moved[end] = (travelled + ride.stops, visited | ride.passed | {end})
+    return failure
+
+
+def read_legs(answer: str) -> list[_Leg]:
+    """The legs that an answer states; empty unless each has its three labels, once and in order.
+
+    Labels in any case and bold, several on one line and text around the legs are all fine.
+    """
+    labels = list(_LABEL.finditer(answer))
+    if not labels or len(labels) % 3:
+        return []
+    values = []
+    for i, label in enumerate(labels):
+        if label.group(1)[0].casefold() != _ORDER[i % 3]:
+            return []
+        end = labels[i + 1].start() if i + 1 < len(labels) else len(answer)
+        value = answer[label.end() : end].split("\n", 1)[0].split("--", 1)[0]
+        values.append(value.strip().strip(",;*_ \t"))
+    if not all(values):
+        return []
+    return [_Leg(*values[i : i + 3]) for i in range(0, len(values), 3)]
+
+
+def _score_short(problem: Problem, answer: str) -> Outcome:
+    said, boxed = _said(problem.kind, answer)
+    closeness = 0.0
+    failure = "bad_format"
+    if said is not None:
+        error = abs(said - problem.answer)
+        failure = "wrong" if error else "none"
+        dense = problem.kind in ("Counting2", "Counting3")
+        closeness = 0.5 ** min(error, 64) if dense else float(error == 0)
+    correct = failure == "none"
+    detail = DETAIL * max(closeness, _listing(problem, answer))
+    return Outcome(correct, detail, boxed and said is not None, FAILURE_CODE[failure])
+
+
+def _said(kind: str, answer: str) -> tuple[int | None, bool]:
+    """(the one answer given, or None if there is none or several differ; whether it is boxed)."""
+    boxes = re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", answer)
+    texts = boxes or [answer]
+    said = {_value(kind, text) for text in texts}
+    return (said.pop() if len(said) == 1 else None), bool(boxes)
+
+
+def _value(kind: str, text: str) -> int | None:
+    """What a short text says: bare, or wrapped as \\text{...}, in $, brackets or bold, perhaps with a full
+    stop."""
+    bare = re.sub(r"\\(?:text|mathrm|textbf|mbox)\s*|[\s{}()*$]", "", text).rstrip(".,").casefold()
+    if kind in ("TorF1", "TorF2"):
+        return {"yes": 1, "no": 0}.get(bare)
+    if kind == "Counting1":
+        return CHOICES.get(bare)
+    return int(bare) if _NUMBER.fullmatch(bare) else None
+
+
+def _listing(problem: Problem, answer: str) -> float:
+    """F1 of the ``Stops: [...]`` or ``Lines: [...]`` of an answer against the problem's own steps; 0 without
+    either.
+
+    Repeats count as wrong entries; of several lists the last counts.
+    """
+    gold = problem.fine_grained_answer
+    if isinstance(gold, dict):
+        gold = [entry for entries in gold.values() for entry in entries]
+    lists = _LISTED.findall(answer)
+    if not lists or not isinstance(gold, list) or not all(isinstance(entry, str) for entry in gold):
+        return 0.0
+    key = station_key if problem.kind == "Counting1" else line_key
+    want = {key(entry) for entry in gold}
+    have = [key(entry) for entry in lists[-1].split(",") if entry.strip()]
+    if not want or not have:
+        return 0.0
+    return 2 * len(want & set(have)) / (len(want) + len(have))

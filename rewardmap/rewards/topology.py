@@ -1,0 +1,201 @@
+"""What ``graph`` mode knows of a network: names folded to keys, services, and how far every stop is from a
+goal."""
+
+from __future__ import annotations
+
+import heapq
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+from rewardmap.transit.graph import Network
+from rewardmap.types import DataError, MetroData
+
+_SUFFIXES = (
+    *("transferstation", "branchstartingstation", "换乘站", "支线起始站"),  # what the data appends
+    *("metrostation", "subwaystation", "station"),
+    *("地铁站", "车站", "站", "駅", "역"),
+    *("stasjon", "allomas", "stazione", "estacao", "estacion", "stesen", "bahnhof"),
+)
+_LINE_WORDS = (
+    "metrorail",
+    "route",
+    "linha",
+    "linea",
+    "linje",
+    "vonal",
+    "line",
+    "轨道交通",
+    "地铁",
+    "号线",
+    "线",
+)
+_LETTERS = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "æ": "ae", "œ": "oe", "ı": "i"})
+
+
+def fold(text: str) -> str:
+    """Compatibility forms, case, diacritics, punctuation and spacing folded away; idempotent."""
+    before = None
+    while text != before:
+        before = text
+        text = unicodedata.normalize("NFKD", text).casefold().translate(_LETTERS)
+        text = "".join(letter for letter in text if letter.isalnum())
+    return text
+
+
+_FOLDED_SUFFIXES = tuple(fold(suffix) for suffix in _SUFFIXES)
+
+
+@lru_cache(maxsize=65_536)
+def station_key(name: str) -> str:
+    """A stop's name for comparison: folded, without what languages append for "station"; idempotent."""
+    key = fold(name)
+    while True:
+        suffix = next((suffix for suffix in _FOLDED_SUFFIXES if key.endswith(suffix) and key != suffix), None)
+        if suffix is None:
+            return key
+        key = key.removesuffix(suffix)
+
+
+@lru_cache(maxsize=65_536)
+def line_key(name: str) -> str:
+    """A line's name for comparison: folded, without words for "line", so that Line 1, Route 1, 1号线 and 1
+    agree."""
+    key = fold(name)
+    while True:
+        rests = (rest for word in _LINE_WORDS for rest in (key.removeprefix(word), key.removesuffix(word)))
+        shorter = next((rest for rest in rests if rest not in ("", key)), None)
+        if shorter is None:
+            return key
+        key = shorter
+
+
+class Service(NamedTuple):
+    """Stops that one train runs, in order; a closed one ends where it began. ``ordered``: neighbours are
+    real."""
+
+    line: int
+    stops: tuple[int, ...]
+    closed: bool
+    ordered: bool
+
+
+class Ride(NamedTuple):
+    """A verified leg: ``stops`` counts the stops travelled (0 where unknown), ``passed`` those between the
+    ends."""
+
+    stops: int
+    passed: frozenset[int]
+
+
+@dataclass
+class Topology:
+    """A network as services between numbered stops. Stops that only share a name keep their own numbers."""
+
+    services: tuple[Service, ...]
+    stations: dict[str, tuple[int, ...]]
+    """Station key -> the stops of that name."""
+    lines: dict[str, tuple[int, ...]]
+    """Line key -> the lines of that name."""
+    _costs: dict[frozenset[int], dict[int, tuple[int, int]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._at: dict[int, list[int]] = {}
+        for number, service in enumerate(self.services):
+            for stop in dict.fromkeys(service.stops):
+                self._at.setdefault(stop, []).append(number)
+
+    def on_line(self, stop: int, line: int) -> bool:
+        """Whether the line calls at the stop."""
+        return any(self.services[number].line == line for number in self._at[stop])
+
+    def ride(self, line: int, start: int, end: int) -> Ride | None:
+        """The shortest ride from one stop to the other on one train of the line; None if no train does it."""
+        rides = []
+        for number in self._at[start]:
+            service = self.services[number]
+            if service.line == line and end in service.stops:
+                rides.append(_ride(service, start, end))
+        return min(rides, key=lambda ride: ride.stops, default=None)
+
+    def costs(self, goals: Iterable[int]) -> dict[int, tuple[int, int]]:
+        """Stop -> (legs, stops) still needed to the nearest of the goals: fewest legs first. Unreachable:
+        absent."""
+        key = frozenset(goals)
+        known = self._costs.get(key)
+        if known is None:
+            known = self._costs[key] = self._search(key)
+        return known
+
+    def _search(self, goals: frozenset[int]) -> dict[int, tuple[int, int]]:
+        best = dict.fromkeys(goals, (0, 0))
+        heap = [((0, 0), goal) for goal in goals]
+        heapq.heapify(heap)
+        while heap:
+            cost, stop = heapq.heappop(heap)
+            if cost > best[stop]:
+                continue
+            for number in self._at[stop]:
+                service = self.services[number]
+                for other in set(service.stops) - {stop}:
+                    if other in best and best[other][0] <= cost[0]:
+                        continue
+                    reached = (cost[0] + 1, cost[1] + _ride(service, stop, other).stops)
+                    if other not in best or reached < best[other]:
+                        best[other] = reached
+                        heapq.heappush(heap, (reached, other))
+        return best
+
+
+def _ride(service: Service, start: int, end: int) -> Ride:
+    if not service.ordered:
+        return Ride(0, frozenset())
+    low, high = sorted((service.stops.index(start), service.stops.index(end)))
+    between = service.stops[low + 1 : high]
+    if service.closed:
+        around = service.stops[high + 1 : -1] + service.stops[:low]
+        if len(around) < len(between):
+            between = around
+    return Ride(len(between) + 1, frozenset(between))
+
+
+def topology(network_id: str, network: MetroData | Network) -> Topology:
+    """The topology of a network, exact from a ``Network``, cautious from flat lists.
+
+    A flat list hides where a branch begins, and loops are mostly stored open. So a line is then a set of
+    stops that one train serves, routes differ in their legs only, and spellings with one key are one stop.
+    Raises DataError where a list is not one of names.
+    """
+    number: dict[str, int] = {}
+    services = []
+    names: list[str]
+    if isinstance(network, Network):
+        names = [line.name for line in network.lines]
+        for i, line in enumerate(network.lines):
+            for stops in line.services():
+                closed = len(stops) > 2 and stops[0] == stops[-1]
+                services.append(Service(i, _numbered(stops, number), closed, True))
+    else:
+        names = list(network)
+        for i, (name, stations) in enumerate(network.items()):
+            if isinstance(stations, str) or not all(isinstance(station, str) for station in stations):
+                raise DataError(f"network {network_id!r}, line {name!r}: {stations!r} is not a list of names")
+            stops = tuple(dict.fromkeys(map(station_key, stations)))
+            services.append(Service(i, _numbered(stops, number), False, False))
+    stations_by_key: dict[str, list[int]] = {}
+    for name, stop in number.items():
+        stations_by_key.setdefault(station_key(name), []).append(stop)
+    lines_by_key: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        lines_by_key.setdefault(line_key(name), []).append(i)
+    return Topology(
+        tuple(services),
+        {key: tuple(stops) for key, stops in stations_by_key.items()},
+        {key: tuple(lines) for key, lines in lines_by_key.items()},
+    )
+
+
+def _numbered(stops: Sequence[str], number: dict[str, int]) -> tuple[int, ...]:
+    return tuple(number.setdefault(stop, len(number)) for stop in stops)
