@@ -38,6 +38,11 @@ def autocast_operand(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
+def differentiable(tensor: Tensor) -> Tensor:
+    """Under no_grad the tensor detached: a Function is told of requires_grad alone and would make the gradients."""
+    return tensor if torch.is_grad_enabled() else tensor.detach()
+
+
 def check_policy_inputs(
     inputs: dict[str, Any], mask: Tensor | None, temperature: Tensor | float, like: Tensor
 ) -> None:

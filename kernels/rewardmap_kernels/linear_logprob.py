@@ -167,7 +167,8 @@ def linear_logprobs(
     weight = full_weight(weight)
     check_linear(hidden, weight, targets)
     check_temperature(temperature, hidden, hidden.shape[0])
-    hidden, weight = _rows.autocast_operand(hidden), _rows.autocast_operand(weight)
+    hidden = _rows.differentiable(_rows.autocast_operand(hidden))
+    weight = _rows.differentiable(_rows.autocast_operand(weight))
     chunks = row_chunks(hidden.shape[0], weight.shape[0], chunk_rows)
     with _rows.no_autocast(hidden):
         result: tuple[Tensor, Tensor] = _LinearLogprobs.apply(

@@ -183,7 +183,8 @@ def linear_policy_loss(
         sequence, "num_sequences": n if num_sequences is None else num_sequences,
     }  # fmt: skip
     _rows.check_policy_inputs(inputs, loss_mask, temperature, hidden)
-    hidden, weight = _rows.autocast_operand(hidden), _rows.autocast_operand(weight)
+    hidden = _rows.differentiable(_rows.autocast_operand(hidden))
+    weight = _rows.differentiable(_rows.autocast_operand(weight))
     if logits_dtype not in (torch.float32, torch.bfloat16) or (
         logits_dtype == torch.bfloat16 and torch.promote_types(hidden.dtype, weight.dtype) == torch.float64
     ):

@@ -148,6 +148,7 @@ def logits_policy_loss(
         )
     if inplace and logits.stride(1) != 1:
         raise ValueError(f"inplace = True needs rows of stride 1, got strides {logits.stride()}")
+    logits = _rows.differentiable(logits)
     return LogitsPolicyLoss(
         *_LogitsPolicyLoss.apply(logits, targets, temperature, inputs, loss_mask, inplace)
     )
