@@ -1,0 +1,269 @@
+"""Scores a file of answers: JSON lines in, the same lines with their scores out, and a summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rewardmap.rewards.parse import clean, strip_markers
+from rewardmap.rewards.rubric import Mode, RewardBatch, Rubric
+from rewardmap.rewards.score import FAILURES
+from rewardmap.rewards.topology import station_key
+from rewardmap.types import KINDS, LEVELS, DataError, MetroData, Problem
+
+ADDED = ("score", "correct", "detail", "weight", "format_valid", "failure")
+"""Fields that each row gains."""
+_CHUNK = 8192
+
+
+@dataclass
+class KindTotals:
+    """Sums over the rows of one kind."""
+
+    rows: int = 0
+    correct: int = 0
+    format_failures: int = 0
+    score: float = 0.0
+
+
+@dataclass
+class ScoreSummary:
+    """What a scored file holds."""
+
+    mode: str
+    kinds: dict[str, KindTotals] = field(default_factory=dict)
+    """By kind, in the order of ``types.KINDS``; kinds without rows are left out."""
+    groups: int = 0
+    """Groups of two or more rows that share a ``group`` value."""
+    zero_variance_groups: int = 0
+    """Groups whose scores are all equal: they teach nothing."""
+    seconds: float = 0.0
+
+    @property
+    def rows(self) -> int:
+        """Rows scored."""
+        return sum(totals.rows for totals in self.kinds.values())
+
+    def table(self) -> str:
+        """The summary as text, one line per kind."""
+        lines = [f"{'kind':<10} {'rows':>8} {'correct':>8} {'bad format':>10} {'mean score':>10}"]
+        for kind, totals in self.kinds.items():
+            lines.append(
+                f"{kind:<10} {totals.rows:>8} {totals.correct / totals.rows:>8.1%} "
+                f"{totals.format_failures / totals.rows:>10.1%} {totals.score / totals.rows:>10.3f}"
+            )
+        if self.groups:
+            lines.append(f"groups with equal scores: {self.zero_variance_groups} of {self.groups}")
+        rate = self.rows / self.seconds if self.seconds else 0.0
+        lines.append(f"{self.rows} rows in {self.seconds:.2f} s ({rate:,.0f} rows/s), mode {self.mode}")
+        return "\n".join(lines)
+
+
+def score_file(
+    in_path: str | Path,
+    out_path: str | Path | None = None,
+    mode: Mode = "reference",
+    stations_root: str | Path | None = None,
+) -> ScoreSummary:
+    """Score every row of a JSON-lines file; rows keep their order and fields and gain ``ADDED``.
+
+    A row needs ``type``, ``answer``, ``difficulty_city``, ``json`` (path of its stations file) and
+    ``response``, and for planning ``station_1``, ``station_2`` and ``question_transfer_count``. A relative
+    ``json`` is looked for under ``stations_root`` if given, then beside the input file, then in the current
+    folder. The output is complete or absent: it is moved into place after the last row. Raises DataError
+    naming file, row (from 1) and field of the first bad row.
+    """
+    in_path = Path(in_path)
+    began = time.perf_counter()
+    rubric = Rubric(mode=mode)
+    stations = _Stations(in_path, Path(stations_root) if stations_root is not None else None)
+    totals: dict[str, KindTotals] = defaultdict(KindTotals)
+    groups: dict[Any, tuple[int, float, float]] = {}
+    partial = None if out_path is None else Path(f"{out_path}.partial")
+    out = None if partial is None else partial.open("w", encoding="utf-8", errors="surrogatepass")
+    try:
+        for rows, problems in _chunks(in_path, stations):
+            batch = rubric.score(problems, [row["response"] for row in rows], stations.networks)
+            _add(rows, batch, totals, groups)
+            if out is not None:
+                out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except BaseException:
+        if out is not None and partial is not None:
+            out.close()
+            partial.unlink()
+        raise
+    if out is not None and partial is not None and out_path is not None:
+        out.close()
+        os.replace(partial, out_path)
+    shared = [(low, high) for count, low, high in groups.values() if count > 1]
+    return ScoreSummary(
+        mode=mode,
+        kinds={kind: totals[kind] for kind in KINDS if kind in totals},
+        groups=len(shared),
+        zero_variance_groups=sum(low == high for low, high in shared),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _add(
+    rows: list[dict[str, Any]],
+    batch: RewardBatch,
+    totals: dict[str, KindTotals],
+    groups: dict[Any, tuple[int, float, float]],
+) -> None:
+    """Write the scores into the rows and the totals."""
+    for i, row in enumerate(rows):
+        score = float(batch.score[i])
+        values = (batch.correct[i], batch.detail[i], batch.weight[i], batch.format_valid[i])
+        row.update(
+            zip(ADDED, (score, *(value.item() for value in values), FAILURES[batch.failure[i]]), strict=True)
+        )
+        kind = totals[row["type"]]
+        kind.rows += 1
+        kind.correct += row["correct"]
+        kind.format_failures += not row["format_valid"]
+        kind.score += score
+        if row.get("group") is not None:
+            key = json.dumps(row["group"], sort_keys=True)
+            count, low, high = groups.get(key, (0, score, score))
+            groups[key] = (count + 1, min(low, score), max(high, score))
+
+
+def _chunks(in_path: Path, stations: _Stations) -> Iterator[tuple[list[dict[str, Any]], list[Problem]]]:
+    rows: list[dict[str, Any]] = []
+    problems: list[Problem] = []
+    try:
+        file = in_path.open("rb")
+    except OSError as error:
+        raise DataError(f"{in_path}: cannot be read ({error.strerror}); give a file of JSON lines") from error
+    with file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{in_path}, row {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{where}: not a line of UTF-8 JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{where}: {type(row).__name__}, not an object with fields")
+            problems.append(_problem(row, where, stations))
+            rows.append(row)
+            if len(rows) == _CHUNK:
+                yield rows, problems
+                rows, problems = [], []
+    if rows:
+        yield rows, problems
+
+
+def _problem(row: dict[str, Any], where: str, stations: _Stations) -> Problem:
+    kind = _choice(row, "type", KINDS, where)
+    planning = kind == "planning"
+    network_id = stations.read(_text(row, "json", where), where)
+    ends = []
+    for name in ("station_1", "station_2"):
+        station = _text(row, name, where) if planning else row.get(name)
+        if planning and not stations.has(network_id, str(station)):
+            raise DataError(f"{where}, field {name!r}: {station!r} is no station of {network_id}")
+        ends.append(station if isinstance(station, str) else "")
+    _text(row, "response", where)
+    fine = row.get("fine_grained_answer", row.get("fine-grained answer"))
+    return Problem(
+        uid=where,
+        image=b"",
+        question="",
+        kind=kind,
+        answer=_integer(row, "answer", where),
+        station_1=ends[0],
+        station_2=ends[1],
+        network_id=network_id,
+        map_difficulty=_choice(row, "difficulty_city", LEVELS, where),
+        transfers_required=_integer(row, "question_transfer_count", where, least=0) if planning else 0,
+        fine_grained_answer=_steps(fine),
+    )
+
+
+def _steps(fine: Any) -> Any:
+    """The steps to the answer; data sets keep them as JSON text."""
+    if not isinstance(fine, str):
+        return fine
+    try:
+        return json.loads(fine)
+    except ValueError:
+        return None
+
+
+def _field(row: dict[str, Any], name: str, where: str) -> Any:
+    if name not in row:
+        raise DataError(f"{where}, field {name!r}: missing; the row has {', '.join(row) or 'no fields'}")
+    return row[name]
+
+
+def _text(row: dict[str, Any], name: str, where: str) -> str:
+    value = _field(row, name, where)
+    if not isinstance(value, str):
+        raise DataError(f"{where}, field {name!r}: {value!r} is not text")
+    return value
+
+
+def _choice(row: dict[str, Any], name: str, known: tuple[str, ...], where: str) -> str:
+    value = _text(row, name, where)
+    if value not in known:
+        raise DataError(f"{where}, field {name!r}: {value!r} is not one of {', '.join(known)}")
+    return value
+
+
+def _integer(row: dict[str, Any], name: str, where: str, least: int | None = None) -> int:
+    value = _field(row, name, where)
+    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
+        kind = "an integer" if least is None else f"an integer of at least {least}"
+        raise DataError(f"{where}, field {name!r}: {value!r} is not {kind}")
+    return value
+
+
+class _Stations:
+    """The stations files that rows name, each read once."""
+
+    def __init__(self, in_path: Path, root: Path | None) -> None:
+        self._folders = [folder for folder in (root, in_path.parent, Path()) if folder is not None]
+        self.networks: dict[str, MetroData] = {}
+        self._names: dict[str, frozenset[str]] = {}
+
+    def read(self, path: str, where: str) -> str:
+        """The network's id, which is the path as the row gives it."""
+        if path not in self.networks:
+            found = next((folder / path for folder in self._folders if (folder / path).is_file()), None)
+            if found is None:
+                looked = ", ".join(str(folder.resolve()) for folder in self._folders)
+                raise DataError(f"{where}, field 'json': no file {path!r} under {looked}")
+            try:
+                metro = json.loads(found.read_bytes())
+            except ValueError as error:
+                raise DataError(f"{where}, field 'json': {found} is not JSON ({error})") from error
+            if not isinstance(metro, dict) or not all(_is_list_of_text(names) for names in metro.values()):
+                raise DataError(
+                    f"{where}, field 'json': {found} is not an object of line -> list of stations"
+                )
+            self.networks[path] = metro
+            spelled = {station for stations in metro.values() for station in stations}
+            self._names[path] = frozenset(key for station in spelled for key in _keys(station))
+        return path
+
+    def has(self, network_id: str, station: str) -> bool:
+        """Whether the network has a station of that name, in the sense of any mode."""
+        return not self._names[network_id].isdisjoint(_keys(station))
+
+
+def _keys(station: str) -> tuple[str, str]:
+    # Marked, for the keys of the two sorts must not meet.
+    return "published " + clean(strip_markers(station)), "folded " + station_key(station)
+
+
+def _is_list_of_text(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
