@@ -92,7 +92,8 @@ class Assets:
         return path
 
     def network(self, network_id: str, source: Any, where: str) -> str:
-        """Registers the network a row names and returns its id. Raises DataError, also if two rows disagree."""
+        """Registers the network a row names and returns its id. Raises DataError, also if two rows
+        disagree."""
         key = source if isinstance(source, str) else json.dumps(source, sort_keys=True, ensure_ascii=False)
         known = self._sources.get(network_id)
         if known is not None:
@@ -133,7 +134,8 @@ class Assets:
 
 
 def check_metro_data(source: Any, name: str) -> MetroData:
-    """``source`` as a flat network. Columns that a table holds for other cities' lines come as None and are dropped.
+    """``source`` as a flat network. Columns that a table holds for other cities' lines come as None and are
+    dropped.
 
     Raises DataError, naming the line, unless it is an object of lists of at least two station names each.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from functools import lru_cache
+from typing import Any, cast
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -21,10 +22,14 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def draw_map(network: Network) -> Image.Image:
-    """The map's picture, RGB, ``network.size`` pixels. Raises ValueError for a style without a drawer."""
-    if network.style != "tiny":
-        raise ValueError(f"no drawer for style {network.style!r} of network {network.network_id!r}")
-    return _draw_tiny(network)
+    """The map's picture, RGB, ``network.size`` pixels. Raises ValueError for a network without geometry."""
+    if network.style == "tiny":
+        return _draw_tiny(network)
+    if "geometry" not in network.extras:
+        raise ValueError(f"network {network.network_id!r} has no geometry, so it cannot be drawn")
+    from rewardmap.transit.render import render
+
+    return render(cast(dict[str, Any], network.extras["geometry"]))
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -1,6 +1,7 @@
 """Writes data sets in ReasonMap-Train's form: pictures, flat networks, and rows as ``datasets`` saves them.
 
-A data folder holds ``maps/<country>/<city>.png``, ``stations/<country>/<city>.json`` and ``data/ReasonMap-Train``.
+A data folder holds ``maps/<country>/<city>.png``, ``stations/<country>/<city>.json`` and ``data/ReasonMap-
+Train``.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from rewardmap.transit.compose import FULL_LEVELS
 from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.generate import TINY_LEVELS, generate_network
-from rewardmap.transit.questions import QUESTION_COUNTS, Balance, make_questions
+from rewardmap.transit.questions import Balance, make_questions
 
 DATA_FOLDER = "data/ReasonMap-Train"
-PRESET_LEVELS = {"tiny": TINY_LEVELS}
+PRESET_LEVELS = {"tiny": TINY_LEVELS, "full": FULL_LEVELS}
 """Map levels of a preset; maps take them in turn, so that each level has a third of the maps."""
 
 Progress = Callable[[int, int], None]
@@ -89,13 +91,15 @@ def _write_map(
     figure.write_bytes(png)
     text = json.dumps(network.metro_data(), ensure_ascii=False, indent=1)
     stations.write_text(text + "\n", encoding="utf-8")
-    return make_questions(network, QUESTION_COUNTS[preset], rng, balance)
+    return make_questions(network, preset, rng, balance)
 
 
 def write_rows(folder: str | Path, rows: Sequence[Mapping[str, Any]], split: str | None = "train") -> None:
-    """Adds rows to a data folder as one split; ``split=None`` saves them without splits, as the released data is.
+    """Adds rows to a data folder as one split; ``split=None`` saves them without splits, as the released data
+    is.
 
-    Pictures and stations files are the caller's. Raises ValueError if that split is there already, or no rows.
+    Pictures and stations files are the caller's. Raises ValueError if that split is there already, or no
+    rows.
     """
     from datasets import Dataset, disable_progress_bars, enable_progress_bars
 

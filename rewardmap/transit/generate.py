@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from rewardmap.transit.compose import FULL_LEVELS, compose
 from rewardmap.transit.graph import Line, Network
 
 TINY_LEVELS = ("tiny-easy", "tiny-middle", "tiny-hard")
@@ -39,9 +40,11 @@ def generate_network(level: str, rng: np.random.Generator, network_id: str) -> N
 
     Raises ValueError for a level that this generator does not know.
     """
-    if level not in _TINY:
-        raise ValueError(f"unknown map level {level!r}; known levels: {', '.join(_TINY)}")
-    return _tiny_network(level, rng, network_id)
+    if level in _TINY:
+        return _tiny_network(level, rng, network_id)
+    if level in FULL_LEVELS:
+        return compose(level, rng, network_id)
+    raise ValueError(f"unknown map level {level!r}; known levels: {', '.join((*TINY_LEVELS, *FULL_LEVELS))}")
 
 
 def _tiny_network(level: str, rng: np.random.Generator, network_id: str) -> Network:

@@ -13,13 +13,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
+import numpy as np
+
 TRANSFER_MARK = " (Transfer Station)"
 BRANCH_MARK = " (Branch-starting Station)"
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A side track. ``stations[0]`` is the trunk stop where it leaves; its trains run through to ``towards``."""
+    """A side track. ``stations[0]`` is the trunk stop where it leaves; its trains run through to
+    ``towards``."""
 
     stations: tuple[str, ...]
     towards: str = "start"
@@ -38,7 +41,8 @@ class Line:
     branches: tuple[Branch, ...] = ()
 
     def services(self) -> tuple[tuple[str, ...], ...]:
-        """Stop sequences of one train each: the trunk (a loop repeats its first stop at the end), then branches."""
+        """Stop sequences of one train each: the trunk (a loop repeats its first stop at the end), then
+        branches."""
         trunk = (*self.stations, self.stations[0]) if self.loop else self.stations
         services = [trunk]
         for branch in self.branches:
@@ -110,7 +114,8 @@ class Network:
         return {stop: tuple(names) for stop, names in lines_of.items()}
 
     def lines_through(self, station: str) -> tuple[str, ...]:
-        """Names of the lines that stop at ``station``, in the network's order. Raises KeyError for an unknown one."""
+        """Names of the lines that stop at ``station``, in the network's order. Raises KeyError for an
+        unknown one."""
         return self._lines_of[station]
 
     def line(self, name: str) -> Line:
@@ -160,6 +165,22 @@ class Network:
             moves.append(((number, len(service) - 1 - index), 0, 0))
         moves += [(other, 1, 0) for other in self._states[service[index]] if other[0] != number]
         return moves
+
+    def fewest_transfers(self) -> np.ndarray:
+        """[S, S] int: fewest transfers between stations in the order of ``stations``; -1 where none leads
+        there."""
+        index = {stop: i for i, stop in enumerate(self.stations)}
+        calls = np.zeros((len(self._services), len(self.stations)), dtype=np.int64)
+        for number, (_, service) in enumerate(self._services):
+            calls[number, [index[stop] for stop in service]] = 1
+        meets = (calls @ calls.T) > 0
+        fewest = np.full((len(self.stations), len(self.stations)), -1)
+        reached = np.eye(len(self._services), dtype=np.int64)
+        for transfers in range(len(self._services)):
+            joined = (calls.T @ reached @ calls) > 0
+            fewest[joined & (fewest < 0)] = transfers
+            reached = ((reached @ meets) > 0).astype(np.int64)
+        return fewest
 
     def shortest_routes(self, start: str, goal: str) -> list[Route]:
         """All optimal routes: fewest transfers, then fewest stops; sorted, no repeats; empty if unreachable.

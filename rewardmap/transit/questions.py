@@ -1,7 +1,7 @@
-"""The six kinds of questions about a network, in the wording of ReasonMap and ReasonMap-Plus, with their answers.
+"""Questions of all six kinds about a network, with their answers, as rows of ReasonMap-Train.
 
-A row is a dictionary in ReasonMap-Train's schema. ``Balance`` keeps labels balanced over a whole data set, so that
-nothing in the text of a question predicts its answer.
+``Balance`` keeps labels balanced over a whole data set, so that nothing in the text of a question predicts
+its answer; wrong answers are made hard (a stop just beyond an interchange, a line that passes close by).
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from rewardmap.transit.graph import Network, Route
-from rewardmap.types import Problem
+from rewardmap.transit.graph import Network
+from rewardmap.transit.wording import gold_response, question_text, routes_as_plans
 
-_BOXED = 'Please solve the problem and put your answer in one "\\boxed{}". According to the subway map, '
-_YES_NO = (
-    'Please solve the problem and put your answer (only answer yes or no) in one "\\boxed{}". '
-    "According to the subway map, "
-)
-_CHOICE = (
-    'Please solve the multiple choice problem and put your answer (one of ABCD) in one "\\boxed{}". '
-    "According to the subway map, "
-)
-_BLOCK = "Route Name: Line x\nDeparture Stop: xx Station\nArrival Stop: xx Station"
+__all__ = ["COLUMNS", "QUESTION_COUNTS", "Balance", "gold_response", "make_questions", "question_text"]
 
 QUESTION_COUNTS: dict[str, dict[str, int]] = {
-    "tiny": {"TorF1": 2, "TorF2": 2, "Counting1": 2, "Counting2": 2, "Counting3": 1, "planning": 4}
+    "tiny": {"TorF1": 2, "TorF2": 2, "Counting1": 2, "Counting2": 2, "Counting3": 1, "planning": 4},
+    "full": {"TorF1": 35, "TorF2": 31, "Counting1": 35, "Counting2": 37, "Counting3": 1, "planning": 40},
 }
-"""Questions per map and kind, by preset."""
+"""Questions per map and kind, by preset; "full" as in ReasonMap and ReasonMap-Plus, fewer where a map has
+fewer."""
+
+_PLANNING = {"tiny": (2, 2), "full": (20, 15, 5)}
+"""Planning questions per map by transfers. A map without enough such pairs gets fewer questions, not
+others."""
+_MOST_LINES = {"tiny": 2, "full": 3}
+"""Counting2 is balanced over 1, 2, ... lines through a stop; this many and more are one class."""
 
 COLUMNS = (
     "uid",
@@ -52,9 +52,12 @@ COLUMNS = (
 )
 """Columns of a row: ReasonMap-Train's, and ``uid`` and ``fine_grained_answer``."""
 
+Pair = tuple[str, str]
+Made = dict[str, Any] | None
+
 
 class Balance:
-    """Picks labels so that each is used equally often wherever a map offers it. Deterministic given its generator."""
+    """Orders labels so that each is used equally often, wherever the maps offer it."""
 
     def __init__(self) -> None:
         self._used: dict[str, Counter[Hashable]] = {}
@@ -65,72 +68,34 @@ class Balance:
         shuffled = [labels[index] for index in rng.permutation(len(labels))]
         return sorted(shuffled, key=lambda label: used[label])
 
+    def share(self, topic: str, label: Hashable) -> float:
+        """Share of a label among the questions of a topic so far; 0 where there are none."""
+        used = self._used.get(topic, Counter())
+        return used[label] / max(1, used.total())
+
     def count(self, topic: str, label: Hashable) -> None:
         """Notes that a question with this label was made."""
         self._used.setdefault(topic, Counter())[label] += 1
 
 
-def question_text(kind: str, station_1: str = "", station_2: str = "", choices: Sequence[int] = ()) -> str:
-    """The text of a question; ``choices`` are the four counts of Counting1, ``station_2`` the line for TorF2."""
-    if kind == "TorF1":
-        return f"{_YES_NO}is it true that {station_1} is the same line as {station_2}?"
-    if kind == "TorF2":
-        return f"{_YES_NO}is it true that {station_1} is on the line {station_2}?"
-    if kind == "Counting1":
-        options = "".join(f"{letter}) {count} \n" for letter, count in zip("ABCD", choices, strict=True))
-        return (
-            f"{_CHOICE}how many intermediate stops are there between {station_1} and {station_2} "
-            f"(except for this two stops)? \n{options}"
-        )
-    if kind == "Counting2":
-        return f"{_BOXED}how many lines pass through {station_1}?"
-    if kind == "Counting3":
-        return f"{_BOXED}how many subway (metro) lines are there in total?"
-    if kind == "planning":
-        return (
-            f"According to the subway map, how do I get from {station_1} to {station_2}? Provide only one optimal "
-            "route, with only the line name and the departure and arrival stations. "
-            f"The format should be strictly followed:\n{_BLOCK}\n--\n{_BLOCK}"
-        )
-    raise ValueError(f"unknown question kind {kind!r}")
-
-
-def gold_response(problem: Problem) -> str:
-    """An ideal answer in exactly the form that the question asks for.
-
-    Raises ValueError for a planning problem that does not carry its optimal routes.
-    """
-    if problem.kind in ("TorF1", "TorF2"):
-        return f"\\boxed{{{'yes' if problem.answer == 1 else 'no'}}}"
-    if problem.kind == "Counting1":
-        return f"\\boxed{{{'ABCD'[problem.answer]}}}"
-    if problem.kind in ("Counting2", "Counting3"):
-        return f"\\boxed{{{problem.answer}}}"
-    if not problem.fine_grained_answer:
-        raise ValueError(f"{problem.uid}: fine_grained_answer holds no route, so there is no gold response")
-    return "\n--\n".join(
-        f"Route Name: {leg['route_name']}\nDeparture Stop: {leg['departure_stop']}\nArrival Stop: {leg['arrival_stop']}"
-        for leg in problem.fine_grained_answer[0]
-    )
-
-
 def make_questions(
-    network: Network, counts: dict[str, int], rng: np.random.Generator, balance: Balance
+    network: Network, preset: str, rng: np.random.Generator, balance: Balance
 ) -> list[dict[str, Any]]:
-    """Rows about one map, without repeats, ``counts[kind]`` of each kind where the map offers as many.
+    """Rows about one map without repeats: ``QUESTION_COUNTS[preset]``, fewer of a kind where the map has
+    fewer.
 
     Every row has all ``COLUMNS``; ``figure`` and ``json`` are the paths that ``write_dataset`` uses.
     """
     country, city = network.network_id.split("/")
+    asker = _Asker(network, preset, rng, balance)
     rows: list[dict[str, Any]] = []
-    for kind, wanted in counts.items():
-        asked: set[tuple[str, ...]] = set()
-        for _ in range(wanted):
-            made = _MAKERS[kind](network, rng, balance, asked)
+    for kind, wanted in QUESTION_COUNTS[preset].items():
+        for number in range(1, wanted + 1):
+            made = asker.ask(kind, number - 1)
             if made is None:
-                break
+                continue
             row = {
-                "uid": f"{country}-{city}-{kind}-{len(asked)}",
+                "uid": f"{country}-{city}-{kind}-{number}",
                 "country": country,
                 "city": city,
                 "figure": f"./maps/{country}/{city}.png",
@@ -148,206 +113,214 @@ def make_questions(
     return rows
 
 
-Asked = set[tuple[str, ...]]
-Made = dict[str, Any] | None
+class _Asker:
+    """Asks about one network; what several questions need is worked out once."""
 
+    def __init__(self, network: Network, preset: str, rng: np.random.Generator, balance: Balance) -> None:
+        self.network, self.preset, self.rng, self.balance = network, preset, rng, balance
+        self.asked: dict[str, set[Pair]] = {}
+        self.makers: dict[str, Callable[[int], Made]] = {
+            "TorF1": self._same_line,
+            "TorF2": self._on_line,
+            "Counting1": self._stops_between,
+            "Counting2": self._lines_through,
+            "Counting3": self._lines_in_all,
+            "planning": self._plan,
+        }
 
-def _fresh_pair(
-    pairs: list[tuple[str, str]], asked: Asked, rng: np.random.Generator
-) -> tuple[str, str] | None:
-    """A random pair that was not asked yet, in random order."""
-    left = [pair for pair in pairs if tuple(sorted(pair)) not in asked]
-    if not left:
+    def ask(self, kind: str, number: int) -> Made:
+        """Question ``number`` (from 0) of a kind, or None if the map has no more."""
+        return self.makers[kind](number)
+
+    def _fresh(self, kind: str, pairs: Sequence[Pair]) -> Pair | None:
+        """A random pair that was not asked yet, in random order."""
+        asked = self.asked.setdefault(kind, set())
+        left = [pair for pair in pairs if pair not in asked and pair[::-1] not in asked]
+        if not left:
+            return None
+        pair = left[int(self.rng.integers(len(left)))]
+        asked.add(pair)
+        return pair if self.rng.integers(2) else pair[::-1]
+
+    @cached_property
+    def _pairs(self) -> list[Pair]:
+        stops = self.network.stations
+        return [(a, b) for i, b in enumerate(stops) for a in stops[:i]]
+
+    @cached_property
+    def _neighbours(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {stop: set() for stop in self.network.stations}
+        for line in self.network.lines:
+            for a, b in line.edges():
+                found[a].add(b)
+                found[b].add(a)
+        return found
+
+    @cached_property
+    def _same_line_pools(self) -> dict[bool, tuple[list[Pair], list[Pair]]]:
+        """Label -> (hard pairs, all pairs). Far stops of one line, stops two apart on different lines."""
+        lines = {stop: set(self.network.lines_through(stop)) for stop in self.network.stations}
+        near = self._neighbours
+        pools: dict[bool, tuple[list[Pair], list[Pair]]] = {True: ([], []), False: ([], [])}
+        for a, b in self._pairs:
+            label = bool(lines[a] & lines[b])
+            pools[label][1].append((a, b))
+            if (b not in near[a]) if label else (near[a] & near[b]):
+                pools[label][0].append((a, b))
+        return pools
+
+    def _same_line(self, number: int) -> Made:
+        for label in self.balance.order(self.rng, "TorF1", (True, False)):
+            hard, every = self._same_line_pools[label]
+            pair = self._fresh("TorF1", hard) or self._fresh("TorF1", every)
+            if pair is not None:
+                self.balance.count("TorF1", label)
+                return {
+                    "station_1": pair[0],
+                    "station_2": pair[1],
+                    "question": question_text("TorF1", *pair),
+                    "answer": int(label),
+                    "fine_grained_answer": {stop: list(self.network.lines_through(stop)) for stop in pair},
+                }
         return None
-    first, second = left[int(rng.integers(len(left)))]
-    asked.add(tuple(sorted((first, second))))
-    return (first, second) if rng.integers(2) else (second, first)
 
+    def _on_line(self, number: int) -> Made:
+        asked = self.asked.setdefault("TorF2", set())
+        for label in self.balance.order(self.rng, "TorF2", (True, False)):
+            pool: dict[str, list[str]] = {}
+            for stop in self.network.stations:
+                through = self.network.lines_through(stop)
+                for line in self.network.lines:
+                    if (line.name in through) == label and (stop, line.name) not in asked:
+                        pool.setdefault(line.name, []).append(stop)
+            if pool:
+                # The line is drawn first, so that a long line is not asked about more often than a short one.
+                name = self.balance.order(self.rng, f"TorF2 {label}", sorted(pool))[0]
+                stops = pool[name] if label else self._close_to(name, pool[name])
+                stop = stops[int(self.rng.integers(len(stops)))]
+                asked.add((stop, name))
+                self.balance.count("TorF2", label)
+                self.balance.count(f"TorF2 {label}", name)
+                return {
+                    "station_1": stop,
+                    "station_2": name,
+                    "question": question_text("TorF2", stop, name),
+                    "answer": int(label),
+                    "fine_grained_answer": {stop: list(self.network.lines_through(stop))},
+                }
+        return None
 
-def _pairs(network: Network) -> list[tuple[str, str]]:
-    stops = network.stations
-    return [(a, b) for i, b in enumerate(stops) for a in stops[:i]]
+    def _close_to(self, name: str, stops: list[str]) -> list[str]:
+        """The nearer half of ``stops``, as the picture shows them, to a line; all where there are few."""
+        if len(stops) < 10:
+            return stops
+        at = self.network.positions
+        line = np.array([at[stop] for stop in self.network.line(name).stops()])
+        gaps = {stop: float(np.abs(line - np.array(at[stop])).max(axis=1).min()) for stop in stops}
+        return sorted(stops, key=lambda stop: (gaps[stop], stop))[: len(stops) // 2]
 
+    @cached_property
+    def _between(self) -> dict[int, list[Pair]]:
+        """Number of stops between two stops of a line -> such pairs; not on loops, nor where two lines
+        differ."""
+        self._via: dict[Pair, list[str] | None] = {}
+        for line in self.network.lines:
+            for service in line.services():
+                for j, last in enumerate(service):
+                    for i, first in enumerate(service[:j]):
+                        via = None if line.loop else list(service[i + 1 : j])
+                        pair = (first, last)
+                        if pair not in self._via and pair[::-1] in self._via:
+                            pair, via = pair[::-1], None if via is None else via[::-1]
+                        if self._via.setdefault(pair, via) != via:
+                            self._via[pair] = None
+        pools: dict[int, list[Pair]] = {}
+        for pair, stops in self._via.items():
+            if stops is not None:
+                pools.setdefault(len(stops), []).append(pair)
+        return pools
 
-def _same_line(network: Network, rng: np.random.Generator, balance: Balance, asked: Asked) -> Made:
-    share = {
-        p: bool(set(network.lines_through(p[0])) & set(network.lines_through(p[1]))) for p in _pairs(network)
-    }
-    neighbours = {edge for line in network.lines for edge in line.edges()}
-    for label in balance.order(rng, "TorF1", (True, False)):
-        pool = [pair for pair, shared in share.items() if shared == label]
-        # Far stops of one line are harder than neighbours; across lines the hard ones lie one stop beyond a change.
-        hard = [p for p in pool if (tuple(sorted(p)) not in neighbours if label else _near(network, *p))]
-        pair = _fresh_pair(hard, asked, rng) or _fresh_pair(pool, asked, rng)
-        if pair is not None:
-            balance.count("TorF1", label)
-            lines = {stop: list(network.lines_through(stop)) for stop in pair}
-            text = question_text("TorF1", *pair)
+    def _stops_between(self, number: int) -> Made:
+        most = max(3, *self._between, 0)
+        topic = f"Counting1 up to {most}"
+        for count in self.balance.order(self.rng, topic, sorted(self._between)):
+            pair = self._fresh("Counting1", self._between[count])
+            if pair is None:
+                continue
+            via = self._via[pair] if pair in self._via else list(reversed(self._via[pair[::-1]] or []))
+            # Counts are balanced and distractors drawn from the same range: a choice's rank tells nothing.
+            others = [other for other in range(most + 1) if other != count]
+            choices = [int(value) for value in self.rng.choice(others, 3, replace=False)]
+            answer = int(self.balance.order(self.rng, "Counting1 letter", (0, 1, 2, 3))[0])
+            choices.insert(answer, count)
+            self.balance.count(topic, count)
+            self.balance.count("Counting1 letter", answer)
             return {
                 "station_1": pair[0],
                 "station_2": pair[1],
-                "question": text,
-                "answer": int(label),
-                "fine_grained_answer": lines,
+                "question": question_text("Counting1", *pair, choices),
+                "answer": answer,
+                "fine_grained_answer": via,
             }
-    return None
-
-
-def _near(network: Network, first: str, second: str) -> bool:
-    return any(
-        {first, second} == {a, c}
-        for line in network.lines
-        for a, b in (edge for pair in line.edges() for edge in (pair, pair[::-1]))
-        for other in network.lines
-        for c in (end for pair in other.edges() if b in pair for end in pair if end != b)
-    )
-
-
-def _on_line(network: Network, rng: np.random.Generator, balance: Balance, asked: Asked) -> Made:
-    for label in balance.order(rng, "TorF2", (True, False)):
-        pool = [
-            (stop, line.name)
-            for stop in network.stations
-            for line in network.lines
-            if (line.name in network.lines_through(stop)) == label and (stop, line.name) not in asked
-        ]
-        if pool:
-            # The line is drawn first, so that a long line is not asked about more often than a short one.
-            name = balance.order(rng, f"TorF2 {label}", sorted({line for _, line in pool}))[0]
-            stops = [stop for stop, line in pool if line == name]
-            stop = stops[int(rng.integers(len(stops)))]
-            asked.add((stop, name))
-            balance.count("TorF2", label)
-            balance.count(f"TorF2 {label}", name)
-            return {
-                "station_1": stop,
-                "station_2": name,
-                "question": question_text("TorF2", stop, name),
-                "answer": int(label),
-                "fine_grained_answer": {stop: list(network.lines_through(stop))},
-            }
-    return None
-
-
-def _between(network: Network) -> dict[tuple[str, str], list[str]]:
-    """Stops strictly between two stops of one line, where all lines that join them agree; loops are ambiguous."""
-    found: dict[tuple[str, str], list[str] | None] = {}
-    for line in network.lines:
-        for service in line.services():
-            for j, last in enumerate(service):
-                for i, first in enumerate(service[:j]):
-                    via = None if line.loop else list(service[i + 1 : j])
-                    pair = (first, last)
-                    if pair not in found and pair[::-1] in found:
-                        pair, via = pair[::-1], via[::-1] if via is not None else None
-                    if pair in found and found[pair] != via:
-                        found[pair] = None
-                    else:
-                        found[pair] = via
-    return {pair: via for pair, via in found.items() if via is not None}
-
-
-def _count_between(network: Network, rng: np.random.Generator, balance: Balance, asked: Asked) -> Made:
-    between = _between(network)
-    counts = sorted({len(via) for via in between.values()})
-    for count in balance.order(rng, "Counting1", counts):
-        pair = _fresh_pair([p for p, via in between.items() if len(via) == count], asked, rng)
-        if pair is None:
-            continue
-        via = between[pair] if pair in between else between[pair[::-1]][::-1]
-        # Counts are balanced and distractors drawn from the same range, so the rank of a choice tells nothing.
-        others = [other for other in range(max(3, *counts) + 1) if other != count]
-        choices = [int(value) for value in rng.choice(others, 3, replace=False)]
-        answer = int(balance.order(rng, "Counting1 letter", (0, 1, 2, 3))[0])
-        choices.insert(answer, count)
-        balance.count("Counting1", count)
-        balance.count("Counting1 letter", answer)
-        return {
-            "station_1": pair[0],
-            "station_2": pair[1],
-            "question": question_text("Counting1", *pair, choices),
-            "answer": answer,
-            "fine_grained_answer": via,
-        }
-    return None
-
-
-def _count_lines_through(network: Network, rng: np.random.Generator, balance: Balance, asked: Asked) -> Made:
-    for shared in balance.order(rng, "Counting2", (True, False)):
-        stops = [
-            s for s in network.stations if (len(network.lines_through(s)) > 1) == shared and (s,) not in asked
-        ]
-        if stops:
-            stop = stops[int(rng.integers(len(stops)))]
-            asked.add((stop,))
-            balance.count("Counting2", shared)
-            lines = list(network.lines_through(stop))
-            return {
-                "station_1": stop,
-                "station_2": "",
-                "question": question_text("Counting2", stop),
-                "answer": len(lines),
-                "fine_grained_answer": {stop: lines},
-            }
-    return None
-
-
-def _count_lines(network: Network, rng: np.random.Generator, balance: Balance, asked: Asked) -> Made:
-    if ("all",) in asked:
         return None
-    asked.add(("all",))
-    return {
-        "station_1": "",
-        "station_2": "",
-        "question": question_text("Counting3"),
-        "answer": len(network.lines),
-        "fine_grained_answer": [line.name for line in network.lines],
-    }
 
+    def _lines_through(self, number: int) -> Made:
+        asked = self.asked.setdefault("Counting2", set())
+        most = _MOST_LINES[self.preset]
+        pools: dict[int, list[str]] = {}
+        for stop in self.network.stations:
+            if (stop, "") not in asked:
+                pools.setdefault(min(most, len(self.network.lines_through(stop))), []).append(stop)
+        if not pools:
+            return None
+        label = self.balance.order(self.rng, "Counting2", sorted(pools))[0]
+        if set(pools) == {1} and self.balance.share("Counting2", 1) > 0.5:
+            return None  # more of these would make "1" the answer to guess
+        stop = pools[label][int(self.rng.integers(len(pools[label])))]
+        asked.add((stop, ""))
+        self.balance.count("Counting2", label)
+        lines = list(self.network.lines_through(stop))
+        return {
+            "station_1": stop,
+            "station_2": "",
+            "question": question_text("Counting2", stop),
+            "answer": len(lines),
+            "fine_grained_answer": {stop: lines},
+        }
 
-def routes_as_plans(routes: Sequence[Route]) -> list[list[dict[str, Any]]]:
-    """Routes in ReasonMap's ``routes`` form: per plan, per leg, names, via stops and their number."""
-    return [
-        [
-            {
-                "route_name": leg.line,
-                "departure_stop": leg.departure,
-                "arrival_stop": leg.arrival,
-                "via_stops": list(leg.via),
-                "num_via_stops": len(leg.via),
-            }
-            for leg in route
-        ]
-        for route in routes
-    ]
+    def _lines_in_all(self, number: int) -> Made:
+        return {
+            "station_1": "",
+            "station_2": "",
+            "question": question_text("Counting3"),
+            "answer": len(self.network.lines),
+            "fine_grained_answer": [line.name for line in self.network.lines],
+        }
 
+    @cached_property
+    def _by_transfers(self) -> dict[int, list[Pair]]:
+        fewest = self.network.fewest_transfers()
+        pools: dict[int, list[Pair]] = {}
+        for j in range(len(self.network.stations)):
+            for i in range(j):
+                pair = (self.network.stations[i], self.network.stations[j])
+                pools.setdefault(int(fewest[i, j]), []).append(pair)
+        return pools
 
-def _plan(network: Network, rng: np.random.Generator, balance: Balance, asked: Asked) -> Made:
-    by_transfers: dict[int, list[tuple[str, str]]] = {}
-    for pair in _pairs(network):
-        by_transfers.setdefault(len(network.shortest_routes(*pair)[0]) - 1, []).append(pair)
-    for transfers in balance.order(rng, "planning", (0, 1)):
-        pair = _fresh_pair(by_transfers.get(transfers, []), asked, rng)
+    def _plan(self, number: int) -> Made:
+        transfers, before = 0, 0
+        while number >= before + _PLANNING[self.preset][transfers]:
+            before += _PLANNING[self.preset][transfers]
+            transfers += 1
+        pair = self._fresh("planning", self._by_transfers.get(transfers, []))
         if pair is None:
-            continue
-        balance.count("planning", transfers)
+            return None
         return {
             "station_1": pair[0],
             "station_2": pair[1],
             "question": question_text("planning", *pair),
             "answer": -1,
-            "difficulty_question": ("easy", "middle")[transfers],
+            "difficulty_question": ("easy", "middle", "hard")[min(transfers, 2)],
             "question_transfer_count": transfers,
-            "fine_grained_answer": routes_as_plans(network.shortest_routes(*pair)),
+            "fine_grained_answer": routes_as_plans(self.network.shortest_routes(*pair)),
         }
-    return None
-
-
-_MAKERS: dict[str, Callable[[Network, np.random.Generator, Balance, Asked], Made]] = {
-    "TorF1": _same_line,
-    "TorF2": _on_line,
-    "Counting1": _count_between,
-    "Counting2": _count_lines_through,
-    "Counting3": _count_lines,
-    "planning": _plan,
-}

@@ -2,12 +2,14 @@
 
 A data folder holds the rows in one of these places, the first that exists:
 
-* ``data/ReasonMap-Train`` or the folder itself, as ``datasets.save_to_disk`` writes it, with splits or without;
-* ``data/*.parquet`` or ``*.parquet``, as a hub repository stores them (``hf download ... --local-dir FOLDER``);
+* ``data/ReasonMap-Train`` or the folder itself, as ``datasets.save_to_disk`` writes it, with splits or
+without;
+* ``data/*.parquet`` or ``*.parquet``, as a hub repository stores them (``hf download ... --local-dir
+FOLDER``);
   files whose names begin with another split's name are left out.
 
-Pictures are paths inside the folder, base64 text, bytes, or the ``Image`` feature's ``{bytes, path}``; networks
-are paths of stations files inside the folder, JSON text, or the dictionary itself.
+Pictures are paths inside the folder, base64 text, bytes, or the ``Image`` feature's ``{bytes, path}``;
+networks are paths of stations files inside the folder, JSON text, or the dictionary itself.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ _BATCH_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class MapData:
-    """A loaded data set. ``networks``: ``Problem.network_id`` -> the flat network that rewards are computed on."""
+    """A loaded data set. ``networks``: ``Problem.network_id`` -> the flat network that rewards are computed
+    on."""
 
     problems: list[Problem]
     networks: dict[str, MetroData]
@@ -242,7 +245,8 @@ def _problem(row: _Row, assets: Assets, planning_question: str, default_uid: str
 
 
 def _details(row: _Row, released_planning: bool) -> Any:
-    """The steps to the answer; ReasonMap's ``routes`` (a dictionary of plans) become the list of its plans."""
+    """The steps to the answer; ReasonMap's ``routes`` (a dictionary of plans) become the list of its
+    plans."""
     name = "routes" if released_planning else "fine_grained_answer"
     value = row.row.get(name)
     if isinstance(value, str) and value:
