@@ -116,10 +116,7 @@ def test_parquet_with_pictures_and_networks_inside_as_reasonmap_ships_them(root:
 
 def test_image_feature_of_datasets(root: Path) -> None:
     features = datasets.Features(
-        {
-            name: datasets.Value("int64" if isinstance(value, int) else "string")
-            for name, value in row().items()
-        }
+        {name: datasets.Value("int64" if isinstance(value, int) else "string") for name, value in row().items()}
     )
     features["figure"] = datasets.Image(decode=False)
     rows = [row(figure={"bytes": png(), "path": None})]

@@ -41,10 +41,7 @@ def data(folder: Path) -> MapData:
 
 def test_tiny_networks_keep_the_rules_of_the_grid() -> None:
     for network in networks(150):
-        cells = {
-            stop: (int(x // TINY_CELL_PX), int(y // TINY_CELL_PX))
-            for stop, (x, y) in network.positions.items()
-        }
+        cells = {stop: (int(x // TINY_CELL_PX), int(y // TINY_CELL_PX)) for stop, (x, y) in network.positions.items()}
         assert len(set(cells.values())) == len(cells) == len(network.stations)
         assert 5 <= len(cells) <= 11
         assert all(0 <= x < TINY_CELLS and 0 <= y < TINY_CELLS for x, y in cells.values())
@@ -153,17 +150,11 @@ def test_gold_response_is_in_the_asked_form(data: MapData) -> None:
 
 def test_same_seed_gives_the_same_bytes_and_splits_share_no_map(folder: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    write_dataset(
-        tmp_path / "again", maps={"train": 60, "test": 30}, seed=3, progress=lambda *step: seen.append(step)
-    )
+    write_dataset(tmp_path / "again", maps={"train": 60, "test": 30}, seed=3, progress=lambda *step: seen.append(step))
     assert seen[-1] == (90, 90) and len(seen) == 90
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    assert files == sorted(
-        p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file()
-    )
-    _, different, broken = filecmp.cmpfiles(
-        folder, tmp_path / "again", [str(f) for f in files], shallow=False
-    )
+    assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
+    _, different, broken = filecmp.cmpfiles(folder, tmp_path / "again", [str(f) for f in files], shallow=False)
     assert not different and not broken
     pictures = [path.read_bytes() for path in folder.rglob("*.png")]
     assert len(set(pictures)) == len(pictures) == 90

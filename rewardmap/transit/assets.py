@@ -40,9 +40,7 @@ class Assets:
             try:
                 encoded = base64.b64decode(figure.rpartition("base64,")[2], validate=True)
             except binascii.Error as error:
-                raise DataError(
-                    f"{where}: neither a path nor base64 ({error}): {figure[:40]!r}..."
-                ) from error
+                raise DataError(f"{where}: neither a path nor base64 ({error}): {figure[:40]!r}...") from error
             key = hashlib.sha256(encoded).hexdigest()
         elif isinstance(figure, bytes):
             key, encoded = hashlib.sha256(figure).hexdigest(), figure
@@ -78,9 +76,7 @@ class Assets:
         except DataError:
             raise
         except FileNotFoundError:
-            raise DataError(
-                f"{name} does not exist under {self.root}; the maps folder is incomplete"
-            ) from None
+            raise DataError(f"{name} does not exist under {self.root}; the maps folder is incomplete") from None
         except Exception as error:  # Pillow's decoders raise many types for broken data
             raise DataError(f"{name} is not a complete picture ({error}); fetch it again") from error
         return str(path) if path is not None else encoded or b""
@@ -98,9 +94,7 @@ class Assets:
         known = self._sources.get(network_id)
         if known is not None:
             if known != key:
-                raise DataError(
-                    f"{where}: {network_id} has another network in an earlier row: {known[:80]!r}"
-                )
+                raise DataError(f"{where}: {network_id} has another network in an earlier row: {known[:80]!r}")
             return network_id
         if key in self._bad:
             raise DataError(f"{where}: {self._bad[key]}")
@@ -140,9 +134,7 @@ def check_metro_data(source: Any, name: str) -> MetroData:
     Raises DataError, naming the line, unless it is an object of lists of at least two station names each.
     """
     if not isinstance(source, dict):
-        raise DataError(
-            f"{name} must be an object of line names and station lists, got {type(source).__name__}"
-        )
+        raise DataError(f"{name} must be an object of line names and station lists, got {type(source).__name__}")
     network = {line: stops for line, stops in source.items() if stops is not None}
     if not network:
         raise DataError(f"{name} has no lines")

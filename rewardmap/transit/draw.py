@@ -52,7 +52,5 @@ def _draw_tiny(network: Network) -> Image.Image:
         radius, ring = (10.5 * s, 10) if shared else (9 * s, 5)
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill="white", outline=_INK, width=ring)
         letter = stop.removesuffix(" Station")
-        pen.text(
-            (x, y), letter, fill="black", font=font(14 * s), anchor="mm", stroke_width=1, stroke_fill="black"
-        )
+        pen.text((x, y), letter, fill="black", font=font(14 * s), anchor="mm", stroke_width=1, stroke_fill="black")
     return picture.resize(network.size, Image.Resampling.LANCZOS)

@@ -21,6 +21,7 @@ from rewardmap.transit.compose import FULL_LEVELS
 from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.generate import TINY_LEVELS, generate_network
 from rewardmap.transit.questions import Balance, make_questions
+from rewardmap.transit.topology import network_as_json
 
 DATA_FOLDER = "data/ReasonMap-Train"
 PRESET_LEVELS = {"tiny": TINY_LEVELS, "full": FULL_LEVELS}
@@ -86,8 +87,11 @@ def _write_map(
     pictures.add(digest)
     figure = root / "maps" / country / f"{city}.png"
     stations = root / "stations" / country / f"{city}.json"
-    for path in (figure, stations):
+    geometry = root / "geometry" / country / f"{city}.json"
+    for path in (figure, stations, geometry):
         path.parent.mkdir(parents=True, exist_ok=True)
+    truth = json.dumps(network_as_json(network), ensure_ascii=False, separators=(",", ":"))
+    geometry.write_text(truth + "\n", encoding="utf-8")
     figure.write_bytes(png)
     text = json.dumps(network.metro_data(), ensure_ascii=False, indent=1)
     stations.write_text(text + "\n", encoding="utf-8")

@@ -127,6 +127,9 @@ class Network:
 
     def metro_data(self) -> dict[str, list[str]]:
         """The flat lists of ReasonMap: trunk, then branches appended, with the data's exact markers."""
+        imported = self.extras.get("lists")
+        if isinstance(imported, dict):
+            return imported
         data: dict[str, list[str]] = {}
         for line in self.lines:
             joints = {branch.stations[0] for branch in line.branches}

@@ -95,17 +95,12 @@ def place_labels(spots: list[Spot], canvas: Canvas, font_px: int) -> dict[str, L
     for needed in (True, False):
         wanting = [spot for spot in alive if spot.needed == needed]
         options = [
-            [label for label in _candidates(spot, font_px) if _fits(label, taken, canvas.size)]
-            for spot in wanting
+            [label for label in _candidates(spot, font_px) if _fits(label, taken, canvas.size)] for spot in wanting
         ]
         for i in sorted(range(len(wanting)), key=lambda i: len(options[i])):
             spot = wanting[i]
             chosen = next(
-                (
-                    label
-                    for label in options[i]
-                    if _fits(label, taken, canvas.size) and not _rivals(label, spot, alive)
-                ),
+                (label for label in options[i] if _fits(label, taken, canvas.size) and not _rivals(label, spot, alive)),
                 None,
             )
             if needed and chosen is None:
@@ -170,9 +165,7 @@ def _candidates(spot: Spot, font_px: int) -> list[Label]:
         near = 0.72 * gap
         for sx, align in ((1, "left"), (-1, "right")):
             for sy in (-1, 1):
-                offer(
-                    corner + two + 0.1 * (sx < 0), lines, sx * (near + w / 2), sy * (near + h / 2), 0, align
-                )
+                offer(corner + two + 0.1 * (sx < 0), lines, sx * (near + w / 2), sy * (near + h / 2), 0, align)
         for sy, cost in ((-1, 0.0), (1, 0.1)):
             offer(cost + (0.0 if flat else 1.5) + 0.3 * two, lines, 0, sy * (gap + h / 2), 0, "centre")
             for sx in (1, -1):
@@ -226,11 +219,7 @@ def _rivals(label: Label, spot: Spot, others: list[Spot]) -> list[Spot]:
     distances = box_distance(label, np.array([other.position for other in others]))
     distances -= np.array([other.radius for other in others])
     own = float(box_distance(label, spot.position[None])[0]) - spot.radius
-    return [
-        other
-        for other, gap in zip(others, distances, strict=True)
-        if gap < own + _LEAD_PX and other is not spot
-    ]
+    return [other for other, gap in zip(others, distances, strict=True) if gap < own + _LEAD_PX and other is not spot]
 
 
 def box_distance(label: Label, positions: np.ndarray) -> np.ndarray:

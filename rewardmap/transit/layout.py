@@ -130,9 +130,7 @@ def _fixed_nodes(tracks: list[Track], users: dict[Edge, tuple[int, ...]]) -> set
     for a, b in users:
         degree[a] = degree.get(a, 0) + 1
         degree[b] = degree.get(b, 0) + 1
-    ends = {
-        end for track in tracks if not track.loop for path in track.paths() for end in (path[0], path[-1])
-    }
+    ends = {end for track in tracks if not track.loop for path in track.paths() for end in (path[0], path[-1])}
     return {node for node, count in degree.items() if count != 2} | ends
 
 

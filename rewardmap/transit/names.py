@@ -19,14 +19,12 @@ _PARTS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("torg", "øst", "vest", "havn", "sentrum", "bru"),
     ),
     "danube": (
-        "Szó Vár Kő Ör Bükk Nagy Kis Fűz Hár Tölgy Gyön Žel Bře Čer Lip Dub Můl Šar Ráb Jel "
-        "Tisz Koz Hol Ébr Mez Zöld",
+        "Szó Vár Kő Ör Bükk Nagy Kis Fűz Hár Tölgy Gyön Žel Bře Čer Lip Dub Můl Šar Ráb Jel Tisz Koz Hol Ébr Mez Zöld",
         "hely falva liget mező kút vice nov ník hora udvar vár erdő patak laky řany szeg tő csány",
         ("tér", "utca", "híd", "náměstí", "kapu", "liget"),
     ),
     "iberian": (
-        "Al Bra Cor Vila Mon Sei Fon São Pe Gua Ler Mira Oli Ran Sal Tor Var Zam Que Lou Cal "
-        "Ber Pal Nur Ara Vei",
+        "Al Bra Cor Vila Mon Sei Fon São Pe Gua Ler Mira Oli Ran Sal Tor Var Zam Que Lou Cal Ber Pal Nur Ara Vei",
         "queira mões gança dela vão tejo nheira rido calde çal bique lares redo nção jal vedra",
         ("Norte", "Sul", "Velha", "Nova", "do Mar", "da Luz"),
     ),

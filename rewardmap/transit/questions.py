@@ -78,9 +78,7 @@ class Balance:
         self._used.setdefault(topic, Counter())[label] += 1
 
 
-def make_questions(
-    network: Network, preset: str, rng: np.random.Generator, balance: Balance
-) -> list[dict[str, Any]]:
+def make_questions(network: Network, preset: str, rng: np.random.Generator, balance: Balance) -> list[dict[str, Any]]:
     """Rows about one map without repeats: ``QUESTION_COUNTS[preset]``, fewer of a kind where the map has
     fewer.
 
@@ -211,8 +209,8 @@ class _Asker:
         return None
 
     def _close_to(self, name: str, stops: list[str]) -> list[str]:
-        """The nearer half of ``stops``, as the picture shows them, to a line; all where there are few."""
-        if len(stops) < 10:
+        """The nearer half of ``stops``, as the picture shows them, to a line; all where there are few or no picture."""
+        if len(stops) < 10 or not self.network.positions:
             return stops
         at = self.network.positions
         line = np.array([at[stop] for stop in self.network.line(name).stops()])

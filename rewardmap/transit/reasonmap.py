@@ -25,6 +25,8 @@ import pyarrow.parquet as pq
 
 from rewardmap.transit.assets import Assets
 from rewardmap.transit.export import DATA_FOLDER, write_dataset, write_rows
+from rewardmap.transit.graph import Network
+from rewardmap.transit.topology import read_network
 from rewardmap.types import KINDS, LEVELS, DataError, MetroData, Problem
 
 __all__ = ["MapData", "load_dataset", "write_dataset", "write_rows"]
@@ -44,6 +46,13 @@ class MapData:
     root: Path
     skipped: tuple[str, ...] = ()
     """What was wrong with each row left out (``on_bad_row="skip"``), in order."""
+
+    def topology(self, network_id: str) -> Network:
+        """The true network of a map, with loops and branches: stored with generated maps, else reconstructed.
+
+        Raises DataError for a broken geometry file, KeyError for an unknown map.
+        """
+        return read_network(self.root, network_id, self.networks[network_id])
 
 
 def load_dataset(
@@ -101,9 +110,7 @@ def _rows(root: Path, split: str) -> Iterator[tuple[Path, int, dict[str, Any]]]:
 
 def _tables(root: Path, split: str) -> Iterator[tuple[Path, pa.Table]]:
     if not root.is_dir():
-        raise DataError(
-            f"{root}: no such folder; give the folder that holds maps/, stations/ and {DATA_FOLDER}"
-        )
+        raise DataError(f"{root}: no such folder; give the folder that holds maps/, stations/ and {DATA_FOLDER}")
     for data in (root / DATA_FOLDER, root):
         if (data / "dataset_dict.json").is_file():
             splits = _saved_json(data / "dataset_dict.json").get("splits", [])
@@ -119,17 +126,13 @@ def _tables(root: Path, split: str) -> Iterator[tuple[Path, pa.Table]]:
         others = tuple(name for name in _SPLIT_NAMES if name != split)
         chosen = [path for path in files if not path.name.startswith(others)]
         if files and not chosen:
-            raise DataError(
-                f"{data}: no parquet file for split {split!r} among {', '.join(p.name for p in files)}"
-            )
+            raise DataError(f"{data}: no parquet file for split {split!r} among {', '.join(p.name for p in files)}")
         if chosen:
             for path in chosen:
                 try:
                     table = pq.read_table(path, memory_map=True)
                 except (pa.ArrowException, OSError) as error:
-                    raise DataError(
-                        f"{path}: not a readable parquet file ({error}); fetch it again"
-                    ) from error
+                    raise DataError(f"{path}: not a readable parquet file ({error}); fetch it again") from error
                 yield path, table
             return
     raise DataError(
@@ -143,9 +146,7 @@ def _arrow_table(data: Path) -> tuple[Path, pa.Table]:
         raise DataError(f"{data}: saved with an index mapping; call flatten_indices() before save_to_disk")
     files = state.get("_data_files")
     if not isinstance(files, list) or not all(isinstance(f, dict) and "filename" in f for f in files):
-        raise DataError(
-            f"{data / 'state.json'}: field '_data_files' does not list files; save the data set again"
-        )
+        raise DataError(f"{data / 'state.json'}: field '_data_files' does not list files; save the data set again")
     tables = []
     for entry in files:
         path = data / str(entry["filename"])
@@ -165,9 +166,7 @@ def _saved_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}); save the data set again") from error
     if not isinstance(content, dict):
-        raise DataError(
-            f"{path}: expected a JSON object, got {type(content).__name__}; save the data set again"
-        )
+        raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}; save the data set again")
     return content
 
 
@@ -203,9 +202,7 @@ class _Row:
     def choice(self, name: str, known: tuple[str, ...]) -> str:
         value = self.text(name)
         if value not in known:
-            raise DataError(
-                f"{self.where}: field {name!r} is {value!r}; it must be one of {', '.join(known)}"
-            )
+            raise DataError(f"{self.where}: field {name!r} is {value!r}; it must be one of {', '.join(known)}")
         return value
 
     def integer(self, name: str, allowed: range) -> int:
@@ -213,9 +210,7 @@ class _Row:
         if isinstance(value, bool) or not isinstance(value, int):
             raise DataError(f"{self.where}: field {name!r} must be a whole number, got {value!r}")
         if value not in allowed:
-            raise DataError(
-                f"{self.where}: field {name!r} is {value}; it must be from {allowed[0]} to {allowed[-1]}"
-            )
+            raise DataError(f"{self.where}: field {name!r} is {value}; it must be from {allowed[0]} to {allowed[-1]}")
         return value
 
 
@@ -237,9 +232,7 @@ def _problem(row: _Row, assets: Assets, planning_question: str, default_uid: str
         network_id=assets.network(network_id, row.value("json"), f"{row.where}: field 'json'"),
         map_difficulty=row.choice("difficulty_city", LEVELS),
         transfers_required=row.integer("question_transfer_count", range(100)) if planning else 0,
-        question_difficulty=row.choice("difficulty_question", LEVELS)
-        if "difficulty_question" in row
-        else None,
+        question_difficulty=row.choice("difficulty_question", LEVELS) if "difficulty_question" in row else None,
         fine_grained_answer=_details(row, released_planning),
     )
 

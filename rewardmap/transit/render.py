@@ -112,9 +112,7 @@ def _texts(picture: Image.Image, style: Style, geometry: dict[str, Any]) -> None
         shift = {"left": -w / 2, "right": w / 2, "centre": 0.0}[label["align"]]
         align = label["align"].replace("centre", "center")
         if not label["angle"]:
-            pen.multiline_text(
-                (x + shift, y), text, style.ink, font, anchor, spacing=style.font_px * 0.02, align=align
-            )
+            pen.multiline_text((x + shift, y), text, style.ink, font, anchor, spacing=style.font_px * 0.02, align=align)
             continue
         pad = 4
         mask = Image.new("L", (round(w) + 2 * pad, round(h) + 2 * pad))
@@ -126,6 +124,4 @@ def _texts(picture: Image.Image, style: Style, geometry: dict[str, Any]) -> None
         pen.text((badge["x"], badge["y"]), badge_text(badge["line"]), badge["ink"], font, "mm")
     for text in geometry["texts"]:
         colour = style.ink
-        pen.text(
-            (text["x"], text["y"]), text["text"], colour, map_font(text["px"], text["bold"]), text["anchor"]
-        )
+        pen.text((text["x"], text["y"]), text["text"], colour, map_font(text["px"], text["bold"]), text["anchor"])

@@ -286,9 +286,7 @@ def _side(run: list[Node], rng: np.random.Generator) -> int:
     return ((heading or 0) + (1 if rng.random() < 0.5 else -1)) % 8
 
 
-def _shared_run(
-    board: _Board, tracks: list[Track], start: Node, rng: np.random.Generator
-) -> list[Node] | None:
+def _shared_run(board: _Board, tracks: list[Track], start: Node, rng: np.random.Generator) -> list[Node] | None:
     """A stretch of an earlier line, ends straight and free of interchanges, in the direction away from
     ``start``."""
     hosts = [track for track in tracks if not track.loop and len(track.trunk) > 14]

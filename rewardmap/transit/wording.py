@@ -63,9 +63,7 @@ def gold_response(problem: Problem) -> str:
     if not problem.fine_grained_answer:
         raise ValueError(f"{problem.uid}: fine_grained_answer holds no route, so there is no gold response")
     return "\n--\n".join(
-        f"Route Name: {leg['route_name']}\n"
-        f"Departure Stop: {leg['departure_stop']}\n"
-        f"Arrival Stop: {leg['arrival_stop']}"
+        f"Route Name: {leg['route_name']}\nDeparture Stop: {leg['departure_stop']}\nArrival Stop: {leg['arrival_stop']}"
         for leg in problem.fine_grained_answer[0]
     )
 
