@@ -27,8 +27,8 @@ class StagePosition:
 class Curriculum:
     """Draws each step's problems.
 
-    Every pool (a stage's own kinds, or all kinds for its replay share) is walked in a fresh random order per pass, so no
-    problem repeats before all of its pool were seen. Draws depend on the seed and on the state alone.
+    Every pool (a stage's own kinds, or all kinds for its replay share) is walked in a fresh random order per pass, so
+    no problem repeats before all of its pool were seen. Draws depend on the seed and on the state alone.
     """
 
     def __init__(self, problems: Sequence[Problem], stages: Sequence[StageConfig], batch: int, seed: int) -> None:
@@ -98,6 +98,7 @@ class Curriculum:
         if not pool and stage.steps:
             present = ", ".join(kind for kind in KINDS if any(problem.kind == kind for problem in problems))
             raise ConfigError(
-                f"stage '{stage.name}' asks for {', '.join(stage.question_kinds)}, but the data has only: {present or 'nothing'}"
+                f"stage '{stage.name}' asks for {', '.join(stage.question_kinds)}, "
+                f"but the data has only: {present or 'nothing'}"
             )
         return pool

@@ -18,10 +18,13 @@ from PIL import Image
 from torch.nn import functional
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import logging as transformers_logging
 
 from rewardmap.config import ConfigError, PolicyConfig
 from rewardmap.types import DataError, Problem
 from rewardmap_kernels.tree_attention import tree_attention
+
+transformers_logging.disable_progress_bar()  # its bars for loading and saving would cut through ours
 
 Tensor = torch.Tensor
 ATTENTION = "rewardmap"
@@ -163,7 +166,8 @@ def load_policy(source: str | Path, config: PolicyConfig) -> Policy:
         raise ConfigError(f"policy.model='{source}': no model configuration there ({error})") from None
     if model_config.model_type != "qwen2_5_vl":
         raise ConfigError(f"policy.model='{source}' is a '{model_config.model_type}'; this version trains 'qwen2_5_vl'")
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, config.dtype)).to(device)
+    model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, config.dtype))
+    model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(source)
     pixels = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(source, size=pixels)
@@ -195,8 +199,8 @@ def read_image(source: str | bytes) -> Image.Image:
 def mrope_positions(length: int, image_start: int, grid: tuple[int, int, int]) -> np.ndarray:
     """mRoPE positions [3, length] of text, one image of ``grid`` (temporal, height, width) merged patches, text.
 
-    Qwen2-VL (arXiv 2409.12191) section 2.1: text counts up on all three axes, the image spans its grid, and the text after
-    it starts one past the largest position used.
+    Qwen2-VL (arXiv 2409.12191) section 2.1: text counts up on all three axes, the image spans its grid, and the text
+    after it starts one past the largest position used.
     """
     positions = np.empty((3, length), dtype=np.int64)
     tokens = grid[0] * grid[1] * grid[2]
@@ -207,7 +211,9 @@ def mrope_positions(length: int, image_start: int, grid: tuple[int, int, int]) -
     return positions
 
 
-def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
     mask = kwargs.pop("tree_mask", None)
     if mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -215,7 +221,8 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention
 
 
 def _linear_patch_embedding(patch_embed: Any) -> None:
-    """The patch convolution's stride equals its kernel, so it is a matrix product; conv3d is far slower on most backends."""
+    """The patch convolution's stride equals its kernel, so it is a matrix product; conv3d is far slower on most
+    backends."""
 
     def forward(patches: Tensor) -> Tensor:
         weight = patch_embed.proj.weight.flatten(1)

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, pre_tokenizers
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2TokenizerFast,
+    Qwen2Tokenizer,
     Qwen2VLImageProcessorPil,
 )
 
@@ -25,7 +25,15 @@ from rewardmap.types import KINDS, Problem
 WARM_START = Path(__file__).parent / "assets" / "tiny"
 """The shipped warm start: a complete checkpoint folder."""
 
-_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 _WORDS = ("yes", "no", "Red Line", "Blue Line", "Green Line", "user\n", "assistant\n")
 _TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -45,7 +53,10 @@ def build_tiny(seed: int, freeze_vision: bool) -> Policy:
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(model_config(tokenizer))
     image_processor = Qwen2VLImageProcessorPil(
-        patch_size=14, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 3136, "longest_edge": 12_845_056}
+        patch_size=14,
+        temporal_patch_size=2,
+        merge_size=2,
+        size={"shortest_edge": 3136, "longest_edge": 12_845_056},
     )
     return assemble(model, tokenizer, image_processor, freeze_vision)
 
@@ -89,10 +100,11 @@ def model_config(tokenizer: Any) -> Qwen2_5_VLConfig:
     )
 
 
-def build_tokenizer() -> Qwen2TokenizerFast:
-    """Qwen's byte-level tokenizer without merges: any text encodes, and the phrases of our templates are one token each."""
+def build_tokenizer() -> Qwen2Tokenizer:
+    """Qwen's byte-level tokenizer without merges: any text encodes, and the phrases of our templates are one token
+    each."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Qwen2TokenizerFast(
+    tokenizer = Qwen2Tokenizer(
         vocab={symbol: index for index, symbol in enumerate(alphabet)},
         merges=[],
         unk_token="<|endoftext|>",

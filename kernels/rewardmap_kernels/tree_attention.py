@@ -1,7 +1,7 @@
 """Attention over a packed prefix forest, in plain torch.
 
-Tokens of a forest lie in depth-first order; ``subtree_end[j]`` is the packed index where the subtree of key j's node ends.
-Query i sees key j exactly when ``j <= i < subtree_end[j]``: one integer per key is the whole mask.
+Tokens of a forest lie in depth-first order; ``subtree_end[j]`` is the packed index where the subtree of key j's node
+ends. Query i sees key j exactly when ``j <= i < subtree_end[j]``: one integer per key is the whole mask.
 
 Shapes: T packed tokens, Hq query heads, Hkv key heads (Hq a multiple of Hkv), D head dimension.
 """
@@ -64,11 +64,18 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float
         [1, Hq, T, D], differentiable in q, k and v.
     """
     if q.shape[0] != 1 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"expected q [1, Hq, T, D] and k, v [1, Hkv, T, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}")
+        raise ValueError(
+            f"expected q [1, Hq, T, D] and k, v [1, Hkv, T, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
+        )
     grouped = q.shape[1] != k.shape[1]
     out = [
         functional.scaled_dot_product_attention(
-            q[:, :, start:end], k[:, :, start:end], v[:, :, start:end], attn_mask=visible, scale=scale, enable_gqa=grouped
+            q[:, :, start:end],
+            k[:, :, start:end],
+            v[:, :, start:end],
+            attn_mask=visible,
+            scale=scale,
+            enable_gqa=grouped,
         )
         for (start, end), visible in zip(mask.trees, mask.visible, strict=True)
     ]

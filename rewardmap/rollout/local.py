@@ -1,7 +1,7 @@
 """The embedded rollout engine: the Hugging Face model in this process. Works on a CPU.
 
-Each prompt is prefilled once for all its answers; answers decode side by side with a key-value cache, finished ones leave
-the batch, and log-probabilities are recorded as each token is sampled.
+Each prompt is prefilled once for all its answers; answers decode side by side with a key-value cache, finished ones
+leave the batch, and log-probabilities are recorded as each token is sampled.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ class LocalEngine:
         for start in range(0, len(order), per_batch):
             chosen = order[start : start + per_batch]
             batch = self._generate_batch(
-                [problems[index] for index in chosen], [prompts[index] for index in chosen], group_size, sampling, generator
+                [problems[index] for index in chosen],
+                [prompts[index] for index in chosen],
+                group_size,
+                sampling,
+                generator,
             )
             for index, group in zip(chosen, batch, strict=True):
                 groups[index] = group
@@ -91,7 +95,12 @@ class LocalEngine:
                 break
             if len(keep) < len(alive):
                 cache.batch_select_indices(keep)
-                alive, token, padding, next_position = alive[keep], token[keep], padding[keep], next_position[keep]
+                alive, token, padding, next_position = (
+                    alive[keep],
+                    token[keep],
+                    padding[keep],
+                    next_position[keep],
+                )
             visible = torch.nn.functional.pad(padding, (0, step + 1), value=True)
             out = policy.text_model(
                 inputs_embeds=policy.text_model.embed_tokens(token[:, None]),
@@ -103,7 +112,13 @@ class LocalEngine:
             logits = policy.model.lm_head(out.last_hidden_state[:, -1])
 
         rollouts = [
-            Rollout(tuple(tokens[row]), tuple(logprobs[row]), policy.decode(tokens[row]), finish[row], self._version)
+            Rollout(
+                tuple(tokens[row]),
+                tuple(logprobs[row]),
+                policy.decode(tokens[row]),
+                finish[row],
+                self._version,
+            )
             for row in range(total)
         ]
         return [
@@ -117,8 +132,8 @@ class LocalEngine:
         """One pass over B left-padded prompts.
 
         Returns:
-            logits [B, V] of the first answer token, the cache, padding mask [B, P] (True: a real token), and each prompt's
-            next mRoPE position [B].
+            logits [B, V] of the first answer token, the cache, padding mask [B, P] (True: a real token), and each
+            prompt's next mRoPE position [B].
         """
         policy, device = self._policy, self._policy.device
         longest = max(len(prompt.token_ids) for prompt in prompts)
@@ -159,8 +174,8 @@ def sample(
         banned: token ids never drawn; log-probabilities are those of the full distribution all the same.
 
     Returns:
-        token [S] int64; logprob [S] float32 nats of the drawn token at the sampling temperature (at 1 when greedy), before
-        any top-p or top-k cut, as the trainer computes it.
+        token [S] int64; logprob [S] float32 nats of the drawn token at the sampling temperature (at 1 when greedy),
+        before any top-p or top-k cut, as the trainer computes it.
     """
     greedy = sampling.temperature == 0
     logprobs = torch.log_softmax(logits.float() / (1.0 if greedy else sampling.temperature), dim=-1)

@@ -1,6 +1,7 @@
 """Checkpoints: folders of safetensors and JSON, written under a temporary name and renamed when complete.
 
-``step-000100/`` holds the model as ``transformers`` loads it, ``optimizer.safetensors`` and ``trainer.json``. No pickle anywhere.
+``step-000100/`` holds the model as ``transformers`` loads it, ``optimizer.safetensors`` and ``trainer.json``. No
+pickle anywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ _PREFIX = "step-"
 
 
 def save_checkpoint(
-    folder: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int
+    folder: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
 ) -> Path:
     """Write ``folder/step-NNNNNN`` atomically and remove all but the ``keep`` newest.
 
@@ -44,7 +50,9 @@ def save_checkpoint(
         os.rename(temporary, final)
     except (OSError, SafetensorError) as error:
         code = getattr(error, "errno", None) or 5
-        raise OSError(code, f"the checkpoint could not be written ({error}); free space and resume", str(final)) from error
+        raise OSError(
+            code, f"the checkpoint could not be written ({error}); free space and resume", str(final)
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for old in list_checkpoints(folder)[:-keep]:
@@ -63,7 +71,9 @@ def load_trainer_state(checkpoint: Path, optimizer: torch.optim.Optimizer) -> di
         state: dict[str, Any] = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
         tensors = load_file(checkpoint / "optimizer.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
-        raise DataError(f"{checkpoint}: broken checkpoint ({error}); delete the folder to resume from the one before") from None
+        raise DataError(
+            f"{checkpoint}: broken checkpoint ({error}); delete the folder to resume from the one before"
+        ) from None
     entries: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
@@ -74,4 +84,7 @@ def load_trainer_state(checkpoint: Path, optimizer: torch.optim.Optimizer) -> di
 
 def _save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
     state = optimizer.state_dict()["state"]
-    save_file({f"{index}.{name}": tensor.contiguous() for index, entry in state.items() for name, tensor in entry.items()}, path)
+    save_file(
+        {f"{index}.{name}": tensor.contiguous() for index, entry in state.items() for name, tensor in entry.items()},
+        path,
+    )

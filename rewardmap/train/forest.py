@@ -1,7 +1,8 @@
 """Pack answers into prefix forests: every shared prefix stands once.
 
-A tree is map -> question -> answer. Its tokens lie in depth-first order: the prefix that all questions about the map share
-(template, image), then each question's rest followed by its answers. ``rewardmap_kernels.tree_attention`` documents the mask.
+A tree is map -> question -> answer. Its tokens lie in depth-first order: the prefix that all questions about the map
+share (template, image), then each question's rest followed by its answers. ``rewardmap_kernels.tree_attention``
+documents the mask.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class PackedForest:
 def pack_forest(batch: Sequence[Answers], max_tokens: int) -> list[PackedForest]:
     """Pack answers into micro-batches of at most ``max_tokens`` packed tokens.
 
-    Answers about the same image form one tree. Trees are placed first-fit by decreasing size; a tree larger than the budget is
-    cut between its questions, a question larger than the budget between its answers.
+    Answers about the same image form one tree. Trees are placed first-fit by decreasing size; a tree larger than the
+    budget is cut between its questions, a question larger than the budget between its answers.
 
     Raises:
         ValueError: one prompt with one answer exceeds the budget, or an answer is empty.
@@ -110,10 +111,15 @@ def _cut(tree: list[Answers], max_tokens: int) -> list[list[Answers]]:
     count = len(item.responses)
     if count == 1:
         raise ValueError(
-            f"one prompt with one answer takes {_tree_tokens(tree)} tokens, over train.max_tokens_per_micro_batch={max_tokens}; "
-            "raise it, or lower policy.max_pixels or rollout.max_new_tokens"
+            f"one prompt with one answer takes {_tree_tokens(tree)} tokens, over "
+            f"train.max_tokens_per_micro_batch={max_tokens}; raise it, or lower "
+            "policy.max_pixels or rollout.max_new_tokens"
         )
-    return [piece for part in (slice(0, count // 2), slice(count // 2, count)) for piece in _cut([_part(item, part)], max_tokens)]
+    return [
+        piece
+        for part in (slice(0, count // 2), slice(count // 2, count))
+        for piece in _cut([_part(item, part)], max_tokens)
+    ]
 
 
 def _part(item: Answers, part: slice) -> Answers:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,10 +11,17 @@ from types import FrameType
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from rewardmap import tiny
-from rewardmap.config import Config, ConfigError, dump_toml, load_config
+from rewardmap.config import Config, ConfigError, StageConfig, dump_toml, load_config
 from rewardmap.curriculum import Curriculum
 from rewardmap.evaluate import Evaluation, TextPrior, evaluate, swap_maps, text_prior
 from rewardmap.files import write_text
@@ -42,7 +48,9 @@ def train(config: Config, run_dir: Path, *, console: Console) -> Path:
         KeyboardInterrupt: after a checkpoint was saved.
     """
     if (run_dir / "config.toml").exists():
-        raise ConfigError(f"{run_dir} already holds a run; resume it with --resume {run_dir}, or choose another --run-dir")
+        raise ConfigError(
+            f"{run_dir} already holds a run; resume it with --resume {run_dir}, or choose another --run-dir"
+        )
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "config.toml", dump_toml(config))
     return _run(config, run_dir, console)
@@ -68,22 +76,21 @@ def evaluate_run(run_dir: Path, data: Path | None, split: str | None, *, console
     loaded = load_dataset(folder, split, on_bad_row=config.data.on_bad_row)
     examiner = _Examiner(config, _first(loaded.problems, config.eval.max_problems), loaded.networks, console)
     out = run_dir / f"eval-{split}" if data is None else run_dir / f"eval-{data.resolve().name}-{split}"
-    start, timer = time.perf_counter(), PhaseTimer()
+    timer = PhaseTimer()
     policy = load_policy(checkpoints[-1], config.policy)
-    results = {}
     with timer.phase("evaluate"):
-        results["after"] = examiner.examine(policy, "after", out)
-        if config.eval.text_only and len({problem.network_id for problem in examiner.problems}) > 1:
-            results["text_only"] = examiner.examine(policy, "text_only", out)
-    before = run_dir / EVALUATION / "before.jsonl"
-    if data is None and split == config.data.test_split and before.is_file():
-        results["before"] = Evaluation.from_jsonl(before)
-    seconds = time.perf_counter() - start
+        after = examiner.examine(policy, "after", out)
+    with timer.phase("evaluate, maps swapped"):
+        text_only = examiner.examine_text_only(policy, out)
+    seen = loaded if data else load_dataset(folder, config.data.train_split, on_bad_row=config.data.on_bad_row)
     write_report(
         out,
-        **results,
-        seconds=seconds,
-        tokens_per_second=results["after"].num_tokens / seconds,
+        after=after,
+        before=_answers_before(run_dir, after),
+        text_only=text_only,
+        prior=text_prior(seen.problems, examiner.problems, {**seen.networks, **loaded.networks}, examiner.rubric),
+        seconds=sum(timer.totals.values()),
+        tokens_per_second=after.num_tokens / timer.totals["evaluate"],
         phases=timer.totals,
         peak_rss_bytes=peak_rss_bytes(),
         seed=config.train.seed,
@@ -147,32 +154,31 @@ def _train_loop(trainer: Trainer, log: MetricsLog, examiner: _Examiner, run_dir:
                         config.train.keep_checkpoints,
                     )
             if stop.requested:
-                raise KeyboardInterrupt(f"saved after step {curriculum.step}; go on with: rewardmap train --resume {run_dir}")
+                raise KeyboardInterrupt(
+                    f"saved after step {curriculum.step}; go on with: rewardmap train --resume {run_dir}"
+                )
 
 
 def _close(trainer: Trainer, examiner: _Examiner, run_dir: Path, prior: TextPrior) -> None:
     """Evaluate the trained policy and write everything a person looks at."""
     config = trainer.config
-    results: dict[str, Evaluation] = {}
-    before = run_dir / EVALUATION / "before.jsonl"
-    if before.is_file():
-        results["before"] = Evaluation.from_jsonl(before)
     with trainer.timer.phase("evaluate"):
-        results["after"] = examiner.examine(trainer.policy, "after", run_dir / EVALUATION)
-        if config.eval.text_only:
-            results["text_only"] = examiner.examine(trainer.policy, "text_only", run_dir / EVALUATION)
+        after = examiner.examine(trainer.policy, "after", run_dir / EVALUATION)
+        text_only = examiner.examine_text_only(trainer.policy, run_dir / EVALUATION)
+    before = _answers_before(run_dir, after)
     rows = read_metrics(run_dir)
     with trainer.timer.phase("report"):
-        draw_curves(rows, results, run_dir / "curves.png")
+        named = {"before": before, "after": after, "text_only": text_only}
+        draw_curves(rows, {name: result for name, result in named.items() if result}, run_dir / "curves.png")
         if config.eval.samples:
-            draw_samples(
-                results["after"], examiner.problems, run_dir / "samples", config.eval.samples, results.get("before")
-            )
+            draw_samples(after, examiner.problems, run_dir / "samples", config.eval.samples, before)
     phases = _total_phases(rows, trainer.timer.totals)
     sampled = sum(row.get("rollout_tokens", 0) for row in rows)
     write_report(
         run_dir,
-        **results,
+        after=after,
+        before=before,
+        text_only=text_only,
         prior=prior,
         seconds=sum(phases.values()),
         tokens_per_second=sampled / phases["rollout"] if sampled else None,
@@ -182,6 +188,16 @@ def _close(trainer: Trainer, examiner: _Examiner, run_dir: Path, prior: TextPrio
         steps=trainer.version,
         console=examiner.console,
     )
+
+
+def _answers_before(run_dir: Path, after: Evaluation) -> Evaluation | None:
+    """The warm start's answers, if there are any to the same questions."""
+    path = run_dir / EVALUATION / "before.jsonl"
+    if not path.is_file():
+        return None
+    before = Evaluation.from_jsonl(path)
+    same = [record.uid for record in before.records] == [record.uid for record in after.records]
+    return before if same else None
 
 
 def _total_phases(rows: Sequence[Mapping[str, Mapping[str, float]]], now: Mapping[str, float]) -> dict[str, float]:
@@ -202,12 +218,21 @@ class _Examiner:
     networks: Mapping[str, MetroData]
     console: Console
 
+    @property
+    def rubric(self) -> Rubric:
+        return Rubric(mode=self.config.reward.mode)
+
+    def examine_text_only(self, policy: Policy, out: Path) -> Evaluation | None:
+        """Every question with another map's picture; None where the configuration or a lone map rules it out."""
+        if not self.config.eval.text_only or len({problem.network_id for problem in self.problems}) < 2:
+            return None
+        swapped = replace(self, problems=swap_maps(self.problems, self.config.train.seed))
+        return swapped.examine(policy, "text_only", out)
+
     def examine(self, policy: Policy, name: str, out: Path, bar: Progress | None = None) -> Evaluation:
-        """Answer every held-out problem and write ``out/name.jsonl``; ``text_only`` swaps the maps first."""
-        rollout, seed = self.config.rollout, self.config.train.seed
-        problems = swap_maps(self.problems, seed) if name == "text_only" else self.problems
+        """Answer every held-out problem and write ``out/name.jsonl``."""
+        rollout, problems = self.config.rollout, self.problems
         sampling = SamplingParams(temperature=0.0, max_new_tokens=rollout.max_new_tokens)
-        rubric = Rubric(mode=self.config.reward.mode)
         engine = LocalEngine(policy, rollout.batch_sequences)
         own = bar is None
         bar = bar or _progress(self.console)
@@ -216,7 +241,12 @@ class _Examiner:
         task = bar.add_task(f"evaluate: {name}", total=len(problems))
         try:
             result = evaluate(
-                engine, problems, self.networks, rubric, sampling, lambda done, _: bar.update(task, completed=done)
+                engine,
+                problems,
+                self.networks,
+                self.rubric,
+                sampling,
+                lambda done, _: bar.update(task, completed=done),
             )
         finally:
             if own:
@@ -232,7 +262,10 @@ def _prepare_data(config: Config, run_dir: Path, console: Console) -> Path:
             task = bar.add_task("draw maps", total=config.data.train_maps + config.data.test_maps)
             write_dataset(
                 folder,
-                maps={config.data.train_split: config.data.train_maps, config.data.test_split: config.data.test_maps},
+                maps={
+                    config.data.train_split: config.data.train_maps,
+                    config.data.test_split: config.data.test_maps,
+                },
                 preset=config.data.level,
                 seed=config.data.seed,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
@@ -245,12 +278,14 @@ def _data_folder(config: Config, run_dir: Path) -> Path:
         return run_dir / "data"
     folder = Path(config.data.path)
     if not folder.is_dir():
-        raise DataError(f"data.path='{folder}': no such folder; give a ReasonMap-Train folder, or leave it out to generate one")
+        raise DataError(
+            f"data.path='{folder}': no such folder; give a ReasonMap-Train folder, or leave it out to generate one"
+        )
     return folder
 
 
-def _leading_sft(config: Config) -> list:
-    stages = []
+def _leading_sft(config: Config) -> list[StageConfig]:
+    stages: list[StageConfig] = []
     for stage in config.train.stages:
         if stage.kind != "sft":
             break

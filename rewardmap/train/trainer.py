@@ -21,9 +21,16 @@ from rewardmap.rewards.rubric import RewardBatch, Rubric
 from rewardmap.rollout.engine import RolloutEngine
 from rewardmap.train.forest import Answers, PackedForest, pack_forest
 from rewardmap.train.forward import response_hidden
+from rewardmap.train.supervised import gold_answers, supervised_backward
 from rewardmap.transit.questions import gold_response
 from rewardmap.types import MetroData, Problem, RolloutGroup, SamplingParams
-from rewardmap_kernels import GroupAdvantage, PolicyObjective, group_advantage, linear_policy_loss, loss_normalizer
+from rewardmap_kernels import (
+    GroupAdvantage,
+    PolicyObjective,
+    group_advantage,
+    linear_policy_loss,
+    loss_normalizer,
+)
 
 Tensor = torch.Tensor
 
@@ -82,30 +89,21 @@ class Trainer:
             loss, metrics = self._backward(forests, advantage.advantages, groups)
             grad_norm = self._update(stage)
         self.engine.update_weights(self.version)
-        return _step_metrics(groups, rewards, advantage) | _sums(forests) | metrics | {"loss": loss, "grad_norm": grad_norm}
+        return (
+            _step_metrics(groups, rewards, advantage)
+            | _sums(forests)
+            | metrics
+            | {"loss": loss, "grad_norm": grad_norm}
+        )
 
     def supervised_step(self, stage: StageConfig, problems: Sequence[Problem]) -> dict[str, Any]:
         """Maximum likelihood of the ideal answers, mean over tokens."""
         with self.timer.phase("train"):
-            stop = self.policy.stop_token_ids[0]
-            batch = []
-            for number, problem in enumerate(problems):
-                gold = self.policy.tokenizer(gold_response(problem), add_special_tokens=False).input_ids
-                batch.append(Answers(self.policy.encode(problem), problem.image, ((*gold, stop),), (number,)))
-            forests = pack_forest(batch, self.config.train.max_tokens_per_micro_batch)
-            tokens = sum(len(forest.target) for forest in forests)
-            loss = 0.0
-            for forest in forests:
-                out = linear_policy_loss(
-                    response_hidden(self.policy, forest),
-                    self.policy.model.lm_head.weight,
-                    forest.target.to(self.policy.device),
-                    advantages=torch.ones(len(forest.target), device=self.policy.device),
-                    normalizer=float(tokens),
-                    objective=PolicyObjective(name="reinforce"),
-                )
-                out.loss.backward()
-                loss -= float(out.logprobs.sum()) / tokens
+            batch = [
+                gold_answers(self.policy, problem, gold_response(problem), number)
+                for number, problem in enumerate(problems)
+            ]
+            loss, forests = supervised_backward(self.policy, batch, self.config.train.max_tokens_per_micro_batch)
             grad_norm = self._update(stage)
         self.engine.update_weights(self.version)
         return _sums(forests) | {"loss": loss, "grad_norm": grad_norm}
@@ -141,9 +139,12 @@ class Trainer:
         if control == "zero":
             return advantage._replace(advantages=torch.zeros_like(advantage.advantages))
         if control == "shuffle":
-            order = np.random.default_rng([self.config.train.seed, self.curriculum.step]).permutation(len(rewards.score))
+            order = np.random.default_rng([self.config.train.seed, self.curriculum.step]).permutation(
+                len(rewards.score)
+            )
             return advantage._replace(
-                advantages=advantage.advantages[torch.from_numpy(order)], degenerate=torch.zeros_like(advantage.degenerate)
+                advantages=advantage.advantages[torch.from_numpy(order)],
+                degenerate=torch.zeros_like(advantage.degenerate),
             )
         return advantage
 
@@ -182,7 +183,7 @@ class Trainer:
                 temperature=self.config.rollout.temperature,
             )
             out.loss.backward()
-            totals["loss"] += float(out.loss)
+            totals["loss"] += float(out.loss.detach())
             totals["entropy"] += float(out.entropy.sum()) / rows
             if forest.rollout_logprobs is not None:
                 drift = (out.logprobs.cpu() - forest.rollout_logprobs).abs().sum()
@@ -212,7 +213,8 @@ class Trainer:
 
 
 def _row_normalizer(objective: PolicyObjective, sequence: Tensor, lengths: Tensor, max_length: int) -> Tensor:
-    """The divisor of each row's loss over the whole step: lengths [B] of all answers, ``sequence`` [N] of these rows."""
+    """The divisor of each row's loss over the whole step: lengths [B] of all answers, ``sequence`` [N] of these
+    rows."""
     if objective.name in ("grpo", "gspo", "sapo"):
         return (lengths[sequence] * len(lengths)).float()
     if objective.name == "dr_grpo":

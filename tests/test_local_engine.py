@@ -1,0 +1,155 @@
+"""The local engine samples what the model says, records the log-probabilities it sampled with, and repeats itself by
+seed."""
+
+import numpy as np
+import pytest
+import torch
+
+from rewardmap.config import PolicyConfig
+from rewardmap.policy import load_policy, mrope_positions
+from rewardmap.rollout.engine import RolloutEngine
+from rewardmap.rollout.local import LocalEngine, sample
+from rewardmap.tiny import WARM_START
+from rewardmap.transit.draw import draw_map
+from rewardmap.transit.generate import generate_network
+from rewardmap.transit.questions import Balance, make_questions
+from rewardmap.types import DataError, Problem, SamplingParams
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy(WARM_START, PolicyConfig())
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("maps")
+    found = []
+    for seed in range(2):
+        rng = np.random.default_rng(seed)
+        network = generate_network("tiny-hard", rng, f"a/{seed}")
+        path = folder / f"{seed}.png"
+        draw_map(network).save(path)
+        found += [
+            Problem(
+                row["uid"],
+                str(path),
+                row["question"],
+                row["type"],
+                row["answer"],
+                "",
+                "",
+                f"a/{seed}",
+                "hard",
+            )
+            for row in make_questions(network, "tiny", rng, Balance())
+        ]
+    return found
+
+
+def model_logprobs(policy, problem, prompt, response):
+    """Log-probabilities [R, V] by transformers' own forward on one whole sequence."""
+    ids = torch.tensor([[*prompt, *response]])
+    image = policy.image(problem.image)
+    with torch.no_grad():
+        logits = policy.model(
+            input_ids=ids,
+            pixel_values=image.pixel_values,
+            image_grid_thw=torch.tensor([image.grid_thw]),
+            mm_token_type_ids=(ids == policy.model.config.image_token_id).int(),
+        ).logits[0]
+    return torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
+
+
+def test_logprobs_and_stops(policy, problems):
+    engine = LocalEngine(policy, batch_sequences=24)
+    assert isinstance(engine, RolloutEngine)
+    engine.update_weights(7)
+    groups = engine.generate(problems[5:13], 4, SamplingParams(temperature=0.7, max_new_tokens=12, seed=3))
+    assert [group.problem.uid for group in groups] == [problem.uid for problem in problems[5:13]]
+    reasons = set()
+    for group in groups:
+        assert len(group.rollouts) == 4
+        for rollout in group.rollouts:
+            logprobs = model_logprobs(policy, group.problem, group.prompt_token_ids, rollout.token_ids)
+            tempered = torch.log_softmax(logprobs / 0.7, -1).gather(-1, torch.tensor(rollout.token_ids)[:, None])
+            np.testing.assert_allclose(rollout.rollout_logprobs, tempered.squeeze(1), atol=2e-4)
+            stopped = rollout.token_ids[-1] in policy.stop_token_ids
+            assert (rollout.finish_reason == "stop") == stopped
+            assert stopped or len(rollout.token_ids) == 12
+            assert not set(rollout.token_ids[:-1]) & set(policy.stop_token_ids)
+            assert rollout.policy_version == 7
+            reasons.add(rollout.finish_reason)
+    assert reasons == {"stop", "length"}  # routes with a transfer are longer than 12 tokens
+
+
+def test_greedy_is_the_argmax(policy, problems):
+    for group in LocalEngine(policy, 512).generate(problems, 1, SamplingParams(temperature=0, max_new_tokens=24)):
+        (rollout,) = group.rollouts
+        logprobs = model_logprobs(policy, group.problem, group.prompt_token_ids, rollout.token_ids)
+        logprobs[:, list(policy.banned_token_ids)] = -torch.inf
+        chosen = logprobs.gather(-1, torch.tensor(rollout.token_ids)[:, None]).squeeze(1)
+        assert (logprobs.max(-1).values - chosen).max() < 1e-4
+
+
+def test_same_seed_same_answers(policy, problems):
+    engine = LocalEngine(policy, 64)
+    sampling = SamplingParams(max_new_tokens=8, seed=5)
+    first, second = (engine.generate(problems[:6], 4, sampling) for _ in range(2))
+    assert first == second
+    other = engine.generate(problems[:6], 4, SamplingParams(max_new_tokens=8, seed=6))
+    assert [g.rollouts for g in other] != [g.rollouts for g in first]
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 5.0]]).repeat(20_000, 1)
+    generator = torch.Generator().manual_seed(0)
+    token, logprob = sample(logits, SamplingParams(temperature=2.0), [4], generator)
+    full = torch.log_softmax(logits[0] / 2, -1)
+    torch.testing.assert_close(logprob, full[token])  # of the full distribution, banned token included
+    allowed = torch.softmax(logits[0, :4] / 2, -1)
+    frequency = torch.bincount(token, minlength=5) / len(token)
+    assert frequency[4] == 0
+    torch.testing.assert_close(frequency[:4], allowed, atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize(("cut", "kept"), [({"top_k": 2}, {0, 1}), ({"top_p": 0.6}, {0}), ({"top_p": 0.85}, {0, 1})])
+def test_cuts_keep_the_most_likely(cut, kept):
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(2000, 1)  # probabilities 0.64, 0.24, 0.09, 0.03
+    token, _ = sample(logits, SamplingParams(**cut), [], torch.Generator().manual_seed(0))
+    assert set(token.tolist()) == kept
+
+
+def test_positions_are_those_of_transformers(policy, problems):
+    encoded = policy.encode(problems[0])
+    ids = torch.tensor([encoded.token_ids])
+    expected, _ = policy.model.model.get_rope_index(
+        ids,
+        (ids == policy.model.config.image_token_id).int(),
+        image_grid_thw=torch.tensor([policy.image(problems[0].image).grid_thw]),
+    )
+    np.testing.assert_array_equal(encoded.position_ids, expected[:, 0])
+    wide = mrope_positions(12, 2, (1, 2, 3))
+    assert wide[:, 8].tolist() == [5, 5, 5]  # 2 + the longer side
+
+
+def test_shared_prefix_ends_with_the_image(policy, problems):
+    first, second = policy.encode(problems[0]), policy.encode(problems[5])
+    assert first.token_ids[: first.shared_length] == second.token_ids[: second.shared_length]
+    end = policy.tokenizer.convert_tokens_to_ids("<|vision_end|>")
+    assert first.token_ids[first.shared_length - 1] == end
+    assert first.token_ids.count(policy.model.config.image_token_id) == 25
+
+
+def test_placeholder_in_a_question_is_refused(policy, problems):
+    bad = Problem("bad-1", problems[0].image, "what is <|image_pad|>?", "TorF1", 1, "", "", "a/0", "easy")
+    with pytest.raises(DataError, match=r"bad-1.*2 image placeholders"):
+        policy.encode(bad)
+
+
+def test_broken_picture_is_named(policy, tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"not a picture")
+    bad = Problem("bad-2", str(path), "who?", "TorF1", 1, "", "", "a/0", "easy")
+    with pytest.raises(DataError, match=r"broken\.png"):
+        policy.encode(bad)

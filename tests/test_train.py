@@ -1,0 +1,327 @@
+"""A run from end to end on a handful of maps: what it leaves behind, resuming, stopping, controls, and what can go
+wrong."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from rewardmap.config import Config, ConfigError, load_config
+from rewardmap.curriculum import Curriculum
+from rewardmap.policy import load_policy
+from rewardmap.report import read_metrics
+from rewardmap.rewards import Rubric
+from rewardmap.rollout.local import LocalEngine
+from rewardmap.tiny import WARM_START
+from rewardmap.train import checkpoint, run
+from rewardmap.train.trainer import NonFiniteError, Trainer
+from rewardmap.transit.questions import question_text
+from rewardmap.transit.reasonmap import load_dataset, write_dataset, write_rows
+from rewardmap.types import DataError
+
+REAL = Path(__file__).parents[2] / "shared" / "data"
+SMALL = [
+    "data.train_maps=6",
+    "data.test_maps=4",
+    "train.prompts_per_step=6",
+    "rollout.group_size=4",
+    "train.checkpoint_every=2",
+    "train.warmup_steps=0",
+    "eval.samples=2",
+    "train.stages=[{name='warm', kind='sft', steps=0, checkpoint='shipped'}, {name='yes or no', steps=2, "
+    "question_kinds=['TorF1', 'TorF2']}, {name='routes', steps=3, question_kinds=['planning'], replay=0.5}]",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "maps"
+    write_dataset(folder, maps={"train": 6, "test": 4}, seed=1)
+    return folder
+
+
+@pytest.fixture
+def config(data) -> Config:
+    return load_config("tiny", [*SMALL, f"data.path={data}"])
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(quiet=True)
+
+
+def make_trainer(config: Config) -> Trainer:
+    loaded = load_dataset(config.data.path, "train")
+    policy = load_policy(WARM_START, config.policy)
+    curriculum = Curriculum(loaded.problems, config.train.stages, config.train.prompts_per_step, config.train.seed)
+    return Trainer(config, policy, LocalEngine(policy, 64), Rubric(weight_on="advantage"), loaded.networks, curriculum)
+
+
+def changed(config: Config, **train) -> Config:
+    overrides = [f"train.{key}={json.dumps(value)}" for key, value in train.items()]
+    return load_config("tiny", [*SMALL, f"data.path={config.data.path}", *overrides])
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+def without_times(run_dir: Path) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_metrics(run_dir)]
+
+
+def test_a_run_leaves_everything_behind(tmp_path, console):
+    out = run.train(load_config("tiny", SMALL), tmp_path / "run", console=console)
+    rows = read_metrics(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["stage"] for row in rows] == ["yes or no"] * 2 + ["routes"] * 3
+    assert set(rows[0]["accuracy_by_kind"]) <= {"TorF1", "TorF2"}
+    assert all(row["logical_tokens"] >= row["packed_tokens"] and row["rollout_drift"] < 1e-4 for row in rows)
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["weighted_accuracy"]) >= {"before", "after", "text_only"}
+    assert all(0 <= value <= 1 for value in report["weighted_accuracy"].values())
+    assert set(report["kinds"]) == {"TorF1", "TorF2", "Counting1", "Counting2", "Counting3", "planning"}
+    assert report["kinds"]["planning"].keys() == {"before", "after", "n"}
+    assert report["format_valid"].keys() == {"before", "after"}
+    assert report["seconds"] > 0 and report["tokens_per_second"] > 0
+    for name in (
+        "curves.png",
+        "samples/samples-1.png",
+        "report.md",
+        "config.toml",
+        "evaluation/before.jsonl",
+    ):
+        assert (out / name).stat().st_size > 0
+    assert list((out / "tensorboard").glob("events*"))
+    assert load_config(out / "config.toml") == load_config("tiny", SMALL)
+    last = checkpoint.list_checkpoints(out / "checkpoints")
+    assert [path.name for path in last] == ["step-000004", "step-000005"]
+    model = AutoModelForImageTextToText.from_pretrained(last[-1])
+    assert model.config.model_type == "qwen2_5_vl"
+    again = run.evaluate_run(out, None, None, console=console)
+    repeated = json.loads((again / "report.json").read_text())
+    assert repeated["weighted_accuracy"]["after"] == report["weighted_accuracy"]["after"]
+    assert repeated["weighted_accuracy"]["before"] == report["weighted_accuracy"]["before"]
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run.train(load_config("tiny", SMALL), out, console=console)
+
+
+@pytest.mark.parametrize("dies_at", [1, 3, 4], ids=["before-a-checkpoint", "inside-a-stage", "between-checkpoints"])
+def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, config, console, monkeypatch, dies_at):
+    whole = run.train(config, tmp_path / "whole", console=console)
+    train_step = Trainer.train_step
+
+    def dying(self):
+        if self.curriculum.step + 1 == dies_at:
+            raise RuntimeError("killed")
+        return train_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", dying)
+        with pytest.raises(RuntimeError, match="killed"):
+            run.train(config, tmp_path / "killed", console=console)
+    resumed = run.resume(tmp_path / "killed", console=console)
+    assert without_times(resumed) == without_times(whole)
+    expected, got = (weights(path / "checkpoints" / "step-000005") for path in (whole, resumed))
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    assert (resumed / "evaluation/after.jsonl").read_text() == (whole / "evaluation/after.jsonl").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(tmp_path, config, console, monkeypatch, number):
+    train_step = Trainer.train_step
+
+    def interrupted(self):
+        if self.curriculum.step == 2:
+            os.kill(os.getpid(), number)
+        return train_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=r"saved after step 3; go on with: rewardmap train --resume"):
+            run.train(config, tmp_path / "run", console=console)
+    assert checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000003"
+    run.resume(tmp_path / "run", console=console)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, config, console, monkeypatch):
+    save_file = checkpoint.save_file
+
+    def full(tensors, path):
+        if "step-000004" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"No space left.*free space and resume.*step-000004"):
+        run.train(config, tmp_path / "run", console=console)
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert left == ["step-000002"]
+
+
+def test_a_broken_checkpoint_is_named(tmp_path, config, console):
+    out = run.train(config, tmp_path / "run", console=console)
+    path = out / "checkpoints" / "step-000005" / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"step-000005: broken checkpoint"):
+        run.resume(out, console=console)
+    shutil.rmtree(path.parent)
+    run.resume(out, console=console)
+
+
+def test_micro_batches_do_not_change_the_step(config):
+    rows = [make_trainer(changed(config, max_tokens_per_micro_batch=size)).train_step() for size in (16_384, 150)]
+    for key in ("loss", "grad_norm", "entropy"):
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=1e-6)
+    assert rows[0]["reward"] == rows[1]["reward"]
+
+
+def test_skipped_groups_keep_the_denominator(config):
+    rows = [make_trainer(changed(config, skip_equal_groups=skip)).train_step() for skip in (True, False)]
+    assert rows[0]["equal_groups"] > 0
+    assert rows[0]["packed_tokens"] < rows[1]["packed_tokens"]
+    for key in ("loss", "grad_norm"):
+        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce"])
+def test_every_objective_takes_a_step(config, objective):
+    row = make_trainer(changed(config, objective=objective)).train_step()
+    assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
+
+
+def test_controls(config):
+    plain, zero, shuffled = (
+        make_trainer(changed(config, advantage_control=control)) for control in ("none", "zero", "shuffle")
+    )
+    rows = [trainer.train_step() for trainer in (plain, zero, shuffled)]
+    assert rows[0]["grad_norm"] > 0 and rows[1]["grad_norm"] == 0
+    assert rows[2]["grad_norm"] > 0 and rows[2]["grad_norm"] != rows[0]["grad_norm"]
+    assert rows[0]["reward"] == rows[1]["reward"] == rows[2]["reward"]  # only the update differs
+
+
+def test_learning_goes_the_right_way(config):
+    """Reinforcing the same problems raises their reward."""
+    stage = "[{name='w', kind='sft', steps=0, checkpoint='shipped'}, {name='s', steps=30, question_kinds=['planning']}]"
+    settings = [*SMALL, f"data.path={config.data.path}", f"train.stages={stage}", "rollout.group_size=8"]
+    trainer = make_trainer(load_config("tiny", [*settings, "train.learning_rate=5e-4"]))
+    rewards = [trainer.train_step()["reward"] for _ in range(30)]
+    assert np.mean(rewards[-8:]) > np.mean(rewards[:8]) + 1
+
+
+def test_supervised_steps_learn(config):
+    stage = "[{name='study', kind='sft', steps=20, question_kinds=['planning'], learning_rate=0.001}]"
+    trainer = make_trainer(load_config("tiny", [*SMALL, f"data.path={config.data.path}", f"train.stages={stage}"]))
+    losses = [trainer.train_step()["loss"] for _ in range(20)]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_a_gradient_that_is_no_number_stops_before_the_weights_change(config):
+    trainer = make_trainer(config)
+    before = {name: tensor.clone() for name, tensor in trainer.policy.model.state_dict().items()}
+    parameter = trainer.policy.model.model.language_model.norm.weight
+    parameter.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(NonFiniteError, match=r"step 1: the gradient norm is nan"):
+        trainer.train_step()
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.policy.model.state_dict().items())
+
+
+def test_a_trainable_tower_trains(config):
+    settings = [*SMALL, f"data.path={config.data.path}", "policy.freeze_vision=false"]
+    trainer = make_trainer(load_config("tiny", settings))
+    before = trainer.policy.model.model.visual.merger.mlp[2].weight.clone()
+    trainer.train_step()
+    assert not torch.equal(before, trainer.policy.model.model.visual.merger.mlp[2].weight)
+    assert trainer.train_step()["rollout_drift"] < 1e-4  # no stale vision features
+
+
+def test_a_folder_that_is_not_there(console, tmp_path):
+    with pytest.raises(DataError, match=r"data\.path='nowhere': no such folder"):
+        run.train(load_config("tiny", ["data.path=nowhere"]), tmp_path / "run", console=console)
+
+
+def test_only_the_first_stage_names_a_checkpoint(config, console, tmp_path):
+    stages = "[{name='a', steps=1}, {name='b', kind='sft', steps=0, checkpoint='shipped'}]"
+    wrong = load_config("tiny", [*SMALL, f"data.path={config.data.path}", f"train.stages={stages}"])
+    with pytest.raises(ConfigError, match="only the first stage"):
+        run.train(wrong, tmp_path / "run", console=console)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real networks and pictures are not here")
+def test_real_maps_train_two_steps_and_evaluate(tmp_path, console):
+    """Real Oslo and Jinan: networks, pictures and question templates through the whole loop."""
+    rows = []
+    for name, level in (("norway/oslo", "middle"), ("china/jinan", "easy")):
+        country, city = name.split("/")
+        for kind, suffix in (("maps", ".png"), ("stations", ".json")):
+            target = tmp_path / "data" / kind / country / f"{city}{suffix}"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source = REAL / kind / (f"{city}{suffix}" if kind == "maps" else f"{name}{suffix}")
+            shutil.copy(source, target)
+        network = json.loads((REAL / "stations" / f"{name}.json").read_text(encoding="utf-8"))
+        for index, (line, stops) in enumerate(network.items()):
+            first, last = (stop.split(" (")[0].split("（")[0] for stop in (stops[0], stops[-1]))
+            common = {
+                "country": country,
+                "city": city,
+                "station_1": first,
+                "station_2": last,
+                "figure": f"./maps/{name}.png",
+                "json": f"./stations/{name}.json",
+                "difficulty_city": level,
+                "city_line_count": len(network),
+                "city_transfer_count": 4,
+                "question_transfer_count": 0,
+            }
+            rows += [
+                {**common, "type": "TorF1", "answer": 1, "question": question_text("TorF1", first, last)},
+                {
+                    **common,
+                    "type": "planning",
+                    "answer": -1,
+                    "question": question_text("planning", first, last),
+                },
+                {
+                    **common,
+                    "type": "TorF2",
+                    "answer": 1,
+                    "station_2": line,
+                    "question": question_text("TorF2", first, line),
+                },
+            ]
+            if index == 0:
+                rows.append(
+                    {
+                        **common,
+                        "type": "Counting3",
+                        "answer": len(network),
+                        "question": question_text("Counting3"),
+                    }
+                )
+    for split in ("train", "test"):
+        write_rows(tmp_path / "data", rows, split)
+    config = load_config(
+        "tiny",
+        [
+            *SMALL,
+            f"data.path={tmp_path / 'data'}",
+            "policy.max_pixels=50176",
+            "rollout.max_new_tokens=16",
+            "train.stages=[{name='warm', kind='sft', steps=0, checkpoint='shipped'}, {name='real', steps=2}]",
+        ],
+    )
+    out = run.train(config, tmp_path / "run", console=console)
+    report = json.loads((out / "report.json").read_text())
+    assert [row["step"] for row in read_metrics(out)] == [1, 2]
+    assert set(report["kinds"]) == {"TorF1", "TorF2", "Counting3", "planning"}
+    assert (out / "samples" / "samples-1.png").is_file()
