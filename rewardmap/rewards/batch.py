@@ -43,9 +43,7 @@ def score_texts(
         high = min(low + _CHUNK, len(responses))
         data, starts = encode(responses[low:high], low)
         rows = slice(low, high)
-        part = Results(
-            results.correct[rows], results.detail[rows], results.format_valid[rows], results.failure[rows]
-        )
+        part = Results(results.correct[rows], results.detail[rows], results.format_valid[rows], results.failure[rows])
         compiled.score_rows(data, starts, asked[low:high], questions, bank, paper, part)
 
     chunks = range(0, len(responses), _CHUNK)

@@ -20,7 +20,6 @@ from rewardmap.rewards.compiled_text import (
     BY_HAND,
     DEPARTURE,
     MISS,
-    NEWLINE,
     OFFSETS,
     PLANNING,
     RIGHT,
@@ -54,7 +53,7 @@ class Bank(NamedTuple):
 
     text: NDArray[np.uint8]
     """All names' bytes, end to end."""
-    table: NDArray[np.int64]
+    table: NDArray[np.int32]
     """[power of two, 4] open addressing by name: space (-1 is empty), first and last byte in ``text``, value.
     The value is the number of the line, or of the cleaned stop, within its network; -1: no stop of the
     network."""
@@ -120,7 +119,7 @@ def _lookup(text, table, space, buf, start, end):  # type: ignore[no-untyped-def
             while k < size and text[low + k] == buf[start + k]:
                 k += 1
             if k == size:
-                return table[at, 3]
+                return np.int64(table[at, 3])
         at = (at + 1) & mask
     return MISS
 
@@ -192,17 +191,18 @@ def _route(data, start, end, network, bank, legs, buf, spare):  # type: ignore[n
     piece = start
     lowered = exact = 0
     line_at = departure_at = arrival_at = ABSENT
+    line_end = departure_end = ABSENT
     i = start
     while True:
+        while i < end and data[i] > 0x3A:  # letters: neither a colon, a dash nor a newline
+            i += 1
         dash = i + 1 < end and data[i] == 0x2D and data[i + 1] == 0x2D
         if i >= end or dash:
             if lowered == 7:
-                line_end = find(data, line_at, i, NEWLINE) if line_at >= 0 else -1
                 line = bank.about[network, MISSING_LINE]
                 if line_end >= 0:
                     low, high = strip(data, line_at, line_end)
                     line = _line(bank, network, data, low, high)
-                departure_end = find(data, departure_at, i, NEWLINE) if departure_at >= 0 else -1
                 departure = bank.about[network, MISSING_STOP]
                 if departure_end >= 0:
                     departure, _ = _stop(bank, network, data, departure_at, departure_end, buf, spare)
@@ -225,8 +225,14 @@ def _route(data, start, end, network, bank, legs, buf, spare):  # type: ignore[n
             piece = i
             lowered = exact = 0
             line_at = departure_at = arrival_at = ABSENT
+            line_end = departure_end = ABSENT
             continue
-        if data[i] == 0x3A and i > piece:
+        if data[i] == 0x0A:
+            if line_at >= 0 and line_end < 0:
+                line_end = i
+            if departure_at >= 0 and departure_end < 0:
+                departure_end = i
+        elif data[i] == 0x3A and i > piece:
             last = data[i - 1] | 0x20
             if last == 0x65:
                 found = _label(data, piece, i, ROUTE)

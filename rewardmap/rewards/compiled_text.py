@@ -167,12 +167,12 @@ def space(buf, i, end):  # type: ignore[no-untyped-def]
 @helper
 def strip(buf, start, end):  # type: ignore[no-untyped-def]
     """str.strip: the range without white space at both ends."""
-    while start < end:
+    while start < end and not 0x20 < buf[start] < 0x80:
         size = space(buf, start, end)
         if size == 0:
             break
         start += size
-    while start < end:
+    while start < end and not 0x20 < buf[end - 1] < 0x80:
         last = end - 1
         while last > start and buf[last] & 0xC0 == 0x80:
             last -= 1

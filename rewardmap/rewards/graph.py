@@ -22,9 +22,7 @@ DETAIL = 10.0
 PARTIAL = 0.8
 """Share of ``DETAIL`` that a wrong route can reach at most."""
 
-_LABEL = re.compile(
-    r"(route[ \t]*name|departure[ \t]*stop|arrival[ \t]*stop)[*_ \t]*[:：][*_ \t]*", re.IGNORECASE
-)
+_LABEL = re.compile(r"(route[ \t]*name|departure[ \t]*stop|arrival[ \t]*stop)[*_ \t]*[:：][*_ \t]*", re.IGNORECASE)
 _LISTED = re.compile(r"\b(?:stops|lines)[*_ \t]*[:：][*_ \t]*\[([^\[\]]*)\]", re.IGNORECASE)
 _ORDER = ("r", "d", "a")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,9}")
@@ -42,11 +40,7 @@ class _Leg(NamedTuple):
 def score_graph(problem: Problem, response: str, topology: Topology) -> Outcome:
     """Score one answer; detail is 0 to 10, and a right answer's is above 0."""
     answer = response.rsplit("</think>", 1)[-1]
-    outcome = (
-        _score_route(problem, answer, topology)
-        if problem.kind == "planning"
-        else _score_short(problem, answer)
-    )
+    outcome = _score_route(problem, answer, topology) if problem.kind == "planning" else _score_short(problem, answer)
     if outcome.failure == FAILURE_CODE["bad_format"] and not response.strip():
         return outcome._replace(failure=FAILURE_CODE["no_answer"])
     return outcome

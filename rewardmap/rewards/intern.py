@@ -83,11 +83,12 @@ class Names:
 
     def questions(self, problems: Sequence[Problem], numbers: Sequence[int]) -> Questions:
         """The problems as columns; ``numbers`` are their networks'."""
-        columns = np.full((6, len(problems)), -1, dtype=np.int64)
-        for i, (problem, number) in enumerate(zip(problems, numbers, strict=True)):
+        rows = []
+        for problem, number in zip(problems, numbers, strict=True):
             kind = _KINDS[problem.kind]
-            start = goal = -1
+            start = goal = required = -1
             if kind == compiled_text.PLANNING:
+                required = problem.transfers_required
                 known = self._read[number]
                 start, goal = known.number(problem.station_1), known.number(problem.station_2)
                 if start < 0 or goal < 0:
@@ -95,8 +96,8 @@ class Names:
             if not -_LARGEST_GOLD < problem.answer < _LARGEST_GOLD:
                 kind = compiled_text.BY_HAND
             gold = 0 if kind == compiled_text.BY_HAND else problem.answer
-            columns[:, i] = (kind, number, start, goal, problem.transfers_required, gold)
-        return Questions(*columns)
+            rows.append((kind, number, start, goal, required, gold))
+        return Questions(*np.array(rows, dtype=np.int64).reshape(-1, 6).T.copy())
 
 
 def network_of(problem: Problem, networks: Mapping[str, MetroData | Network]) -> MetroData | Network:
@@ -121,10 +122,10 @@ def _intern(network_id: str, network: MetroData | Network) -> _Interned:
     members = np.zeros((len(lines), len(stops)), dtype=np.bool_)
     for line, names in lines.items():
         members[lines_at[line], [stops[name] for name in names]] = True
-    spelled = {
-        s for stations in metro.values() for station in stations for s in (station, strip_markers(station))
-    }
+    marked = {station for stations in metro.values() for station in stations}
+    spelled = marked | {strip_markers(station) for station in marked}
     gold = {name: stops.get(clean(name), -1) for name in spelled}
+    spelled |= {name.removesuffix(" Station").removesuffix("站") for name in spelled}
     entries = [(LINE, line, lines_at.get(line_key(line), -1)) for line in lines]
     entries += [(CLEAN_NAME, name, number) for name, number in stops.items()]
     twice = {name: clean(clean(name)) for name in spelled}
@@ -152,8 +153,8 @@ def _bank(read: Iterable[_Interned]) -> Bank:
         about.append((*network.special, len(network.stops), members_at))
         members_at += network.members.size
     text = np.frombuffer(bytearray().join(keys), dtype=np.uint8)
-    table = np.full((1 << max(4, (2 * len(rows)).bit_length()), 4), -1, dtype=np.int64)
-    compiled.fill_table(text, np.array(rows, dtype=np.int64).reshape(-1, 4), table)
+    table = np.full((1 << max(4, (len(rows) * 4 // 3).bit_length()), 4), -1, dtype=np.int32)
+    compiled.fill_table(text, np.array(rows, dtype=np.int32).reshape(-1, 4), table)
     members = np.concatenate([np.zeros(0, dtype=np.bool_), *(network.members.ravel() for network in read)])
     return Bank(text, table, np.array(about, dtype=np.int64).reshape(-1, 6), members, lower_table())
 

@@ -24,9 +24,7 @@ def cache_folder() -> Path:
     """
     base = os.environ.get("NUMBA_CACHE_DIR")
     if not base:
-        base = str(
-            Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rewardmap" / "numba"
-        )
+        base = str(Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rewardmap" / "numba")
     digest = hashlib.sha256()
     for source in _SOURCES:
         digest.update(Path(__file__).with_name(source).read_bytes())

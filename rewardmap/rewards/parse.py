@@ -95,9 +95,7 @@ def clean(name: str) -> str:
 def clean_network(network_id: str, metro: MetroData) -> dict[str, frozenset[str]]:
     """Line key -> its cleaned stops. Raises DataError where the network is not ``{line: [station, ...]}``."""
     if not isinstance(metro, Mapping):
-        raise DataError(
-            f"network {network_id!r}: {type(metro).__name__} is not an object of line -> stations"
-        )
+        raise DataError(f"network {network_id!r}: {type(metro).__name__} is not an object of line -> stations")
     lines = {}
     for line, stations in metro.items():
         if isinstance(stations, str) or not all(isinstance(station, str) for station in stations):

@@ -93,9 +93,7 @@ class Rubric:
                 f"least 0 and less than correct_reward ({self.correct_reward})"
             )
         if set(self.map_weights) != set(LEVELS):
-            raise ValueError(
-                f"map_weights {dict(self.map_weights)}: give one weight each for {', '.join(LEVELS)}"
-            )
+            raise ValueError(f"map_weights {dict(self.map_weights)}: give one weight each for {', '.join(LEVELS)}")
 
     def score(
         self,
@@ -204,16 +202,11 @@ class Rubric:
 
 
 def distinct_problems(problems: Sequence[Problem]) -> tuple[NDArray[np.int64], list[Problem]]:
-    """([n] which distinct problem each row asks, the distinct problem objects)."""
-    number: dict[int, int] = {}
-    distinct: list[Problem] = []
-    asked = []
-    for problem in problems:
-        at = number.setdefault(id(problem), len(distinct))
-        if at == len(distinct):
-            distinct.append(problem)
-        asked.append(at)
-    return np.array(asked, dtype=np.int64), distinct
+    """([n] which distinct problem each row asks, the distinct ones), where a run of one object is one."""
+    identity = np.fromiter(map(id, problems), dtype=np.int64, count=len(problems))
+    begins = np.ones(len(problems), dtype=np.bool_)
+    np.not_equal(identity[1:], identity[:-1], out=begins[1:])
+    return np.cumsum(begins) - 1, [problems[i] for i in np.flatnonzero(begins).tolist()]
 
 
 def check_problem(problem: Problem) -> None:
@@ -226,15 +219,17 @@ def check_problem(problem: Problem) -> None:
         raise bad("kind", problem.kind, f"one of {', '.join(KINDS)}")
     if problem.map_difficulty not in LEVELS:
         raise bad("map_difficulty", problem.map_difficulty, f"one of {', '.join(LEVELS)}")
-    if not _is_int(problem.answer):
+    if type(problem.answer) is not int and not _is_int(problem.answer):
         raise bad("answer", problem.answer, "an integer (TorF 0 or 1, Counting a number, planning -1)")
     if problem.kind != "planning":
         return
-    if not _is_int(problem.transfers_required) or problem.transfers_required < 0:
-        raise bad("transfers_required", problem.transfers_required, "an integer of at least 0")
-    for name in ("station_1", "station_2"):
-        if not isinstance(getattr(problem, name), str):
-            raise bad(name, getattr(problem, name), "a station's name")
+    transfers = problem.transfers_required
+    if (type(transfers) is not int and not _is_int(transfers)) or transfers < 0:
+        raise bad("transfers_required", transfers, "an integer of at least 0")
+    if not isinstance(problem.station_1, str):
+        raise bad("station_1", problem.station_1, "a station's name")
+    if not isinstance(problem.station_2, str):
+        raise bad("station_2", problem.station_2, "a station's name")
 
 
 def check_stations(problem: Problem, network: Topology) -> None:
@@ -248,9 +243,7 @@ def check_stations(problem: Problem, network: Topology) -> None:
                 f"row {problem.uid!r}, field {name!r}: {station!r} is not in network {problem.network_id!r}"
             )
     if station_key(problem.station_1) == station_key(problem.station_2):
-        raise DataError(
-            f"row {problem.uid!r}, field 'station_2': {problem.station_2!r} is where the route starts"
-        )
+        raise DataError(f"row {problem.uid!r}, field 'station_2': {problem.station_2!r} is where the route starts")
 
 
 def _is_int(value: object) -> bool:

@@ -121,9 +121,7 @@ def _add(
     for i, row in enumerate(rows):
         score = float(batch.score[i])
         values = (batch.correct[i], batch.detail[i], batch.weight[i], batch.format_valid[i])
-        row.update(
-            zip(ADDED, (score, *(value.item() for value in values), FAILURES[batch.failure[i]]), strict=True)
-        )
+        row.update(zip(ADDED, (score, *(value.item() for value in values), FAILURES[batch.failure[i]]), strict=True))
         kind = totals[row["type"]]
         kind.rows += 1
         kind.correct += row["correct"]
@@ -247,9 +245,7 @@ class _Stations:
             except ValueError as error:
                 raise DataError(f"{where}, field 'json': {found} is not JSON ({error})") from error
             if not isinstance(metro, dict) or not all(_is_list_of_text(names) for names in metro.values()):
-                raise DataError(
-                    f"{where}, field 'json': {found} is not an object of line -> list of stations"
-                )
+                raise DataError(f"{where}, field 'json': {found} is not an object of line -> list of stations")
             self.networks[path] = metro
             spelled = {station for stations in metro.values() for station in stations}
             self._names[path] = frozenset(key for station in spelled for key in _keys(station))

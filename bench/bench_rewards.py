@@ -1,0 +1,239 @@
+"""Answers per second of the compiled reward beside plain Python, both equal to the published scores.
+
+Two plain implementations are timed: ``self_contained`` reads the raw network for every answer, as the
+published code does (which reaches 3,770 answers/s on one core of its authors' measurement); ``prepared`` is
+the package's own, which cleans each network once. Texts are made anew for every repetition, so that nothing
+of them is cached; the compiled time holds everything from Python strings to arrays. CPU time of one thread
+where one thread works, else wall time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rewardmap.rewards import Rubric
+from rewardmap.rewards.parse import clean, clean_network, split_legs, strip_markers
+from rewardmap.rewards.score import check_route, line_key, route_detail, score_reference
+from rewardmap.types import MetroData, Problem
+
+STATIONS = Path(__file__).parents[2] / "shared" / "data" / "stations"
+ANSWERS = 8192
+GROUP = 8
+RESULTS = Path(__file__).parent / "results"
+
+pytestmark = pytest.mark.skipif(not STATIONS.is_dir(), reason="the real networks are not here")
+
+
+def load() -> dict[str, MetroData]:
+    return {
+        f"{path.parent.name}/{path.stem}": json.loads(path.read_text("utf-8"))
+        for path in sorted(STATIONS.glob("*/*.json"))
+    }
+
+
+def spoil(rng: random.Random, legs: list[tuple[str, str, str]], lines: list[str], stops: list[str]) -> None:
+    """What a policy under training gets wrong: a line, a stop, a spelling."""
+    i = rng.randrange(len(legs))
+    line, start, end = legs[i]
+    legs[i] = rng.choice(
+        [
+            (rng.choice(lines), start, end),
+            (line, rng.choice(stops), end),
+            (line, start, rng.choice(stops)),
+            (line, start.lower(), end.removesuffix(" Station").removesuffix("站")),
+            (line + "x", start, end),
+        ]
+    )
+
+
+def make(networks: dict[str, MetroData], seed: int = 0) -> tuple[list[Problem], list[str]]:
+    """ANSWERS distinct planning answers in groups of GROUP per problem: a third right, the others spoilt."""
+    rng = random.Random(seed)
+    plain = {
+        name: {line: [strip_markers(stop) for stop in stops] for line, stops in metro.items()}
+        for name, metro in networks.items()
+    }
+    problems: list[Problem] = []
+    answers: dict[str, None] = {}
+    while len(answers) < ANSWERS:
+        name = rng.choice(sorted(plain))
+        lines = plain[name]
+        here = start = rng.choice(lines[rng.choice(list(lines))])
+        legs = []
+        for _ in range(rng.choice([1, 1, 2, 2, 3])):
+            line = rng.choice([line for line, stops in lines.items() if here in stops])
+            end = rng.choice(lines[line])
+            legs.append((line, here, end))
+            here = end
+        problem = Problem(
+            f"{len(problems)}",
+            b"",
+            "",
+            "planning",
+            -1,
+            start,
+            here,
+            name,
+            "hard",
+            transfers_required=len(legs) - 1,
+        )
+        stops = [stop for line in lines.values() for stop in line]
+        group: dict[str, None] = {}
+        for k in range(50 * GROUP):
+            tried = list(legs)
+            if k % 3:
+                spoil(rng, tried, list(lines), stops)
+            opening = rng.choice(["", "The best route is:\n", "Sure!\n", "\n"])
+            gap = rng.choice(["\n--\n", "\n---\n", " -- "])
+            text = opening + gap.join(f"Route Name: {a}\nDeparture Stop: {b}\nArrival Stop: {c}" for a, b, c in tried)
+            if text not in answers and len(group) < GROUP:
+                group[text] = None
+        if len(group) == GROUP:
+            answers |= group
+            problems += [problem] * GROUP
+    return problems, list(answers)
+
+
+def as_published(problem: Problem, response: str, metro: dict[str, list[str]]) -> tuple[bool, float]:
+    """The published procedure step for step: correctness and detail each read the answer, and clean a line's
+    list for each leg that names it; for direct questions detail cleans the lines it looks through."""
+    start, goal = clean(problem.station_1), clean(problem.station_2)
+    required = problem.transfers_required
+    legs = [leg for leg in split_legs(response)[0] if leg.exact_labels]
+    correct = bool(legs) and legs[0].departure == start and legs[-1].arrival == goal
+    for i, leg in enumerate(legs if correct else ()):
+        stops = [clean(stop) for stop in metro.get(line_key(leg.line), ())]
+        joined = i + 1 == len(legs) or leg.arrival == legs[i + 1].departure
+        correct = correct and joined and leg.departure in stops and leg.arrival in stops
+    legs = split_legs(response)[0]
+    if not legs or legs[0].departure != start or legs[-1].arrival != goal:
+        return correct, 0.0
+    detail = 2.0
+    for i, leg in enumerate(legs):
+        detail -= 5.0 if i + 1 > required else 0.0
+        line = line_key(leg.line)
+        if line not in metro:
+            continue
+        if required:
+            detail += 3.0
+        else:
+            for other, names in metro.items():
+                cleaned = [clean(name) for name in names]
+                if start in cleaned and goal in cleaned and other == line:
+                    detail += 4.0
+                    break
+        stops = [clean(stop) for stop in metro[line]]
+        joined = i + 1 < len(legs) and leg.arrival == legs[i + 1].departure
+        if joined and i + 1 <= required and leg.departure in stops and leg.arrival in stops:
+            detail += 1.0
+    return correct, min(detail, 10.0)
+
+
+def self_contained(problem: Problem, response: str, metro: dict[str, list[str]]) -> tuple[bool, float]:
+    """The same result, where the lines that an answer names are cleaned once for it."""
+    legs, _ = split_legs(response)
+    start, goal = clean(problem.station_1), clean(problem.station_2)
+    named = {line_key(leg.line) for leg in legs}
+    lines = {line: frozenset(map(clean, metro[line])) for line in named if line in metro}
+    exact = [leg for leg in legs if leg.exact_labels]
+    correct = check_route(exact, start, goal, lines) == "none"
+    return correct, route_detail(legs, start, goal, problem.transfers_required, lines)
+
+
+def best_of(run: Callable[[], object], repeats: int, clock: Callable[[], float]) -> float:
+    times = []
+    for _ in range(repeats):
+        began = clock()
+        run()
+        times.append(clock() - began)
+    return min(times)
+
+
+def measure(threads: tuple[int, ...] = (1, 2)) -> dict[str, object]:
+    networks = load()
+    problems, answers = make(networks)
+    assert len(set(answers)) == ANSWERS
+    stripped = {
+        name: {line: [strip_markers(stop) for stop in stops] for line, stops in metro.items()}
+        for name, metro in networks.items()
+    }
+    cleaned = {name: clean_network(name, metro) for name, metro in networks.items()}
+    part = range(0, ANSWERS, 4)
+
+    def published() -> list[tuple[bool, float]]:
+        return [as_published(problems[i], answers[i], stripped[problems[i].network_id]) for i in part]
+
+    def naive() -> list[tuple[bool, float]]:
+        return [self_contained(problems[i], answers[i], stripped[problems[i].network_id]) for i in part]
+
+    def prepared() -> list[tuple[bool, float]]:
+        return [
+            score_reference(
+                p.kind,
+                a,
+                -1,
+                clean(p.station_1),
+                clean(p.station_2),
+                p.transfers_required,
+                cleaned[p.network_id],
+            )[:2]
+            for p, a in zip(problems, answers, strict=True)
+        ]
+
+    rubric = Rubric()
+    batch = rubric.score(problems, answers, networks)
+    rate = {
+        "plain_as_published": len(part) / best_of(published, 3, time.thread_time),
+        "plain_self_contained": len(part) / best_of(naive, 3, time.thread_time),
+        "plain_prepared": ANSWERS / best_of(prepared, 3, time.thread_time),
+    }
+    for count in threads:
+        used = Rubric(threads=count)
+        used.score(problems[:1], answers[:1], networks)
+        times = []
+        for _ in range(15):
+            fresh = [answer[:1] + answer[1:] for answer in answers]
+            clock = time.thread_time if count == 1 else time.perf_counter
+            began = clock()
+            used.score(problems, fresh, networks)
+            times.append(clock() - began)
+        rate[f"compiled_{count}_threads"] = ANSWERS / min(times)
+    want = prepared()
+    assert naive() == [want[i] for i in part] == published()
+    return {
+        "answers": ANSWERS,
+        "bytes_per_answer": sum(len(answer.encode()) for answer in answers) / ANSWERS,
+        "right": float(np.mean(batch.correct)),
+        "different_scores": sum(
+            (bool(c), float(d)) != tuple(w) for c, d, w in zip(batch.correct, batch.detail, want, strict=True)
+        ),
+        "answers_per_second": rate,
+        "cpu": platform.processor() or platform.machine(),
+        "cores_allowed": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+    }
+
+
+def test_compiled_beside_plain() -> None:
+    cores = len(os.sched_getaffinity(0))
+    row = measure((1, 2) if cores > 1 else (1,))
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "rewards.json").write_text(json.dumps(row, indent=1) + "\n")
+    print(json.dumps(row, indent=1))
+    rate = row["answers_per_second"]
+    assert isinstance(rate, dict)
+    assert row["different_scores"] == 0
+    assert rate["plain_as_published"] >= 3_770
+    assert rate["compiled_1_threads"] >= 100 * rate["plain_as_published"]
+    assert rate["compiled_1_threads"] >= 10 * rate["plain_prepared"]
+    if cores > 1:
+        assert rate["compiled_2_threads"] >= 1.5 * rate["compiled_1_threads"]
