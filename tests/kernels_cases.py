@@ -18,14 +18,13 @@ OBJECTIVES = [
     PolicyObjective("dr_grpo", kl_coef=0.1, kl_estimator="k2"),
     PolicyObjective("dapo", clip_eps_high=0.28, kl_coef=0.1, entropy_coef=0.05),
     PolicyObjective("cispo", clip_eps_low=1.0, clip_eps_high=0.3),
+    PolicyObjective("grpo", kl_coef=0.2, kl_bias_correction=True, delta=1.5),
     PolicyObjective("gspo", clip_eps_low=0.05, clip_eps_high=0.05, dual_clip=1.1),
     PolicyObjective("sapo", sapo_temperature_pos=2.0, entropy_coef=-0.02),
     PolicyObjective("reinforce", entropy_coef=0.01, kl_coef=0.05),
     PolicyObjective("grpo", importance_correction="truncate", importance_max=1.2),
     PolicyObjective("grpo", importance_correction="mask", importance_min=0.7, importance_max=1.2),
-    PolicyObjective(
-        "cispo", importance_correction="truncate", importance_level="sequence", importance_max=1.5
-    ),
+    PolicyObjective("cispo", importance_correction="truncate", importance_level="sequence", importance_max=1.5),
     PolicyObjective("gspo", importance_correction="mask", importance_level="sequence", importance_min=0.2),
     PolicyObjective("reinforce", importance_correction="truncate", importance_min=0.9, importance_max=1.1),
 ]
@@ -38,9 +37,7 @@ def objective_id(objective: PolicyObjective) -> str:
     return "-".join([objective.name, *changed])
 
 
-def row_inputs(
-    n: int, seed: int = 0, dtype: torch.dtype = torch.float64, sequences: int = 3
-) -> dict[str, Any]:
+def row_inputs(n: int, seed: int = 0, dtype: torch.dtype = torch.float64, sequences: int = 3) -> dict[str, Any]:
     """Everything ``policy_loss`` reads beside logprobs and entropy; log-ratios of about 0.3, a fifth of rows
     masked."""
     g = torch.Generator().manual_seed(seed)

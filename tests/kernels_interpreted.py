@@ -35,6 +35,7 @@ import kernels_cases as cases
 
 N, V, H = 9, 77, 16
 TOKEN_LEVEL = [o for o in cases.OBJECTIVES if not o.needs_sequence]
+DAPO = next(o for o in TOKEN_LEVEL if o.name == "dapo")
 SEQUENCE_LEVEL = [o for o in cases.OBJECTIVES if o.needs_sequence]
 
 
@@ -115,14 +116,12 @@ def test_the_coefficient_is_policy_loss_s(objective: PolicyObjective) -> None:
     choose("logits_policy_loss", logits)
     for old in (rows["old_logprobs"], None):
         inputs["old_logprobs"] = old
-        done = triton_launch.fused(
-            "logits_policy_loss", logits, targets, 1.0, mask, inputs, None, torch.float32, False
-        )
+        done = triton_launch.fused("logits_policy_loss", logits, targets, 1.0, mask, inputs, None, torch.float32, False)
         wanted = policy_loss(done.logprobs, entropy=done.entropy, loss_mask=mask, **inputs)
         torch.testing.assert_close(done.d_logprob, wanted.d_logprob, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("objective", [TOKEN_LEVEL[5], SEQUENCE_LEVEL[0]], ids=cases.objective_id)
+@pytest.mark.parametrize("objective", [DAPO, SEQUENCE_LEVEL[0]], ids=cases.objective_id)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_logits_policy_loss_in_place_and_not(objective: PolicyObjective, dtype: torch.dtype) -> None:
     g = torch.Generator().manual_seed(1)
@@ -206,21 +205,14 @@ def test_masked_rows_are_exactly_zero_and_others_do_not_see_them() -> None:
     hidden, weight, targets = tensors(torch.float32)
     rows = cases.row_inputs(N, dtype=torch.float32)
     off = ~rows["loss_mask"]
-    bad = {
-        k: torch.where(off, float("nan"), v) if k not in ("sequence", "loss_mask") else v
-        for k, v in rows.items()
-    }
+    bad = {k: torch.where(off, float("nan"), v) if k not in ("sequence", "loss_mask") else v for k, v in rows.items()}
     poisoned = torch.where(off[:, None], float("inf"), hidden.detach()).requires_grad_()
-    for objective in (TOKEN_LEVEL[5], SEQUENCE_LEVEL[0]):
+    for objective in (DAPO, SEQUENCE_LEVEL[0]):
         clean = linear_policy_loss(hidden, weight, targets, objective=objective, chunk_rows=5, **rows)
         got = linear_policy_loss(poisoned, weight, targets, objective=objective, chunk_rows=5, **bad)
         assert torch.equal(clean.loss, got.loss) and torch.equal(clean.logprobs, got.logprobs)
-        mine, theirs = (
-            torch.autograd.grad(out.loss, (h, weight)) for out, h in ((got, poisoned), (clean, hidden))
-        )
-        assert (
-            torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1]) and (mine[0][off] == 0).all()
-        )
+        mine, theirs = (torch.autograd.grad(out.loss, (h, weight)) for out, h in ((got, poisoned), (clean, hidden)))
+        assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1]) and (mine[0][off] == 0).all()
 
 
 @pytest.mark.parametrize("trainable", [False, True])
@@ -249,11 +241,11 @@ def test_linear_logprobs(entropy_gradient: bool, trainable: bool) -> None:
 def test_runs_are_bitwise_equal_and_no_rows_is_fine() -> None:
     hidden, weight, targets = tensors(torch.float32)
     rows = cases.row_inputs(N, dtype=torch.float32)
-    outs = [linear_policy_loss(hidden, weight, targets, objective=TOKEN_LEVEL[5], **rows) for _ in range(2)]
+    outs = [linear_policy_loss(hidden, weight, targets, objective=DAPO, **rows) for _ in range(2)]
     grads = [torch.autograd.grad(out.loss, (hidden, weight)) for out in outs]
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     empty = {k: v[:0] if isinstance(v, Tensor) else v for k, v in rows.items()}
-    out = linear_policy_loss(hidden[:0], weight, targets[:0], objective=TOKEN_LEVEL[5], **empty)
+    out = linear_policy_loss(hidden[:0], weight, targets[:0], objective=DAPO, **empty)
     assert out.loss == 0 and (torch.autograd.grad(out.loss, weight)[0] == 0).all()
 
 
@@ -274,9 +266,7 @@ def test_group_advantage(scale: str, baseline: str) -> None:
             eps_inside=inside,
             **options,
         )
-        got = group_advantage(
-            rewards, torch.tensor(offsets), ddof=ddof, weights=w, eps_inside=inside, **options
-        )
+        got = group_advantage(rewards, torch.tensor(offsets), ddof=ddof, weights=w, eps_inside=inside, **options)
         assert last_path("group_advantage") == ("triton", ("group_advantage_kernel",))
         for mine, theirs in zip(got[:3], exact[:3], strict=True):
             torch.testing.assert_close(mine.double(), theirs, rtol=2e-5, atol=2e-6)

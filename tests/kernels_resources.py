@@ -46,6 +46,7 @@ def builds() -> Iterator[Build]:
         "DUAL_CLIP": True,
         "DELTA": True,
         "KL": "k3",
+        "KL_BIAS": True,
         "IMPORTANCE": "truncate",
         "ENTROPY": True,
         "HAS_OLD": True,
@@ -60,17 +61,14 @@ def builds() -> Iterator[Build]:
         "DELTA": False,
         "ENTROPY": False,
         "KL": "none",
+        "KL_BIAS": False,
     }
     rows, warps = triton_rows, triton_launch.WARPS
     for logits, size in (("fp32", 4), ("bf16", 2)):
         dtypes = {"logits_ptr": f"*{logits}", "out_ptr": "*bf16", "values_ptr": f"*{logits}"}
         block = {"BLOCK": triton_launch.BLOCK_BYTES // size}
-        yield Build(
-            f"policy_row_kernel.{logits}", rows.policy_row_kernel, dtypes, {**objective, **block}, warps
-        )
-        yield Build(
-            f"policy_row_kernel.{logits}.sapo", rows.policy_row_kernel, dtypes, {**sapo, **block}, warps
-        )
+        yield Build(f"policy_row_kernel.{logits}", rows.policy_row_kernel, dtypes, {**objective, **block}, warps)
+        yield Build(f"policy_row_kernel.{logits}.sapo", rows.policy_row_kernel, dtypes, {**sapo, **block}, warps)
         masks = {"HAS_MASK": True, "HAS_TEMPERATURE": True, **block}
         yield Build(f"statistics_kernel.{logits}", rows.statistics_kernel, dtypes, masks, warps)
         place = {"IN_PLACE": True, "HAS_TEMPERATURE": True, **block}
@@ -85,9 +83,7 @@ def builds() -> Iterator[Build]:
             "BLOCK": triton_advantage.GROUP_BLOCK,
             "BATCH": triton_advantage.BATCH_BLOCK,
         }
-        yield Build(
-            f"group_advantage_kernel.{scale}", triton_advantage.group_advantage_kernel, {}, constants, 1
-        )
+        yield Build(f"group_advantage_kernel.{scale}", triton_advantage.group_advantage_kernel, {}, constants, 1)
 
 
 def _type(build: Build, argument: str) -> str:
@@ -112,9 +108,7 @@ def resources(build: Build, capability: int) -> dict[str, int]:
         if kind.startswith("*") or name in STRIDES
     }
     source = ASTSource(fn=function, signature=signature, constexprs=build.constants, attrs=attributes)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": build.warps}
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": build.warps})
     found = re.search(r"\.target (\w+)", compiled.asm["ptx"])
     assert found
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"

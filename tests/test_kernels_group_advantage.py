@@ -39,9 +39,7 @@ def test_a_group_by_hand() -> None:
     out = group_advantage(torch.tensor([1.0, 0.0, 0.0, 1.0]), torch.tensor([0, 4]), eps=0.0, ddof=0)
     assert out.advantages.tolist() == [1, -1, -1, 1]
     assert out.mean.item() == 0.5 and out.std.item() == 0.5 and not out.degenerate.item()
-    out = group_advantage(
-        torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0, 3]), scale="none", baseline="leave_one_out"
-    )
+    out = group_advantage(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0, 3]), scale="none", baseline="leave_one_out")
     torch.testing.assert_close(out.advantages, torch.tensor([1, -0.5, -0.5]))
 
 
@@ -65,9 +63,7 @@ def test_adding_a_constant_or_permuting_a_group_changes_nothing_else() -> None:
     base = group_advantage(rewards, offsets).advantages
     torch.testing.assert_close(group_advantage(rewards + 5, offsets).advantages, base, rtol=1e-6, atol=1e-9)
     order = torch.cat([torch.randperm(8), torch.arange(8, 22)])
-    torch.testing.assert_close(
-        group_advantage(rewards[order], offsets).advantages, base[order], rtol=1e-9, atol=1e-12
-    )
+    torch.testing.assert_close(group_advantage(rewards[order], offsets).advantages, base[order], rtol=1e-9, atol=1e-12)
 
 
 def test_a_bad_reward_stays_in_its_group() -> None:

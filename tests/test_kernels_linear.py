@@ -26,9 +26,7 @@ import kernels_cases as cases
 N, V, H = 37, 53, 24
 
 
-def tensors(
-    n: int = N, v: int = V, h: int = H, scale: float = 0.5, seed: int = 3
-) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(n: int = N, v: int = V, h: int = H, scale: float = 0.5, seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, h, generator=g, dtype=torch.float64) * scale
     weight = torch.randn(v, h, generator=g, dtype=torch.float64) * scale
@@ -54,9 +52,7 @@ def temperatures(n: int) -> list[Any]:
 
 @pytest.mark.parametrize("chunk_rows", [None, 8])
 @pytest.mark.parametrize("objective", cases.OBJECTIVES, ids=cases.objective_id)
-def test_linear_policy_loss_matches_the_definition(
-    objective: PolicyObjective, chunk_rows: int | None
-) -> None:
+def test_linear_policy_loss_matches_the_definition(objective: PolicyObjective, chunk_rows: int | None) -> None:
     hidden, weight, targets = tensors()
     rows = cases.row_inputs(N)
     for temperature in temperatures(N)[1:]:
@@ -143,9 +139,7 @@ def test_row_counts(n: int) -> None:
     rows["normalizer"] = 10.0
     objective = PolicyObjective("gspo")
     loss, _, _ = definition(hidden, weight, targets, 1.0, objective, rows)
-    got = linear_policy_loss(
-        hidden, weight, targets, objective=objective, num_sequences=3, chunk_rows=50, **rows
-    )
+    got = linear_policy_loss(hidden, weight, targets, objective=objective, num_sequences=3, chunk_rows=50, **rows)
     torch.testing.assert_close(got.loss, loss, rtol=1e-9, atol=1e-12)
     d_hidden, d_weight = torch.autograd.grad(got.loss, (hidden, weight))
     assert d_hidden.shape == (n, H) and d_weight.shape == (V, H)
@@ -158,15 +152,12 @@ def test_masked_rows_are_exactly_zero_whatever_they_hold() -> None:
     rows = cases.row_inputs(N)
     off = ~rows["loss_mask"]
     poisoned_rows = {
-        k: torch.where(off, float("nan"), v) if k not in ("sequence", "loss_mask") else v
-        for k, v in rows.items()
+        k: torch.where(off, float("nan"), v) if k not in ("sequence", "loss_mask") else v for k, v in rows.items()
     }
     poisoned = torch.where(off[:, None], float("nan"), hidden.detach()).requires_grad_()
     for objective in cases.OBJECTIVES:
         clean = linear_policy_loss(hidden, weight, targets, objective=objective, chunk_rows=8, **rows)
-        got = linear_policy_loss(
-            poisoned, weight, targets, objective=objective, chunk_rows=8, **poisoned_rows
-        )
+        got = linear_policy_loss(poisoned, weight, targets, objective=objective, chunk_rows=8, **poisoned_rows)
         assert torch.equal(got.loss, clean.loss) and torch.equal(got.logprobs, clean.logprobs)
         mine = torch.autograd.grad(got.loss, (poisoned, weight))
         theirs = torch.autograd.grad(clean.loss, (hidden, weight))

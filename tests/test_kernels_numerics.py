@@ -123,15 +123,11 @@ def test_chunking_changes_only_roundings_and_they_do_not_grow() -> None:
 
 def test_runs_are_bitwise_equal_and_rows_do_not_see_their_neighbours() -> None:
     hidden, weight, targets, rows = problem(64, 77, 16)
-    outs = [
-        linear_policy_loss(hidden, weight, targets, objective=DAPO, chunk_rows=32, **rows) for _ in range(2)
-    ]
+    outs = [linear_policy_loss(hidden, weight, targets, objective=DAPO, chunk_rows=32, **rows) for _ in range(2)]
     grads = [torch.autograd.grad(out.loss, (hidden, weight)) for out in outs]
     assert torch.equal(outs[0].loss, outs[1].loss)
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
-    changed = torch.where(
-        (torch.arange(64) % 2 == 0)[:, None], hidden.detach(), -hidden.detach()
-    ).requires_grad_()
+    changed = torch.where((torch.arange(64) % 2 == 0)[:, None], hidden.detach(), -hidden.detach()).requires_grad_()
     other = linear_policy_loss(changed, weight, targets, objective=DAPO, chunk_rows=32, **rows)
     assert torch.equal(other.logprobs[::2], outs[0].logprobs[::2])
     assert torch.equal(torch.autograd.grad(other.loss, changed)[0][::2], grads[0][0][::2])
@@ -144,9 +140,7 @@ class _Largest(TorchDispatchMode):
         super().__init__()
         self.numel = 0
 
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in out if isinstance(out, tuple | list) else (out,):
             if isinstance(value, Tensor):
@@ -194,9 +188,7 @@ def test_weight_gradients_add_to_an_existing_float32_buffer() -> None:
     d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight))
     buffer = torch.ones(31, 8)
     for times in (1, 2):
-        out = linear_policy_loss(
-            hidden, weight, targets, objective=DAPO, weight_grad=buffer, chunk_rows=16, **rows
-        )
+        out = linear_policy_loss(hidden, weight, targets, objective=DAPO, weight_grad=buffer, chunk_rows=16, **rows)
         hidden.grad = weight.grad = None
         out.loss.backward()
         assert weight.grad is None
@@ -230,9 +222,7 @@ def test_mixed_dtypes_give_each_side_its_own(mixed: tuple[torch.dtype, torch.dty
     hidden, weight = (t.detach().to(d).requires_grad_() for t, d in zip((hidden, weight), mixed, strict=True))
     wanted = exact(hidden, weight, targets, rows, DAPO)
     got = linear_policy_loss(hidden, weight, targets, objective=DAPO, **rows)
-    for grad, dtype, gold in zip(
-        torch.autograd.grad(got.loss, (hidden, weight)), mixed, wanted[3:], strict=True
-    ):
+    for grad, dtype, gold in zip(torch.autograd.grad(got.loss, (hidden, weight)), mixed, wanted[3:], strict=True):
         assert grad.dtype == dtype
         torch.testing.assert_close(grad.double(), gold, rtol=1e-2, atol=1e-5)
 
@@ -280,9 +270,7 @@ def test_a_sharded_head_is_gathered_once() -> None:
     )
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        sharded = distribute_tensor(
-            weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)]
-        ).requires_grad_()
+        sharded = distribute_tensor(weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)]).requires_grad_()
         out = linear_policy_loss(hidden, sharded, targets, objective=DAPO, **rows)
         grads = torch.autograd.grad(out.loss, (hidden, sharded))
         assert torch.equal(grads[0], wanted[0]) and torch.equal(grads[1].full_tensor(), wanted[1])
@@ -304,9 +292,7 @@ def test_micro_batches_add_up_to_the_batch() -> None:
         parts = []
         for part in (slice(0, 16), slice(16, 48)):
             piece = {k: v[part] if v.dim() else v for k, v in rows.items()}
-            parts.append(
-                linear_policy_loss(hidden[part], weight, targets[part], objective=objective, **piece).loss
-            )
+            parts.append(linear_policy_loss(hidden[part], weight, targets[part], objective=objective, **piece).loss)
         a, b = (torch.autograd.grad(loss, (hidden, weight)) for loss in (whole, sum(parts)))
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
@@ -344,7 +330,5 @@ def test_policy_loss_alone_accepts_narrow_advantages() -> None:
     logprobs = torch.randn(9)
     advantages = torch.randn(9).bfloat16()
     got = policy_loss(logprobs, advantages=advantages, normalizer=9.0, objective=PolicyObjective())
-    wide = policy_loss(
-        logprobs, advantages=advantages.float(), normalizer=9.0, objective=replace(PolicyObjective())
-    )
+    wide = policy_loss(logprobs, advantages=advantages.float(), normalizer=9.0, objective=replace(PolicyObjective()))
     assert torch.equal(got.row_loss, wide.row_loss) and got.row_loss.dtype == torch.float32

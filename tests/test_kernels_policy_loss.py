@@ -25,9 +25,7 @@ def logprobs_and_entropy(n: int, seed: int = 1) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("objective", cases.OBJECTIVES, ids=cases.objective_id)
-def test_loss_and_derivatives_match_autograd(
-    objective: PolicyObjective, masked: bool, on_policy: bool
-) -> None:
+def test_loss_and_derivatives_match_autograd(objective: PolicyObjective, masked: bool, on_policy: bool) -> None:
     rows = cases.row_inputs(97)
     if on_policy:
         rows["old_logprobs"] = None
@@ -54,13 +52,10 @@ def test_masked_rows_are_exactly_zero_whatever_they_hold(objective: PolicyObject
     clean = policy_loss(logprobs, entropy=entropy, objective=objective, **rows)
     off = ~rows["loss_mask"]
     poisoned: dict[str, Any] = {
-        k: torch.where(off, float("nan"), v) if k not in ("sequence", "loss_mask") else v
-        for k, v in rows.items()
+        k: torch.where(off, float("nan"), v) if k not in ("sequence", "loss_mask") else v for k, v in rows.items()
     }
     logprobs = torch.where(off, float("nan"), logprobs)
-    got = policy_loss(
-        logprobs, entropy=torch.where(off, float("inf"), entropy), objective=objective, **poisoned
-    )
+    got = policy_loss(logprobs, entropy=torch.where(off, float("inf"), entropy), objective=objective, **poisoned)
     for mine, theirs in zip(got[:3], clean[:3], strict=True):
         assert torch.equal(mine, theirs)
         assert (mine[off] == 0).all()
@@ -107,7 +102,9 @@ def test_extreme_ratios_stay_finite_and_nan_is_not_hidden() -> None:
     for objective in cases.OBJECTIVES:
         rows = cases.row_inputs(3, dtype=torch.float32)
         rows.update(old_logprobs=old, loss_mask=None, ref_logprobs=old.flip(0))
-        out = policy_loss(logprobs, entropy=torch.ones(3), objective=replace(objective, kl_coef=0.0), **rows)
+        out = policy_loss(
+            logprobs, entropy=torch.ones(3), objective=replace(objective, kl_coef=0.0, kl_bias_correction=False), **rows
+        )
         assert out.row_loss[:2].isfinite().all() and out.d_logprob[:2].isfinite().all()
         assert out.row_loss.dtype == torch.float32
         if objective.name not in ("reinforce",):
@@ -150,6 +147,7 @@ def test_normalizers() -> None:
         ({"delta": 1.1}, "delta must be > 1"),
         ({"name": "cispo", "delta": 4.0}, "the objective cispo ignores them"),
         ({"name": "dapo", "sapo_temperature_pos": 2.0}, "the objective dapo ignores them"),
+        ({"kl_bias_correction": True}, "kl_bias_correction needs kl_coef"),
         ({"importance_level": "sequence"}, "needs importance_correction"),
         ({"importance_min": 3.0}, "importance_min 3.0 is above importance_max 2.0"),
         ({"entropy_coef": float("nan")}, "entropy_coef must be finite"),

@@ -54,9 +54,7 @@ def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
             row = int(((tensor < low) | (tensor >= high)).nonzero()[0, 0])
             raise ValueError(f"{name}[{row}] = {int(tensor[row])} is outside [{low}, {high})")
     else:
-        torch._assert_async(
-            ((tensor >= low) & (tensor < high)).all(), f"{name} has values outside [{low}, {high})"
-        )
+        torch._assert_async(((tensor >= low) & (tensor < high)).all(), f"{name} has values outside [{low}, {high})")
 
 
 def check_normalizer(normalizer: Tensor | float, like: Tensor, rows: int) -> None:
@@ -84,9 +82,7 @@ def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
     check_floating("hidden", hidden, 2)
     check_floating("weight", weight, 2)
     if weight.shape[1] != hidden.shape[1]:
-        raise ValueError(
-            f"hidden has width {hidden.shape[1]} and weight has width {weight.shape[1]}; they must agree"
-        )
+        raise ValueError(f"hidden has width {hidden.shape[1]} and weight has width {weight.shape[1]}; they must agree")
     if weight.device != hidden.device:
         raise ValueError(f"weight is on {weight.device}, expected {hidden.device}")
     if (weight.dtype == torch.float64) != (hidden.dtype == torch.float64):

@@ -90,9 +90,7 @@ class Head:
         self.dtype = operand_dtype(hidden, weight, rows)
         self.logits_dtype = logits_dtype
         self.hidden, self.keep, self.weight = hidden, keep, weight.to(self.dtype)
-        self.d_hidden = (
-            torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device) if need_hidden else None
-        )
+        self.d_hidden = torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device) if need_hidden else None
         self.d_weight = None
         if need_weight:
             wide = compute_dtype(self.weight)

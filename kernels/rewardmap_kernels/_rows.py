@@ -39,13 +39,12 @@ def autocast_operand(tensor: Tensor) -> Tensor:
 
 
 def differentiable(tensor: Tensor) -> Tensor:
-    """Under no_grad the tensor detached: a Function is told of requires_grad alone and would make the gradients."""
+    """Under no_grad the tensor detached: a Function is told of requires_grad alone and would make the
+    gradients."""
     return tensor if torch.is_grad_enabled() else tensor.detach()
 
 
-def check_policy_inputs(
-    inputs: dict[str, Any], mask: Tensor | None, temperature: Tensor | float, like: Tensor
-) -> None:
+def check_policy_inputs(inputs: dict[str, Any], mask: Tensor | None, temperature: Tensor | float, like: Tensor) -> None:
     """Raise for what policy_loss would raise for, before the first product."""
     n = like.shape[0]
     for name in ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs"):

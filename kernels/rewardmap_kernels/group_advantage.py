@@ -33,9 +33,7 @@ class GroupAdvantage(NamedTuple):
 def _check_offsets(offsets: Tensor, rewards: Tensor) -> None:
     total = rewards.shape[0]
     if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"offsets must be [G + 1] int32 or int64, got {tuple(offsets.shape)} {offsets.dtype}"
-        )
+        raise ValueError(f"offsets must be [G + 1] int32 or int64, got {tuple(offsets.shape)} {offsets.dtype}")
     if offsets.device.type != "cpu":
         if offsets.device != rewards.device:
             raise ValueError(f"offsets is on {offsets.device}, expected {rewards.device} or the CPU")
@@ -108,9 +106,7 @@ def group_advantage(
     check_floating("rewards", rewards, rewards.dim() if rewards.dim() == 2 else 1)
     check_rows("weights", weights, rewards, rewards.shape[0])
     if (rewards.dim() == 2) != (component_weights is not None):
-        raise ValueError(
-            f"rewards of shape {tuple(rewards.shape)}: [B, K] and component_weights [K] go together"
-        )
+        raise ValueError(f"rewards of shape {tuple(rewards.shape)}: [B, K] and component_weights [K] go together")
     if component_weights is not None:
         check_rows("component_weights", component_weights, rewards, rewards.shape[1])
     elif combine != "sum_then_normalize":
@@ -152,9 +148,7 @@ def _drop_bad_groups(out: GroupAdvantage, offsets: Tensor) -> GroupAdvantage:
     # together).
     bad = ~torch.isfinite(out.mean)
     group = _group_of_rows(offsets, out.advantages.shape[0])
-    return out._replace(
-        advantages=torch.where(bad[group], 0.0, out.advantages), degenerate=out.degenerate | bad
-    )
+    return out._replace(advantages=torch.where(bad[group], 0.0, out.advantages), degenerate=out.degenerate | bad)
 
 
 def _group_of_rows(offsets: Tensor, total: int) -> Tensor:

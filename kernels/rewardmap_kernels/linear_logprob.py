@@ -34,9 +34,7 @@ def _directions(
     """d logprob / d logits, or d entropy / d logits, [C, V]."""
     one, zero = torch.ones_like(found.lse), torch.zeros_like(found.lse)
     c, e = (zero, one) if entropy else (one, zero)
-    made: Tensor = impl.gradient(
-        OPERATION, logits, targets, temperature, found, c, e, None, dtype, in_place=False
-    )
+    made: Tensor = impl.gradient(OPERATION, logits, targets, temperature, found, c, e, None, dtype, in_place=False)
     return made
 
 
@@ -96,9 +94,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, per_row, lse, logprobs, entropy, to_logprob, to_entropy, kept = (
-            ctx.saved_tensors
-        )
+        hidden, weight, targets, per_row, lse, logprobs, entropy, to_logprob, to_entropy, kept = ctx.saved_tensors
         need_hidden = ctx.needs_input_grad[0]
         with _rows.no_autocast(hidden):
             if lse is not None:

@@ -56,9 +56,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             per_row, on = _rows.row_slice(temperature, rows), _rows.row_slice(keep, rows)
             if fuse:
                 part = {name: _rows.row_slice(value, rows) for name, value in inputs.items()}
-                done = impl.fused(
-                    OPERATION, logits, targets[rows], per_row, on, part, scale, head.dtype, in_place=True
-                )
+                done = impl.fused(OPERATION, logits, targets[rows], per_row, on, part, scale, head.dtype, in_place=True)
                 whole.logprobs[rows], whole.entropy[rows] = done.logprobs, done.entropy
                 head.backward(rows, x, done.gradient)
             else:
@@ -87,9 +85,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         d_hidden, d_weight, scale = ctx.saved_tensors
         grad = grads[0] if scale is None else grads[0] / scale
         if ctx.accumulated:
-            message = (
-                "weight_grad already holds the gradient: backward from this loss itself, with gradient 1"
-            )
+            message = "weight_grad already holds the gradient: backward from this loss itself, with gradient 1"
             if grads[0].device.type == "cpu":
                 if float(grads[0]) != 1.0:
                     raise ValueError(f"{message}, got {float(grads[0])}")
@@ -98,16 +94,12 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
         def scaled(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
             # One pass: multiplied in the wider dtype, rounded once.
-            return (
-                None if values is None else torch.mul(values, grad, out=torch.empty_like(values, dtype=dtype))
-            )
+            return None if values is None else torch.mul(values, grad, out=torch.empty_like(values, dtype=dtype))
 
         return scaled(d_hidden, ctx.dtypes[0]), scaled(d_weight, ctx.dtypes[1]), *([None] * 7)
 
 
-def contributing_rows(
-    objective: PolicyObjective, advantages: Tensor, loss_mask: Tensor | None = None
-) -> Tensor:
+def contributing_rows(objective: PolicyObjective, advantages: Tensor, loss_mask: Tensor | None = None) -> Tensor:
     """int64 [M] index of the rows whose gradient can be other than zero, for ``linear_policy_loss(rows=)``.
 
     Unmasked rows, without those of zero advantage when the objective has neither a KL nor an entropy term.
@@ -125,9 +117,7 @@ def contributing_rows(
 
 def _check_weight_grad(weight_grad: Tensor, hidden: Tensor, weight: Tensor) -> None:
     if torch.float16 in (hidden.dtype, weight.dtype) or weight.dtype == torch.float64:
-        raise ValueError(
-            f"weight_grad needs bfloat16 or float32 operands, got {hidden.dtype} and {weight.dtype}"
-        )
+        raise ValueError(f"weight_grad needs bfloat16 or float32 operands, got {hidden.dtype} and {weight.dtype}")
     if weight_grad.shape != weight.shape or weight_grad.dtype != torch.float32:
         raise ValueError(
             f"weight_grad must be torch.float32 {tuple(weight.shape)}, "
@@ -194,9 +184,7 @@ def linear_policy_loss(
     mask = loss_mask
     if rows is not None:
         if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != hidden.device:
-            raise ValueError(
-                f"rows must be int64 [M] on {hidden.device}, got {rows.dtype} {tuple(rows.shape)}"
-            )
+            raise ValueError(f"rows must be int64 [M] on {hidden.device}, got {rows.dtype} {tuple(rows.shape)}")
         check_range("rows", rows, 0, n)
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
         inputs = {k: v.index_select(0, rows) if _is_per_row(v) else v for k, v in inputs.items()}

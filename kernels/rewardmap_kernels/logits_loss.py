@@ -26,9 +26,7 @@ class LogitsPolicyLoss(NamedTuple):
 
 class _SelectiveLogSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, temperature: Tensor | float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
         impl = _rows.implementation("selective_log_softmax", logits)
         rows: RowStatistics = impl.statistics("selective_log_softmax", logits, targets, temperature, None)
         per_row = temperature if isinstance(temperature, Tensor) else None
@@ -47,9 +45,7 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         return gradient, None, None
 
 
-def selective_log_softmax(
-    logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0
-) -> tuple[Tensor, Tensor]:
+def selective_log_softmax(logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """logits [N, V], targets [N] -> (logprobs [N], entropy [N]) of softmax(logits / temperature), float32,
     nats.
 
@@ -77,9 +73,7 @@ class _LogitsPolicyLoss(torch.autograd.Function):
         training = ctx.needs_input_grad[0]
         gradient = None
         if training and not inputs["objective"].needs_sequence:
-            done = impl.fused(
-                operation, logits, targets, temperature, keep, inputs, scale, logits.dtype, inplace
-            )
+            done = impl.fused(operation, logits, targets, temperature, keep, inputs, scale, logits.dtype, inplace)
             logprobs, entropy, gradient = done.logprobs, done.entropy, done.gradient
             out = policy_loss(logprobs, entropy=entropy, loss_mask=keep, **inputs)
         else:
@@ -143,12 +137,8 @@ def logits_policy_loss(
     }  # fmt: skip
     _rows.check_policy_inputs(inputs, loss_mask, temperature, logits)
     if inplace and logits.requires_grad and logits.is_leaf:
-        raise ValueError(
-            "inplace = True would overwrite a leaf that requires a gradient; pass inplace = False"
-        )
+        raise ValueError("inplace = True would overwrite a leaf that requires a gradient; pass inplace = False")
     if inplace and logits.stride(1) != 1:
         raise ValueError(f"inplace = True needs rows of stride 1, got strides {logits.stride()}")
     logits = _rows.differentiable(logits)
-    return LogitsPolicyLoss(
-        *_LogitsPolicyLoss.apply(logits, targets, temperature, inputs, loss_mask, inplace)
-    )
+    return LogitsPolicyLoss(*_LogitsPolicyLoss.apply(logits, targets, temperature, inputs, loss_mask, inplace))

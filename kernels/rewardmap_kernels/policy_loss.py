@@ -57,6 +57,7 @@ class PolicyObjective:
     delta: float | None = None
     kl_coef: float = 0.0
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_bias_correction: bool = False
     entropy_coef: float = 0.0
     importance_correction: Literal["none", "truncate", "mask"] = "none"
     importance_level: Literal["token", "sequence"] = "token"
@@ -85,9 +86,7 @@ class PolicyObjective:
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"entropy_coef must be finite, got {self.entropy_coef}")
         if self.importance_min > self.importance_max:
-            raise ValueError(
-                f"importance_min {self.importance_min} is above importance_max {self.importance_max}"
-            )
+            raise ValueError(f"importance_min {self.importance_min} is above importance_max {self.importance_max}")
         if self.name not in CLIPPED and (self.dual_clip is not None or self.delta is not None):
             raise ValueError(
                 f"dual_clip and delta apply to {', '.join(CLIPPED)}; the objective {self.name} ignores them"
@@ -95,12 +94,13 @@ class PolicyObjective:
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip must be > 1, got {self.dual_clip}")
         if self.delta is not None and not self.delta > 1 + self.clip_eps_high:
-            raise ValueError(
-                f"delta must be > 1 + clip_eps_high = {1 + self.clip_eps_high}, got {self.delta}"
-            )
+            raise ValueError(f"delta must be > 1 + clip_eps_high = {1 + self.clip_eps_high}, got {self.delta}")
         if self.name != "sapo" and (self.sapo_temperature_pos, self.sapo_temperature_neg) != (1.0, 1.05):
+            raise ValueError(f"sapo_temperature_pos/neg apply to sapo; the objective {self.name} ignores them")
+        if self.kl_bias_correction and (not self.kl_coef or self.name in ("gspo", "reinforce")):
             raise ValueError(
-                f"sapo_temperature_pos/neg apply to sapo; the objective {self.name} ignores them"
+                "kl_bias_correction needs kl_coef and a ratio per row; "
+                f"got kl_coef = {self.kl_coef} and the objective {self.name}"
             )
         if self.importance_correction == "none" and self.importance_level != "token":
             raise ValueError("importance_level = 'sequence' needs importance_correction 'truncate' or 'mask'")
@@ -108,9 +108,7 @@ class PolicyObjective:
     @property
     def needs_sequence(self) -> bool:
         """Whether a row's coefficient depends on the other rows of its sequence."""
-        return self.name == "gspo" or (
-            self.importance_correction != "none" and self.importance_level == "sequence"
-        )
+        return self.name == "gspo" or (self.importance_correction != "none" and self.importance_level == "sequence")
 
 
 class PolicyLossOutput(NamedTuple):
@@ -150,9 +148,7 @@ class _AttachDerivatives(torch.autograd.Function):
         d_logprob, d_entropy = ctx.saved_tensors
         logprob_dtype, entropy_dtype = ctx.dtypes
         to_entropy = (
-            (grad * d_entropy).to(entropy_dtype)
-            if entropy_dtype is not None and ctx.needs_input_grad[1]
-            else None
+            (grad * d_entropy).to(entropy_dtype) if entropy_dtype is not None and ctx.needs_input_grad[1] else None
         )
         return (grad * d_logprob).to(logprob_dtype), to_entropy, None, None, None
 
@@ -219,9 +215,7 @@ class _Terms(NamedTuple):
     clipped_high: Tensor
 
 
-def _policy_terms(
-    objective: PolicyObjective, logprobs: Tensor, ratio: Tensor, inside: Tensor, adv: Tensor
-) -> _Terms:
+def _policy_terms(objective: PolicyObjective, logprobs: Tensor, ratio: Tensor, inside: Tensor, adv: Tensor) -> _Terms:
     """The policy term per row and its derivative with respect to the row's log-probability.
 
     ``ratio`` is r, with dr/dlogp = r where ``inside`` (the log-ratio was not clamped), else 0.
@@ -235,9 +229,7 @@ def _policy_terms(
         weight = ratio.clamp(low, high)
         return _Terms(-weight * adv * logprobs, -weight * adv, ratio < low, ratio > high)
     if objective.name == "sapo":
-        tau = torch.where(adv > 0, objective.sapo_temperature_pos, objective.sapo_temperature_neg).to(
-            ratio.dtype
-        )
+        tau = torch.where(adv > 0, objective.sapo_temperature_pos, objective.sapo_temperature_neg).to(ratio.dtype)
         gate = torch.sigmoid(tau * (ratio - 1.0))
         return _Terms(-gate * 4.0 / tau * adv, -4.0 * gate * (1.0 - gate) * slope * adv, no, no)
     capped, capped_slope = ratio, slope
@@ -331,12 +323,8 @@ def policy_loss(
             logprobs, advantages, normalizer, objective, entropy, old_logprobs, ref_logprobs,
             rollout_logprobs, sequence, buckets, loss_mask,
         )  # fmt: skip
-    if torch.is_grad_enabled() and (
-        logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
-    ):
-        row_loss = _AttachDerivatives.apply(
-            logprobs, entropy, output.row_loss, output.d_logprob, output.d_entropy
-        )
+    if torch.is_grad_enabled() and (logprobs.requires_grad or (entropy is not None and entropy.requires_grad)):
+        row_loss = _AttachDerivatives.apply(logprobs, entropy, output.row_loss, output.d_logprob, output.d_entropy)
         return output._replace(row_loss=row_loss)
     return output
 
@@ -394,6 +382,9 @@ def _evaluate(
         metrics["importance_rejected"] = mean_of(outside)
     if ref_logprobs is not None:
         kl, d_kl = _kl_terms(objective.kl_estimator, clean(ref_logprobs) - logp)
+        if objective.kl_bias_correction:
+            slope = torch.where(log_ratio.abs() > LOG_RATIO_BOUND, 0.0, ratio)
+            kl, d_kl = kl * ratio, d_kl * ratio + kl * slope
         metrics["kl_ref"] = mean_of(kl)
         if objective.kl_coef:
             loss = loss + objective.kl_coef * kl

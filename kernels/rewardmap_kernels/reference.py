@@ -16,9 +16,7 @@ from torch import Tensor
 from .policy_loss import CLIPPED, LOG_RATIO_BOUND, PolicyObjective
 
 
-def selective_log_softmax(
-    logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0
-) -> tuple[Tensor, Tensor]:
+def selective_log_softmax(logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """logits [N, V], targets [N] -> logprobs [N] of the targets and entropy [N], nats, of softmax(logits /
     temperature)."""
     divisor = temperature[:, None] if isinstance(temperature, Tensor) else temperature
@@ -92,6 +90,7 @@ def policy_row_loss(
         assert ref_logprobs is not None
         gap = ref_logprobs[keep] - logp
         kl = {"k1": -gap, "k2": gap**2 / 2, "k3": gap.exp() - gap - 1}[o.kl_estimator]
+        kl = kl * ratio if o.kl_bias_correction else kl
         loss = loss + o.kl_coef * kl
     if o.entropy_coef:
         assert entropy is not None

@@ -80,9 +80,7 @@ def gradient(
     log_probs = torch.where(probs == 0, 0.0, log_probs)
     result = log_probs.add_(rows.entropy[:, None]).mul_(e[:, None]).add_(c[:, None]).mul_(probs).neg_()
     result.scatter_add_(1, targets.long()[:, None], c[:, None])
-    factor = (
-        1.0 / temperature.to(result.dtype)[:, None] if isinstance(temperature, Tensor) else 1.0 / temperature
-    )
+    factor = 1.0 / temperature.to(result.dtype)[:, None] if isinstance(temperature, Tensor) else 1.0 / temperature
     result.mul_(factor if scale is None else factor * scale)
     result.masked_fill_(~live[:, None], 0.0)
     if in_place and dtype == logits.dtype:
@@ -98,9 +96,7 @@ def fused(
     policy_loss's."""
     rows = statistics(operation, logits, targets, temperature, keep)
     out = policy_loss(rows.logprobs, entropy=rows.entropy, loss_mask=keep, **inputs)
-    grad = gradient(
-        operation, logits, targets, temperature, rows, out.d_logprob, out.d_entropy, scale, dtype, in_place
-    )
+    grad = gradient(operation, logits, targets, temperature, rows, out.d_logprob, out.d_entropy, scale, dtype, in_place)
     d_logprob = out.d_logprob if scale is None else out.d_logprob * scale
     return FusedRows(rows.logprobs, rows.entropy, d_logprob, grad)
 

@@ -40,9 +40,7 @@ def _gradient_memory(logits: Tensor, dtype: torch.dtype, in_place: bool) -> Tens
     if dtype == logits.dtype:
         return logits
     if logits.element_size() != 2 * dtype.itemsize or not logits.is_contiguous():
-        raise ValueError(
-            f"a {dtype} gradient does not fit over {logits.dtype} logits of strides {logits.stride()}"
-        )
+        raise ValueError(f"a {dtype} gradient does not fit over {logits.dtype} logits of strides {logits.stride()}")
     return logits.view(dtype)[:, logits.shape[1] :]
 
 
@@ -100,9 +98,7 @@ def fused(
     logits = _unit_stride(logits)
     out = _gradient_memory(logits, dtype, in_place)
     n = logits.shape[0]
-    logprobs, entropy, d_logprob = (
-        torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3)
-    )
+    logprobs, entropy, d_logprob = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3))
     normalizer = inputs["normalizer"]
     if not isinstance(normalizer, Tensor):
         normalizer = torch.full((), float(normalizer), dtype=torch.float32, device=logits.device)
@@ -122,7 +118,8 @@ def fused(
             objective.sapo_temperature_pos, objective.sapo_temperature_neg,
             OBJECTIVE="clipped" if objective.name in CLIPPED else objective.name,
             DUAL_CLIP=objective.dual_clip is not None, DELTA=objective.delta is not None,
-            KL=objective.kl_estimator if objective.kl_coef else "none",
+            KL=objective.kl_estimator if objective.kl_coef else "none", KL_BIAS=objective.kl_bias_correction,
+           
             IMPORTANCE=objective.importance_correction, ENTROPY=objective.entropy_coef != 0.0,
             HAS_OLD=inputs["old_logprobs"] is not None, HAS_MASK=keep is not None, HAS_TEMPERATURE=per_row,
             IN_PLACE=in_place, BLOCK=_block(logits), num_warps=WARPS,
@@ -135,7 +132,5 @@ def scale_(operation: str, values: Tensor, scale: Tensor) -> Tensor:
     n, columns = values.shape
     launched(operation, "scale_kernel")
     if n:
-        kernels.scale_kernel[(n,)](
-            values, values.stride(0), columns, scale, BLOCK=_block(values), num_warps=WARPS
-        )
+        kernels.scale_kernel[(n,)](values, values.stride(0), columns, scale, BLOCK=_block(values), num_warps=WARPS)
     return values

@@ -25,9 +25,7 @@ def _row_statistics(row_ptr, target, factor, vocab, BLOCK: tl.constexpr):
     log2(e) / T."""
     top = float("-inf")
     total = 0.0  # sum of 2^(y - top)
-    moment = (
-        0.0  # sum of 2^(y - top) (y - top): relative to the maximum, so that large logits cost no accuracy
-    )
+    moment = 0.0  # sum of 2^(y - top) (y - top): relative to the maximum, so that large logits cost no accuracy
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         y = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32) * factor
@@ -76,11 +74,12 @@ def _write_gradient(row_ptr, out_ptr, target, factor, lse2, entropy, c, e, vocab
 
 
 @triton.jit
-def _coefficient(logprob, row, adv_ptr, old_ptr, ref_ptr, rollout_ptr, clip_low, clip_high, dual_clip, delta,
-kl_coef,
-                 importance_min, importance_max, tau_pos, tau_neg, OBJECTIVE: tl.constexpr, DUAL_CLIP:
-                 tl.constexpr, DELTA: tl.constexpr, KL: tl.constexpr, IMPORTANCE: tl.constexpr, HAS_OLD:
-                 tl.constexpr):  # fmt: skip
+def _coefficient(
+    logprob, row, adv_ptr, old_ptr, ref_ptr, rollout_ptr, clip_low, clip_high, dual_clip, delta, kl_coef,
+    importance_min, importance_max, tau_pos, tau_neg,
+    OBJECTIVE: tl.constexpr, DUAL_CLIP: tl.constexpr, DELTA: tl.constexpr, KL: tl.constexpr,
+    KL_BIAS: tl.constexpr, IMPORTANCE: tl.constexpr, HAS_OLD: tl.constexpr,
+):  # fmt: skip
     """d l / d logprob of one unmasked row before normalisation: ``policy_loss`` at token level, in
     scalars."""
     adv = tl.load(adv_ptr + row).to(tl.float32)
@@ -93,6 +92,7 @@ kl_coef,
         ratio = tl.exp(tl.minimum(tl.maximum(log_ratio, -LOG_RATIO_BOUND), LOG_RATIO_BOUND))
         ratio = tl.where(log_ratio != log_ratio, log_ratio, ratio)
         slope = tl.where(tl.abs(log_ratio) > LOG_RATIO_BOUND, 0.0, ratio)
+    ratio_slope = slope
     bounded = tl.minimum(tl.maximum(ratio, clip_low), clip_high)
     if OBJECTIVE == "reinforce":
         c = -adv
@@ -123,11 +123,19 @@ kl_coef,
     if KL != "none":
         gap = tl.load(ref_ptr + row).to(tl.float32) - logprob
         if KL == "k1":
-            c += kl_coef
+            kl = -gap
+            d_kl = 1.0 + (gap - gap)
         elif KL == "k2":
-            c -= kl_coef * gap
+            kl = 0.5 * gap * gap
+            d_kl = -gap
         else:
-            c += tl.where(tl.abs(gap) > LOG_RATIO_BOUND, 0.0, kl_coef * (1.0 - tl.exp(gap)))
+            bounded_gap = tl.minimum(tl.maximum(gap, -LOG_RATIO_BOUND), LOG_RATIO_BOUND)
+            growth = tl.exp(bounded_gap)
+            kl = growth - bounded_gap - 1.0
+            d_kl = tl.where(tl.abs(gap) > LOG_RATIO_BOUND, 0.0, 1.0 - growth)
+        if KL_BIAS:
+            d_kl = d_kl * ratio + kl * ratio_slope
+        c += kl_coef * d_kl
     return c
 
 
@@ -136,8 +144,9 @@ def policy_row_kernel(
     logits_ptr, logits_stride, out_ptr, out_stride, targets_ptr, temperature_ptr, mask_ptr, adv_ptr, old_ptr,
     ref_ptr, rollout_ptr, normalizer_ptr, normalizer_stride, gradient_scale_ptr, logprob_ptr, entropy_ptr,
     d_logprob_ptr, vocab, temperature, clip_low, clip_high, dual_clip, delta, kl_coef, entropy_coef,
-    importance_min, importance_max, tau_pos, tau_neg, OBJECTIVE: tl.constexpr, DUAL_CLIP: tl.constexpr, DELTA:
-    tl.constexpr, KL: tl.constexpr, IMPORTANCE: tl.constexpr, ENTROPY: tl.constexpr, HAS_OLD: tl.constexpr,
+    importance_min, importance_max, tau_pos, tau_neg,
+    OBJECTIVE: tl.constexpr, DUAL_CLIP: tl.constexpr, DELTA: tl.constexpr, KL: tl.constexpr,
+    KL_BIAS: tl.constexpr, IMPORTANCE: tl.constexpr, ENTROPY: tl.constexpr, HAS_OLD: tl.constexpr,
     HAS_MASK: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Statistics, coefficient and gradient of one row in one launch."""
@@ -162,7 +171,7 @@ def policy_row_kernel(
         c = scale * _coefficient(
             logprob, row, adv_ptr, old_ptr, ref_ptr, rollout_ptr, clip_low, clip_high, dual_clip, delta,
             kl_coef, importance_min, importance_max, tau_pos, tau_neg, OBJECTIVE, DUAL_CLIP, DELTA, KL,
-            IMPORTANCE, HAS_OLD,
+            KL_BIAS, IMPORTANCE, HAS_OLD,
         )  # fmt: skip
         if ENTROPY:
             e = -scale * entropy_coef
@@ -193,9 +202,7 @@ def statistics_kernel(
     entropy = 0.0
     if live:
         target = tl.load(targets_ptr + row).to(tl.int64)
-        lse2, logprob, entropy = _row_statistics(
-            logits_ptr + row * logits_stride, target, factor, vocab, BLOCK
-        )
+        lse2, logprob, entropy = _row_statistics(logits_ptr + row * logits_stride, target, factor, vocab, BLOCK)
     tl.store(lse2_ptr + row, lse2)
     tl.store(logprob_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
