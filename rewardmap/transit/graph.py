@@ -154,7 +154,8 @@ class Network:
         """Station -> (service, index) pairs where a train of that service calls there."""
         states: dict[str, list[tuple[int, int]]] = {}
         for number, (_, service) in enumerate(self._services):
-            for index, stop in enumerate(service):
+            # A closed service names its first stop again at the end; there it is the same place.
+            for index, stop in enumerate(service[:-1] if _closed(service) else service):
                 states.setdefault(stop, []).append((number, index))
         return states
 
@@ -162,10 +163,11 @@ class Network:
         """Neighbour states with the transfers and stops they cost."""
         number, index = state
         service = self._services[number][1]
-        closed = len(service) > 2 and service[0] == service[-1]
-        moves = [((number, index + step), 0, 1) for step in (-1, 1) if 0 <= index + step < len(service)]
-        if closed and index in (0, len(service) - 1):
-            moves.append(((number, len(service) - 1 - index), 0, 0))
+        if _closed(service):
+            around = len(service) - 1
+            moves = [((number, (index + step) % around), 0, 1) for step in (-1, 1)]
+        else:
+            moves = [((number, index + step), 0, 1) for step in (-1, 1) if 0 <= index + step < len(service)]
         moves += [(other, 1, 0) for other in self._states[service[index]] if other[0] != number]
         return moves
 
@@ -220,9 +222,7 @@ class Network:
             path = stack.pop()
             earlier = before[path[0]]
             if not earlier:
-                route = self._legs(path)
-                if route:
-                    routes.add(route)
+                routes.add(self._legs(path))
                 continue
             stack.extend((state, *path) for state in earlier if state not in path)
         return sorted(routes, key=lambda route: [(leg.line, leg.arrival, leg.via) for leg in route])
@@ -233,8 +233,10 @@ class Network:
             stop = self._services[number][1][index]
             if not rides or rides[-1][0] != number:
                 rides.append((number, [stop]))
-            elif rides[-1][1][-1] != stop:
+            else:
                 rides[-1][1].append(stop)
-        if any(len(stops) < 2 for _, stops in rides):
-            return ()
         return tuple(Leg(self._services[n][0], stops[0], stops[-1], tuple(stops[1:-1])) for n, stops in rides)
+
+
+def _closed(service: tuple[str, ...]) -> bool:
+    return len(service) > 3 and service[0] == service[-1]

@@ -1,0 +1,305 @@
+"""Full-size maps: pictures are unambiguous by geometry; every answer agrees with an independent solver."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import time
+import unicodedata
+from collections import Counter
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import pytest
+
+from rewardmap.transit.draw import draw_map, encode_png
+from rewardmap.transit.generate import TINY_LEVELS, generate_network
+from rewardmap.transit.graph import Network
+from rewardmap.transit.names import SCRIPTS, fold, make_names
+from rewardmap.transit.questions import Balance, make_questions
+from rewardmap.transit.styles import PALETTE, STYLES
+
+MODEL_PIXELS = 12_845_056
+"""Qwen2.5-VL shrinks pictures above this many pixels."""
+SIZES = {"easy": (1, 3, 21, 82), "middle": (4, 6, 38, 171), "hard": (6, 22, 103, 403)}
+"""Fewest and most lines and stations of the released maps of a level."""
+COUNTS = {"easy": 8, "middle": 6, "hard": 3}
+
+
+def make(level: str, seed: int) -> Network:
+    return generate_network(level, np.random.default_rng([11, seed]), f"x/{level}-{seed}")
+
+
+@pytest.fixture(scope="module")
+def maps() -> list[Network]:
+    return [make(level, seed) for level, count in COUNTS.items() for seed in range(count)]
+
+
+def geometry(network: Network) -> dict[str, Any]:
+    return dict(network.extras["geometry"])  # type: ignore[call-overload]
+
+
+def apart(first: np.ndarray, second: np.ndarray) -> bool:
+    """Separating axis test of two convex polygons [4, 2]."""
+    for polygon in (first, second):
+        for a, b in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
+            normal = np.array([a[1] - b[1], b[0] - a[0]])
+            p, q = first @ normal, second @ normal
+            if p.max() <= q.min() + 1e-6 or q.max() <= p.min() + 1e-6:
+                return True
+    return False
+
+
+def gap(polygon: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """[N] distances from points [N, 2] to a convex polygon [4, 2]; 0 inside."""
+    best = np.full(len(points), np.inf)
+    inside = np.ones(len(points), dtype=bool)
+    turn = 0.0
+    for a, b in zip(polygon, np.roll(polygon, -1, axis=0), strict=True):
+        edge = b - a
+        along = np.clip((points - a) @ edge / (edge @ edge), 0, 1)
+        best = np.minimum(best, np.hypot(*(points - a - along[:, None] * edge).T))
+        side = edge[0] * (points - a)[:, 1] - edge[1] * (points - a)[:, 0]
+        turn = turn or float(np.sign(edge[0] * (polygon.mean(axis=0) - a)[1] - edge[1] * (polygon.mean(axis=0) - a)[0]))
+        inside &= side * turn >= 0
+    return np.where(inside, 0.0, best)
+
+
+def test_sizes_are_those_of_the_released_maps(maps: list[Network]) -> None:
+    for network in maps:
+        fewest, most, few_stops, many_stops = SIZES[network.level]
+        assert fewest <= len(network.lines) <= most
+        assert few_stops <= len(network.stations) <= many_stops
+        assert all(len(line.stations) >= 4 for line in network.lines)
+        assert (network.fewest_transfers() >= 0).all()
+    assert len({network.style for network in maps}) > 2
+
+
+def test_no_label_lies_on_a_label_a_marker_or_the_legend(maps: list[Network]) -> None:
+    for network in maps:
+        drawn = geometry(network)
+        boxes = {label["station"]: np.array(label["corners"]) for label in drawn["labels"]}
+        assert set(boxes) == set(network.stations)
+        for (a, first), (b, second) in itertools.combinations(boxes.items(), 2):
+            if np.abs(first.mean(axis=0) - second.mean(axis=0)).max() < 400:
+                assert apart(first, second), f"{network.network_id}: {a} on {b}"
+        stations = np.array([[s["x"], s["y"]] for s in drawn["stations"]])
+        radii = np.array([s["radius"] for s in drawn["stations"]])
+        x0, y0, x1, y1 = drawn["panels"][0]
+        panel = np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
+        for name, box in boxes.items():
+            assert (gap(box, stations) >= radii).all(), f"{network.network_id}: {name} hides a station"
+            assert box.min() >= 0 and (box.max(axis=0) <= np.array(network.size)).all()
+            assert apart(box, panel)
+
+
+def test_each_label_is_nearest_to_its_own_station(maps: list[Network]) -> None:
+    for network in maps:
+        drawn = geometry(network)
+        stations = np.array([[s["x"], s["y"]] for s in drawn["stations"]])
+        reach = np.array([s["radius"] + max(abs(lane) for lane in s["lanes"]) for s in drawn["stations"]])
+        names = [s["name"] for s in drawn["stations"]]
+        for label in drawn["labels"]:
+            order = np.argsort(gap(np.array(label["corners"]), stations) - reach)
+            assert names[order[0]] == label["station"], network.network_id
+
+
+def test_text_stays_legible_at_the_models_resolution(maps: list[Network]) -> None:
+    for network in maps:
+        width, height = network.size
+        shrink = min(1.0, (MODEL_PIXELS / (width * height)) ** 0.5)
+        assert STYLES[network.style].font_px * shrink >= 12
+
+
+def test_a_crossing_is_plainly_an_interchange_or_plainly_none(maps: list[Network]) -> None:
+    for network in maps:
+        drawn = geometry(network)
+        stations = {s["name"]: s for s in drawn["stations"]}
+        at = np.array([[s["x"], s["y"]] for s in stations.values()])
+        names = list(stations)
+        for first, second in itertools.combinations(drawn["lines"], 2):
+            for point in crossings(first["polylines"], second["polylines"]):
+                distances = np.hypot(*(at - point).T)
+                name = names[int(distances.argmin())]
+                if {first["name"], second["name"]} <= set(network.lines_through(name)):
+                    continue
+                assert distances.min() > stations[name]["radius"] + 6, f"{network.network_id}: {point} by {name}"
+
+
+def crossings(first: list[list[list[float]]], second: list[list[list[float]]]) -> list[np.ndarray]:
+    """Points where polylines of two lines cross."""
+    found = []
+    for p, q in itertools.product(map(np.array, first), map(np.array, second)):
+        a, b, c, d = p[:-1, None], p[1:, None], q[None, :-1], q[None, 1:]
+        r, s = b - a, d - c
+        denominator = r[..., 0] * s[..., 1] - r[..., 1] * s[..., 0]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = ((c - a)[..., 0] * s[..., 1] - (c - a)[..., 1] * s[..., 0]) / denominator
+            u = ((c - a)[..., 0] * r[..., 1] - (c - a)[..., 1] * r[..., 0]) / denominator
+        hits = np.argwhere((np.abs(denominator) > 1e-9) & (t >= 0) & (t <= 1) & (u >= 0) & (u <= 1))
+        found += [p[i] + t[i, j] * (p[i + 1] - p[i]) for i, j in hits]
+    return found
+
+
+def test_every_station_lies_on_the_track_of_its_lines(maps: list[Network]) -> None:
+    for network in maps:
+        for track in geometry(network)["lines"]:
+            points = np.concatenate([np.array(curve) for curve in track["polylines"]])
+            for stop in network.line(track["name"]).stops():
+                assert np.hypot(*(points - network.positions[stop]).T).min() < 14, f"{network.network_id}: {stop}"
+
+
+def test_line_colours_differ() -> None:
+    values = [np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) for colour in PALETTE.values()]
+    assert min(float(np.abs(a - b).sum()) for a, b in itertools.combinations(values, 2)) > 80
+
+
+def test_drawing_is_deterministic_and_fast() -> None:
+    network = make("hard", 0)
+    again = make("hard", 0)
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        picture = draw_map(network)
+        times.append(time.process_time() - start)
+    assert encode_png(picture) == encode_png(draw_map(again))
+    assert picture.size == network.size
+    assert min(times) < 0.5
+
+
+def test_unknown_level_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown map level 'huge'; known levels: tiny-easy"):
+        make("huge", 0)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_names_never_fold_to_the_same_key(script: str) -> None:
+    names = make_names(np.random.default_rng(0), 300, script)
+    assert len({fold(name) for name in names}) == 300
+    assert all(unicodedata.is_normalized("NFC", name) for name in names)
+
+
+def rides(network: Network) -> nx.Graph:
+    """Platforms (station, line, service) joined by rides (1) and changes (1000), and a hub node per station."""
+    graph = nx.DiGraph()
+    for line in network.lines:
+        for number, service in enumerate(line.services()):
+            for stop in service:
+                graph.add_edge(("in", stop), (stop, line.name, number), weight=1000)
+                graph.add_edge((stop, line.name, number), ("out", stop), weight=0)
+            for a, b in itertools.pairwise(service):
+                graph.add_edge((a, line.name, number), (b, line.name, number), weight=1)
+                graph.add_edge((b, line.name, number), (a, line.name, number), weight=1)
+    for stop in network.stations:
+        graph.add_edge(("out", stop), ("in", stop), weight=0)
+    return graph
+
+
+def check(network: Network, rows: list[dict[str, Any]], graph: nx.Graph) -> None:
+    lists = {
+        line: [re.sub(r" \((Transfer|Branch-starting) Station\)", "", stop) for stop in stops]
+        for line, stops in network.metro_data().items()
+    }
+    for row in rows:
+        first, second, answer = row["station_1"], row["station_2"], row["answer"]
+        details = json.loads(row["fine_grained_answer"])
+        if row["type"] == "TorF1":
+            assert answer == any({first, second} <= set(stops) for stops in lists.values())
+        elif row["type"] == "TorF2":
+            assert answer == (first in lists[second])
+        elif row["type"] == "Counting1":
+            choices = [int(text) for text in re.findall(r"[ABCD]\) (\d+)", row["question"])]
+            assert len(set(choices)) == 4 and choices[answer] == len(details)
+            track = nx.Graph(edge for line in network.lines for edge in line.edges())
+            assert all(track.has_edge(a, b) for a, b in itertools.pairwise([first, *details, second]))
+        elif row["type"] == "Counting2":
+            assert answer == sum(first in stops for stops in lists.values())
+        elif row["type"] == "Counting3":
+            assert answer == len(lists)
+        else:
+            cost = nx.dijkstra_path_length(graph, ("in", first), ("out", second))
+            assert row["question_transfer_count"] == cost // 1000 - 1
+            stops = {sum(leg["num_via_stops"] + 1 for leg in plan) for plan in details}
+            assert stops == {cost % 1000}
+            found = {
+                tuple(
+                    (leg["route_name"], leg["departure_stop"], *leg["via_stops"], leg["arrival_stop"]) for leg in plan
+                )
+                for plan in details
+            }
+            assert found == every_route(graph, first, second) and len(found) == len(details)
+
+
+def every_route(graph: nx.Graph, start: str, goal: str) -> set[tuple[tuple[str, ...], ...]]:
+    """All optimal routes as (line, stop, stop, ...) legs, by networkx alone."""
+    routes = set()
+    for path in nx.all_shortest_paths(graph, ("in", start), ("out", goal), weight="weight"):
+        legs: list[tuple[str, ...]] = []
+        for node in path:
+            if node[0] == "in":
+                legs.append(())
+            elif node[0] != "out":
+                legs[-1] = (*(legs[-1] or (node[1],)), node[0])
+        routes.add(tuple(legs))
+    return routes
+
+
+def test_an_independent_solver_agrees_with_every_answer(maps: list[Network]) -> None:
+    balance = Balance()
+    for network in maps:
+        rng = np.random.default_rng(0)
+        check(network, make_questions(network, "full", rng, balance), rides(network))
+    for seed in range(200):
+        network = make(TINY_LEVELS[seed % 3], seed)
+        check(network, make_questions(network, "tiny", np.random.default_rng(seed), balance), rides(network))
+
+
+def test_priors_without_the_map_stay_at_chance(maps: list[Network]) -> None:
+    balance = Balance()
+    rows = [row for network in maps for row in make_questions(network, "full", np.random.default_rng(1), balance)]
+    kinds = {
+        kind: [row for row in rows if row["type"] == kind] for kind in ("TorF1", "TorF2", "Counting1", "Counting2")
+    }
+    for kind in ("TorF1", "TorF2"):
+        yes = sum(row["answer"] for row in kinds[kind])
+        assert abs(yes - len(kinds[kind]) / 2) <= len(maps)
+        # Names that begin alike say nothing about being on one line.
+        alike = [row["answer"] for row in kinds[kind] if row["station_1"][:3] == row["station_2"][:3]]
+        if len(alike) > 20:
+            assert 0.2 < np.mean(alike) < 0.8
+    letters = Counter(row["answer"] for row in kinds["Counting1"])
+    assert max(letters.values()) / len(kinds["Counting1"]) < 0.27
+    ranks: Counter[int] = Counter()
+    for row in kinds["Counting1"]:
+        choices = [int(text) for text in re.findall(r"[ABCD]\) (\d+)", row["question"])]
+        ranks[sorted(choices).index(choices[row["answer"]])] += 1
+    assert max(ranks.values()) / len(kinds["Counting1"]) < 0.34
+    through = Counter(row["answer"] for row in kinds["Counting2"])
+    assert max(through.values()) / len(kinds["Counting2"]) < 0.56
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", list(COUNTS))
+def test_rules_hold_on_300_maps(level: str) -> None:
+    balance = Balance()
+    for seed in range(1000, 1300):
+        network = make(level, seed)
+        for rule in (
+            test_no_label_lies_on_a_label_a_marker_or_the_legend,
+            test_each_label_is_nearest_to_its_own_station,
+            test_text_stays_legible_at_the_models_resolution,
+            test_a_crossing_is_plainly_an_interchange_or_plainly_none,
+            test_every_station_lies_on_the_track_of_its_lines,
+        ):
+            rule([network])
+        check(network, make_questions(network, "tiny", np.random.default_rng(seed), balance), rides(network))
+
+
+@pytest.mark.slow
+def test_an_independent_solver_agrees_on_1000_maps() -> None:
+    balance = Balance()
+    for seed in range(1000):
+        network = make(TINY_LEVELS[seed % 3], seed)
+        check(network, make_questions(network, "tiny", np.random.default_rng(seed), balance), rides(network))
