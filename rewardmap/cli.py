@@ -1,4 +1,4 @@
-"""The command line: ``rewardmap train | eval | generate``.
+"""The command line: ``rewardmap train | eval | generate | score``.
 
 Heavy imports wait until a command runs, so that ``--help`` is quick. A user's mistake ends in one line on
 stderr and exit code 2, a failure in exit code 1, Ctrl-C in 130; ``--debug`` shows the traceback.
@@ -75,15 +75,14 @@ def train(
 
         settings = settings or []
         if resume is not None and (settings or run_dir):
-            raise ConfigError(
-                "--resume goes on with the run's own config.toml; give no configuration beside it"
-            )
+            raise ConfigError("--resume goes on with the run's own config.toml; give no configuration beside it")
         named = bool(settings) and ("=" not in settings[0] or Path(settings[0]).is_file())
         source = settings[0] if named else "tiny"
         config = None if resume else load_config(source, settings[1:] if named else settings)
 
         from rewardmap.train import run
 
+        _quiet()
         console = Console()
         if config is None:
             assert resume is not None
@@ -109,6 +108,7 @@ def evaluate(
 
         from rewardmap.train import run
 
+        _quiet()
         run.evaluate_run(run_dir, data, split, console=Console())
 
 
@@ -137,6 +137,37 @@ def generate(
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         typer.echo(f"data set: {out}")
+
+
+@app.command()
+def score(
+    answers: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="Rows of a data set, each with its 'response'.")],
+    mode: Annotated[str, typer.Option(help="reference, paper or graph.")] = "reference",
+    out: Annotated[Path | None, typer.Option(metavar="OUT.jsonl", help="The same rows with their scores.")] = None,
+    stations: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the rows' stations files are looked for first.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Score answers in a file and print a summary by kind."""
+    with _errors(debug):
+        from typing import get_args
+
+        from rewardmap.config import ConfigError
+        from rewardmap.rewards.rubric import Mode
+        from rewardmap.rewards.score_file import score_file
+
+        known = {name: name for name in get_args(Mode)}
+        if mode not in known:
+            raise ConfigError(f"--mode {mode}: choose one of {', '.join(known)}")
+        typer.echo(score_file(answers, out, known[mode], stations).table())
+
+
+def _quiet() -> None:
+    """No progress bars of transformers between ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,9 +60,7 @@ def test_train_without_arguments_is_the_tiny_run(calls: list[Call]) -> None:
 def test_train_with_a_file_and_overrides(calls: list[Call], tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text("[train]\nseed = 5\nprompts_per_step = 3\n", encoding="utf-8")
-    result = invoke(
-        "train", str(path), "train.seed=6", "rollout.group_size=2", "--run-dir", str(tmp_path / "out")
-    )
+    result = invoke("train", str(path), "train.seed=6", "rollout.group_size=2", "--run-dir", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
     ((_, config, run_dir), _) = calls[0]
     assert (config.train.seed, config.train.prompts_per_step, config.rollout.group_size) == (6, 3, 2)
@@ -169,8 +168,25 @@ def test_help_is_quick_and_names_the_commands() -> None:
     )
     result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert all(command in result.stdout for command in ("train", "eval", "generate"))
+    assert all(command in result.stdout for command in ("train", "eval", "generate", "score"))
 
 
 def test_version() -> None:
     assert invoke("--version").output.strip() == f"rewardmap {rewardmap.__version__}"
+
+
+def test_score_a_file(tmp_path: Path) -> None:
+    (tmp_path / "city.json").write_text(json.dumps({"Red Line": ["A Station", "B Station"]}), encoding="utf-8")
+    row = {"type": "TorF1", "answer": 1, "difficulty_city": "easy", "json": "city.json"}
+    answers, out = tmp_path / "answers.jsonl", tmp_path / "scores.jsonl"
+    lines = [json.dumps(row | {"response": f"\\boxed{{{word}}}"}) for word in ("yes", "no")]
+    answers.write_text("\n".join(lines), encoding="utf-8")
+    result = invoke("score", str(answers), "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert "TorF1" in result.output and "50.0%" in result.output
+    assert [json.loads(line)["score"] for line in out.read_text(encoding="utf-8").splitlines()] == [10.0, 0.0]
+
+    wrong = invoke("score", str(answers), "--mode", "best")
+    assert wrong.exit_code == 2 and "graph" in wrong.stderr
+    missing = invoke("score", str(tmp_path / "none.jsonl"))
+    assert missing.exit_code == 2 and "none.jsonl" in missing.stderr
