@@ -176,3 +176,16 @@ def test_existing_folder_and_unknown_preset_are_refused(folder: Path, tmp_path: 
     with pytest.raises(ValueError, match="known presets: tiny"):
         write_dataset(tmp_path / "x", maps={"train": 1}, preset="huge")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_data_card_tells_what_is_inside_and_how_to_make_it_again(folder: Path) -> None:
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "| train | 60 | 120 | 120 | 120 | 120 | 60 | 240 | 780 |" in card
+    assert 'maps={"train": 60, "test": 30}, preset="tiny", seed=3' in card
+
+
+def test_true_networks_are_stored_with_the_maps(data: MapData) -> None:
+    for network_id, lists in data.networks.items():
+        network = data.topology(network_id)
+        assert network.metro_data() == lists
+        assert draw_map(network).size == (140, 140)

@@ -57,9 +57,18 @@ def _attempt(level: str, rng: np.random.Generator, network_id: str) -> Network |
         return None
     script = str(rng.choice(SCRIPTS, p=(0.28, 0.2, 0.2, 0.2, 0.12)))
     city, *names = make_names(rng, len(layout.stops) + 1, script)
-    tints = [str(name) for name in rng.permutation(sorted(PALETTE))[: len(tracks)]]
+    tints = _tints(style, len(tracks), rng)
     titles = [line_name(style, index, tint) for index, tint in enumerate(tints)]
     return _Composer(level, network_id, style, tracks, layout, rng).network(city, names, titles, tints)
+
+
+def _tints(style: Style, count: int, rng: np.random.Generator) -> list[str]:
+    """Colours of the lines; where lines are called by colour, different initials come first, for the badges."""
+    tints = [str(name) for name in rng.permutation(sorted(PALETTE))]
+    if style.line_names == "colour":
+        first = {tint[0]: tint for tint in reversed(tints)}
+        tints.sort(key=lambda tint: first[tint[0]] != tint)
+    return tints[:count]
 
 
 class _Composer:

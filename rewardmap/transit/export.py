@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.generate import TINY_LEVELS, generate_network
 from rewardmap.transit.questions import Balance, make_questions
 from rewardmap.transit.topology import network_as_json
+from rewardmap.types import KINDS
 
 DATA_FOLDER = "data/ReasonMap-Train"
+GENERATOR_VERSION = "1.0"
+"""Changes whenever a seed gives other bytes than before."""
 PRESET_LEVELS = {"tiny": TINY_LEVELS, "full": FULL_LEVELS}
 """Map levels of a preset; maps take them in turn, so that each level has a third of the maps."""
 
@@ -54,6 +58,7 @@ def write_dataset(
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         pictures: set[str] = set()
+        counts: dict[str, Counter[str]] = {}
         done = 0
         for split, count in maps.items():
             balance = Balance()
@@ -64,9 +69,50 @@ def write_dataset(
                 if progress is not None:
                     progress(done, sum(maps.values()))
             write_rows(partial, rows, split)
+            counts[split] = Counter(str(row["type"]) for row in rows)
+        (partial / "README.md").write_text(_card(preset, seed, maps, counts), encoding="utf-8")
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _card(preset: str, seed: int, maps: Mapping[str, int], counts: Mapping[str, Counter[str]]) -> str:
+    """The data card: what is inside, how it was made, and how to make it again."""
+    levels = ", ".join(PRESET_LEVELS[preset])
+    cells = {
+        split: [split, maps[split], *(counts[split][kind] for kind in KINDS), counts[split].total()] for split in maps
+    }
+    table = "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells.values())
+    splits = ", ".join(f'"{split}": {count}' for split, count in maps.items())
+    return f"""---
+license: apache-2.0
+task_categories: [visual-question-answering]
+tags: [synthetic, maps, spatial-reasoning]
+---
+# Generated transit maps, preset {preset}, seed {seed}
+
+Invented transit networks with drawn maps and questions in the schema of ReasonMap-Train. Nothing in it is real:
+networks, names and pictures come from a random generator. Levels, in turn: {levels}. No map is in two splits.
+
+| split | maps | {" | ".join(KINDS)} | questions |
+| --- | --- | {" | ".join("---" for _ in KINDS)} | --- |
+{table}
+
+- `maps/`: pictures. `stations/`: the flat station lists that the published reward reads.
+- `geometry/`: the true networks (loops, branches) with coordinates, drawn polylines and label boxes in pixels.
+- `data/ReasonMap-Train/`: the questions; `datasets.load_from_disk` reads them.
+- `answer`: TorF 1 yes, 0 no; Counting1 the index of the right choice; Counting2 and Counting3 the number; planning -1.
+- `fine_grained_answer` (JSON): the stops between, the lines of a stop, or every optimal route (fewest transfers,
+  then fewest stops) with its via stops.
+
+Made by generator version {GENERATOR_VERSION}; the same version gives the same bytes again:
+
+```python
+from rewardmap.transit import write_dataset
+
+write_dataset("FOLDER", maps={{{splits}}}, preset="{preset}", seed={seed})
+```
+"""
 
 
 def _write_map(
