@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from rewardmap.rewards import Rubric
 from rewardmap.rewards.intern import lower_table
 from rewardmap.rewards.parse import clean, clean_network
+from rewardmap.rewards.rubric import Mode
 from rewardmap.rewards.score import score_paper, score_reference
+from rewardmap.rewards.topology import station_key
 from rewardmap.types import KINDS, MetroData, Problem
 
 METRO: MetroData = {
@@ -44,6 +46,7 @@ LINES = clean_network("net", METRO)
 STATIONS = [station for stations in METRO.values() for station in stations]
 RUBRICS = {mode: Rubric(mode=mode) for mode in ("reference", "paper")}  # type: ignore[arg-type]
 
+GRAPH = Rubric(mode="graph")
 NOISE = st.sampled_from(
     [
         *"-,*\n' ()（）站\r\t\x1c\x85\u3000\u2003\u205f\u1680İΣKȺß�\x00🚇aZ",
@@ -176,6 +179,8 @@ def check(problem: Problem, response: str) -> None:
         )
         got = (batch.correct[0], batch.detail[0], batch.format_valid[0], batch.failure[0])
         assert got == tuple(want), (mode, response)
+    if problem.station_1 in STATIONS and station_key(problem.station_1) != station_key(problem.station_2):
+        assert GRAPH.score([problem], [response], {"net": METRO}).score[0] >= 0.0
 
 
 @settings(max_examples=600, deadline=None)
@@ -274,16 +279,20 @@ LEG = "Route Name: Red Line\nDeparture Stop: Alpha Station\nArrival Stop: Bravo 
     ],
 )
 @pytest.mark.parametrize("kind", ["planning", "Counting2"])
-def test_a_megabyte_is_scored_in_linear_time(unit: str, kind: str) -> None:
+@pytest.mark.parametrize("mode", ["reference", "graph"])
+def test_a_megabyte_is_scored_in_linear_time(unit: str, kind: str, mode: Mode) -> None:
     sizes = (100_000, 1_000_000)
-    rubric = Rubric()
+    rubric = Rubric(mode=mode)
     rubric.score([ask(kind)], ["warm"], {"net": METRO})
     took = []
     for size in sizes:
         text = (unit * (size // len(unit.encode("utf-8", "surrogatepass")) + 1)) + "\nArrival Stop: Bravo"
-        began = time.thread_time()
-        rubric.score([ask(kind)], [text], {"net": METRO})
-        took.append(time.thread_time() - began)
+        times = []
+        for _ in range(2):
+            began = time.thread_time()
+            rubric.score([ask(kind)], [text], {"net": METRO})
+            times.append(time.thread_time() - began)
+        took.append(min(times))
     assert took[1] < 30 * max(took[0], 0.005), took
 
 
@@ -294,6 +303,9 @@ def test_ten_thousand_legs() -> None:
     want = score_reference("planning", text, -1, "alpha", "bravo", 0, lines)
     assert (batch.correct[0], batch.detail[0], batch.failure[0]) == (want.correct, want.detail, want.failure)
     assert batch.detail[0] < -9_000
+    verified = Rubric(mode="graph").score([ask("planning")], [text], {"net": METRO})
+    assert verified.score[0] >= 0.0
+    assert not verified.correct[0]
 
 
 def test_no_text_is_refused_by_row() -> None:
@@ -313,8 +325,7 @@ print(Rubric().score([asked], [chr(92) + "boxed{yes}"], {"net": {"A": ["B"]}}).s
 def test_the_first_call_says_that_it_compiles_and_the_next_process_does_not(tmp_path: Path) -> None:
     env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     first, second = (
-        subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True)
-        for _ in range(2)
+        subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True) for _ in range(2)
     )
     assert (first.stdout, second.stdout) == ("10.0\n", "10.0\n"), first.stderr + second.stderr
     assert "compiling the scorer" in first.stderr
@@ -352,9 +363,7 @@ def test_perfect_detail_of_the_printed_algorithm() -> None:
     """6, 7, 8 for 0, 1, 2 transfers, reading it literally with a count from 0."""
     stops = ["Alpha", "Bravo", "135 St Stations", "Bravo"]
     for transfers in range(3):
-        legs = list(zip(["Red Line", "Blue Line", "Blue Line"], stops, stops[1:], strict=False))[
-            : transfers + 1
-        ]
+        legs = list(zip(["Red Line", "Blue Line", "Blue Line"], stops, stops[1:], strict=False))[: transfers + 1]
         text = "\n--\n".join(f"Route Name: {a}\nDeparture Stop: {b}\nArrival Stop: {c}" for a, b, c in legs)
         asked = ask("planning", station_2=legs[-1][2], transfers_required=transfers)
         batch = RUBRICS["paper"].score([asked], [text], {"net": METRO})

@@ -113,9 +113,7 @@ def ridable(network: Network, plan: Plan, start: str, goal: str) -> bool:
         # The shortest way of a leg is the one taken.
         options = sorted(ways(*plan[i]), key=len)
         return any(
-            ride(i + 1, visited | set(way))
-            for way in options
-            if len(way) == len(options[0]) and not visited & set(way)
+            ride(i + 1, visited | set(way)) for way in options if len(way) == len(options[0]) and not visited & set(way)
         )
 
     return ride(0, frozenset({start}))
@@ -376,9 +374,7 @@ def test_where_the_other_modes_break() -> None:
     published, printed = Rubric(), Rubric(mode="paper")
 
     def three(asked: Problem, answer: str) -> tuple[float, float, float]:
-        one, two = (
-            rubric.score([asked], [answer], {"made/up": metro}).score[0] for rubric in (published, printed)
-        )
+        one, two = (rubric.score([asked], [answer], {"made/up": metro}).score[0] for rubric in (published, printed))
         return one, two, score(asked, answer, metro)[0]
 
     direct, far = question("A", "C"), question("A", "E", transfers_required=1)
@@ -398,7 +394,5 @@ def test_where_the_other_modes_break() -> None:
 def test_any_text_is_scored(response: str, kind: str) -> None:
     got = score(question("A1", "A4", kind=kind, answer=1), response, BRANCHED)
     assert got[0] >= 0.0
-    boxed = score(
-        question("A1", "A4", kind=kind, answer=1), rf"\boxed{{{response}}} Stops: [{response}]", BRANCHED
-    )
+    boxed = score(question("A1", "A4", kind=kind, answer=1), rf"\boxed{{{response}}} Stops: [{response}]", BRANCHED)
     assert boxed[0] >= 0.0

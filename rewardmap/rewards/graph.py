@@ -54,7 +54,7 @@ def _score_route(problem: Problem, answer: str, topology: Topology) -> Outcome:
     goals = topology.stations[station_key(problem.station_2)]
     costs = topology.costs(goals)
     ridden = _ride(legs, starts, costs, topology)
-    arrived = [ridden.ends[goal][0] for goal in goals if goal in ridden.ends]
+    arrived = [state.travelled for state in ridden.ends if state.stop in goals]
     if ridden.failure == "none" and arrived:
         least_legs, least_stops = min(costs[stop] for stop in starts if stop in costs)
         excess = (len(legs) - least_legs) + (min(arrived) - least_stops) / max(least_stops, 1)
@@ -72,61 +72,62 @@ def _distance(costs: _Costs, stop: int) -> float:
     return legs + stops / (1.0 + 2 * len(costs))
 
 
-class _Ridden(NamedTuple):
-    """How far the legs could be ridden. Names that several stops share are followed all at once."""
+class _State(NamedTuple):
+    """Where a traveller may be. Names that stops share, and ways that are equally long, are followed all at
+    once."""
 
-    ends: dict[int, tuple[int, frozenset[int]]]
-    """Where the verified legs may end -> stops travelled, stops visited; empty unless a leg is verified."""
+    stop: int
+    travelled: int
+    """Stops ridden so far."""
+    visited: frozenset[int]
+
+
+class _Ridden(NamedTuple):
+    """How far the legs could be ridden."""
+
+    ends: set[_State]
+    """After the last verified leg; empty if there is none."""
     nearest: float
     """The least distance to the goal after any verified leg; infinite if there is none."""
     failure: str
 
 
 def _ride(legs: Sequence[_Leg], starts: Sequence[int], costs: _Costs, topology: Topology) -> _Ridden:
-    named = topology.stations.get(station_key(legs[0].departure), ())
-    here = {stop: (0, frozenset((stop,))) for stop in starts if stop in named}
+    named = topology.stops_named(legs[0].departure)
+    here = {_State(stop, 0, frozenset((stop,))) for stop in starts if stop in named}
     if not here:
-        return _Ridden({}, math.inf, "endpoint")
-    ends: dict[int, tuple[int, frozenset[int]]] = {}
+        return _Ridden(set(), math.inf, "endpoint")
+    ends: set[_State] = set()
     nearest = math.inf
     for leg in legs:
-        named = topology.stations.get(station_key(leg.departure), ())
-        moved: dict[int, tuple[int, frozenset[int]]] = {}
+        named = topology.stops_named(leg.departure)
+        moved: set[_State] = set()
         failure = "broken_transfer"
-        for stop in here.keys() & set(named):
-            failure = _move(leg, stop, here[stop], topology, moved)
+        for state in here:
+            if state.stop in named:
+                failure = _move(leg, state, topology, moved)
         if not moved:
             return _Ridden(ends, nearest, failure)
         here = ends = moved
-        nearest = min(nearest, *(_distance(costs, stop) for stop in moved))
+        nearest = min(nearest, *(_distance(costs, state.stop) for state in moved))
     return _Ridden(ends, nearest, "none")
 
 
-def _move(
-    leg: _Leg,
-    stop: int,
-    state: tuple[int, frozenset[int]],
-    topology: Topology,
-    moved: dict[int, tuple[int, frozenset[int]]],
-) -> str:
-    """Ride one leg from a stop; enters where it may end into ``moved``. Returns the failure if it ends
-    nowhere."""
-    travelled, visited = state
-    lines = topology.lines.get(line_key(leg.line), ())
+def _move(leg: _Leg, state: _State, topology: Topology, moved: set[_State]) -> str:
+    """Ride one leg; enters where it may end into ``moved``. Returns the failure if it ends nowhere."""
+    lines = topology.lines_named(leg.line)
     if not lines:
         return "unknown_line"
     failure = "stop_not_on_line"
     for line in lines:
-        for end in topology.stations.get(station_key(leg.arrival), ()):
-            if not (topology.on_line(stop, line) and topology.on_line(end, line)):
+        for end in topology.stops_named(leg.arrival):
+            if not (topology.on_line(state.stop, line) and topology.on_line(end, line)):
                 continue
-            ride = topology.ride(line, stop, end)
-            if ride is None:
-                failure = "wrong_branch"
-            elif end in visited or ride.passed & visited:
-                failure = "repeated_stop"
-            elif end not in moved or travelled + ride.stops < moved[end][0]:
-                moved[end] = (travelled + ride.stops, visited | ride.passed | {end})
+            rides = topology.rides(line, state.stop, end)
+            failure = "repeated_stop" if rides else "wrong_branch"
+            for stops, passed in rides:
+                if end not in state.visited and not passed & state.visited:
+                    moved.add(_State(end, state.travelled + stops, state.visited | passed | {end}))
     return failure
 
 
@@ -135,19 +136,25 @@ def read_legs(answer: str) -> list[_Leg]:
 
     Labels in any case and bold, several on one line and text around the legs are all fine.
     """
-    labels = list(_LABEL.finditer(answer))
-    if not labels or len(labels) % 3:
-        return []
-    values = []
-    for i, label in enumerate(labels):
-        if label.group(1)[0].casefold() != _ORDER[i % 3]:
+    values: list[str] = []
+    begin = labels = 0
+    for label in _LABEL.finditer(answer):
+        if label.group(1)[0].casefold() != _ORDER[labels % 3]:
             return []
-        end = labels[i + 1].start() if i + 1 < len(labels) else len(answer)
-        value = answer[label.end() : end].split("\n", 1)[0].split("--", 1)[0]
-        values.append(value.strip().strip(",;*_ \t"))
+        if labels:
+            values.append(_value_of(answer[begin : label.start()]))
+        begin = label.end()
+        labels += 1
+    if not labels or labels % 3:
+        return []
+    values.append(_value_of(answer[begin:]))
     if not all(values):
         return []
     return [_Leg(*values[i : i + 3]) for i in range(0, len(values), 3)]
+
+
+def _value_of(text: str) -> str:
+    return text.split("\n", 1)[0].split("--", 1)[0].strip().strip(",;*_ \t")
 
 
 def _score_short(problem: Problem, answer: str) -> Outcome:
@@ -197,7 +204,7 @@ def _listing(problem: Problem, answer: str) -> float:
         return 0.0
     key = station_key if problem.kind == "Counting1" else line_key
     want = {key(entry) for entry in gold}
-    have = [key(entry) for entry in lists[-1].split(",") if entry.strip()]
+    have = [key(entry.strip()[:500]) for entry in lists[-1].split(",") if entry.strip()]
     if not want or not have:
         return 0.0
     return 2 * len(want & set(have)) / (len(want) + len(have))

@@ -32,6 +32,7 @@ _LINE_WORDS = (
     "号线",
     "线",
 )
+_LONGEST_NAME = 500
 _LETTERS = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "æ": "ae", "œ": "oe", "ı": "i"})
 
 
@@ -107,18 +108,28 @@ class Topology:
             for stop in dict.fromkeys(service.stops):
                 self._at.setdefault(stop, []).append(number)
 
+    def stops_named(self, name: str) -> tuple[int, ...]:
+        """The stops of that name, spelt in any way; empty for unknown and for absurdly long ones."""
+        return self.stations.get(station_key(name), ()) if len(name) <= _LONGEST_NAME else ()
+
+    def lines_named(self, name: str) -> tuple[int, ...]:
+        """The lines of that name, spelt in any way; empty for unknown and for absurdly long ones."""
+        return self.lines.get(line_key(name), ()) if len(name) <= _LONGEST_NAME else ()
+
     def on_line(self, stop: int, line: int) -> bool:
         """Whether the line calls at the stop."""
         return any(self.services[number].line == line for number in self._at[stop])
 
-    def ride(self, line: int, start: int, end: int) -> Ride | None:
-        """The shortest ride from one stop to the other on one train of the line; None if no train does it."""
-        rides = []
+    def rides(self, line: int, start: int, end: int) -> list[Ride]:
+        """The shortest rides between two stops on one train of the line: two opposite on a ring, none if
+        none."""
+        found: list[Ride] = []
         for number in self._at[start]:
             service = self.services[number]
             if service.line == line and end in service.stops:
-                rides.append(_ride(service, start, end))
-        return min(rides, key=lambda ride: ride.stops, default=None)
+                found += _rides(service, start, end)
+        least = min((ride.stops for ride in found), default=0)
+        return [ride for ride in found if ride.stops == least]
 
     def costs(self, goals: Iterable[int]) -> dict[int, tuple[int, int]]:
         """Stop -> (legs, stops) still needed to the nearest of the goals: fewest legs first. Unreachable:
@@ -142,23 +153,22 @@ class Topology:
                 for other in set(service.stops) - {stop}:
                     if other in best and best[other][0] <= cost[0]:
                         continue
-                    reached = (cost[0] + 1, cost[1] + _ride(service, stop, other).stops)
+                    reached = (cost[0] + 1, cost[1] + min(ride.stops for ride in _rides(service, stop, other)))
                     if other not in best or reached < best[other]:
                         best[other] = reached
                         heapq.heappush(heap, (reached, other))
         return best
 
 
-def _ride(service: Service, start: int, end: int) -> Ride:
+def _rides(service: Service, start: int, end: int) -> list[Ride]:
+    """The ways from one stop of the service to another: one, or two around a ring."""
     if not service.ordered:
-        return Ride(0, frozenset())
+        return [Ride(0, frozenset())]
     low, high = sorted((service.stops.index(start), service.stops.index(end)))
-    between = service.stops[low + 1 : high]
+    ways = [service.stops[low + 1 : high]]
     if service.closed:
-        around = service.stops[high + 1 : -1] + service.stops[:low]
-        if len(around) < len(between):
-            between = around
-    return Ride(len(between) + 1, frozenset(between))
+        ways.append(service.stops[high + 1 : -1] + service.stops[:low])
+    return [Ride(len(way) + 1, frozenset(way)) for way in ways]
 
 
 def topology(network_id: str, network: MetroData | Network) -> Topology:
