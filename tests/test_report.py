@@ -293,3 +293,11 @@ def test_a_full_disk_under_the_metrics_is_named(tmp_path: Path) -> None:
         log.append(row(1))
     assert full.closed
     assert caught.value.errno == 28
+
+
+def test_a_long_answer_keeps_its_end() -> None:
+    from rewardmap.report.samples import MAX_LINES, _wrap
+
+    lines = [line.text for line in _wrap("let me think " * 90 + r"so \boxed{yes}", "black", 18, "after")]
+    assert len(lines) == MAX_LINES and "…" in lines
+    assert lines[0].startswith("let me think") and lines[-1].endswith(r"so \boxed{yes}")

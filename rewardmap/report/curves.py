@@ -55,6 +55,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Eva
     reward.set_title("mean reward of the sampled answers", loc="left", fontsize=11, color=INK, pad=32)
     accuracy.set_title("share of the sampled answers that are right", loc="left", fontsize=11, color=INK)
     accuracy.set_xlabel("step", color=MUTED)
+    accuracy.xaxis.get_major_locator().set_params(integer=True)
     for axes in (reward, accuracy):
         _bands(axes, rows, label=axes is reward)
     _bars(bars, evaluations)
@@ -97,9 +98,7 @@ def _curve(axes: Any, rows: Sequence[Mapping[str, Any]], key: str, colour: str) 
         axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
         width = min(2 * (len(values) // 16) + 1, 41)
         marker = "o" if len(values) == 1 else None
-        axes.plot(
-            steps, smooth(values, width), color=colour, linewidth=2, solid_capstyle="round", marker=marker
-        )
+        axes.plot(steps, smooth(values, width), color=colour, linewidth=2, solid_capstyle="round", marker=marker)
 
 
 def _bands(axes: Any, rows: Sequence[Mapping[str, Any]], label: bool) -> None:
@@ -114,9 +113,7 @@ def _bands(axes: Any, rows: Sequence[Mapping[str, Any]], label: bool) -> None:
         lines = textwrap.fill(name, max(1, int(letters)), break_long_words=False)
         if label and max(map(len, lines.split("\n"))) <= letters and lines.count("\n") < 2:
             place = ((first + last) / 2, 1.02)
-            axes.annotate(
-                lines, place, xycoords=("data", "axes fraction"), ha="center", fontsize=9, color=MUTED
-            )
+            axes.annotate(lines, place, xycoords=("data", "axes fraction"), ha="center", fontsize=9, color=MUTED)
 
 
 def _bars(axes: Any, evaluations: Mapping[str, Evaluation]) -> None:
@@ -148,7 +145,9 @@ def _bars(axes: Any, evaluations: Mapping[str, Evaluation]) -> None:
     if "text_only" in evaluations:
         text_only = evaluations["text_only"]
         blind = [text_only.estimate(metric).value for metric in metrics]
-        axes.scatter(blind, places, marker="D", s=22, color=ACCENT, zorder=4, label="after, maps swapped")
+        axes.scatter(
+            blind, places, marker="D", s=22, color=ACCENT, zorder=4, clip_on=False, label="after, maps swapped"
+        )
     axes.set_yticks(places, [NAMES.get(metric, metric) for metric in metrics], fontsize=9.5, color=INK)
     axes.set_ylim(len(metrics) - 0.4, -0.6)
     if evaluations:

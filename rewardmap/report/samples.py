@@ -119,9 +119,7 @@ class _Card:
         column, at = x + MAP + 2 * PAD, y + PAD - 3
         for line in self._lines:
             pen.text((column, at), line.label, line.colour, _font(line.size, bold=True))
-            pen.text(
-                (column + line.indent, at), line.text, line.colour, _font(line.size, cjk=_is_cjk(line.text))
-            )
+            pen.text((column + line.indent, at), line.text, line.colour, _font(line.size, cjk=_is_cjk(line.text)))
             at += line.leading
 
 
@@ -184,7 +182,7 @@ def _fit(source: str | bytes) -> Image.Image:
 
 
 def _wrap(text: str, colour: str, size: int, label: str = "") -> Iterator[_Line]:
-    """Break to the card's width; at most MAX_LINES lines, the last one then ends in an ellipsis."""
+    """Break to the card's width; of more than MAX_LINES lines the middle is left out, the answer's end is kept."""
     indent = INDENT if label else 0
     room = WIDTH - MAP - 3 * PAD - indent
     lines: list[str] = []
@@ -195,9 +193,10 @@ def _wrap(text: str, colour: str, size: int, label: str = "") -> Iterator[_Line]
             if lines[-1] and font.getlength(lines[-1] + piece.rstrip()) > room:
                 lines.append("")
             lines[-1] += piece
-    for number, line in enumerate(lines[:MAX_LINES]):
-        cut = number == MAX_LINES - 1 and len(lines) > MAX_LINES
-        yield _Line(line.rstrip() + (" …" if cut else ""), colour, size, indent, "" if number else label)
+    if len(lines) > MAX_LINES:
+        lines = [*lines[:2], "…", *lines[3 - MAX_LINES :]]
+    for number, line in enumerate(lines):
+        yield _Line(line.rstrip(), colour, size, indent, "" if number else label)
 
 
 def _is_cjk(text: str) -> bool:

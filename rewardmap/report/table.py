@@ -80,9 +80,7 @@ def write_report(
             for name, evaluation in (("before", before), ("after", after), ("text_only", text_only))
             if evaluation is not None
         },
-        "gain": {metric: _estimate(after.gain_over(before, metric)) for metric in _metrics(after)}
-        if before
-        else None,
+        "gain": {metric: _estimate(after.gain_over(before, metric)) for metric in _metrics(after)} if before else None,
         "text_prior": asdict(prior) if prior else None,
         "seconds": seconds,
         "tokens_per_second": tokens_per_second,
