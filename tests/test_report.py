@@ -300,4 +300,4 @@ def test_a_long_answer_keeps_its_end() -> None:
 
     lines = [line.text for line in _wrap("let me think " * 90 + r"so \boxed{yes}", "black", 18, "after")]
     assert len(lines) == MAX_LINES and "…" in lines
-    assert lines[0].startswith("let me think") and lines[-1].endswith(r"so \boxed{yes}")
+    assert lines[0].startswith("let me think") and lines[-1].endswith(r"\boxed{yes}")

@@ -38,6 +38,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Eva
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(13, 6.4), dpi=120, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -55,7 +56,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Eva
     reward.set_title("mean reward of the sampled answers", loc="left", fontsize=11, color=INK, pad=32)
     accuracy.set_title("share of the sampled answers that are right", loc="left", fontsize=11, color=INK)
     accuracy.set_xlabel("step", color=MUTED)
-    accuracy.xaxis.get_major_locator().set_params(integer=True)
+    accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (reward, accuracy):
         _bands(axes, rows, label=axes is reward)
     _bars(bars, evaluations)
