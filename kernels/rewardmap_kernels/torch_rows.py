@@ -44,63 +44,89 @@ def _scaled(logits: Tensor, temperature: Tensor | float, keep: Tensor | None) ->
     return scaled if temperature == 1.0 else scaled / temperature
 
 
+def _log_probs(logits: Tensor, temperature: Tensor | float, keep: Tensor | None) -> Tensor:
+    return torch.log_softmax(_scaled(logits, temperature, keep), dim=1)
+
+
+def _logprob_and_entropy(log_probs: Tensor, probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns at -inf become the lowest finite number in ``log_probs``, so that they add 0 to sums over p log p."""
+    log_probs.clamp_(min=torch.finfo(log_probs.dtype).min)
+    return log_probs.gather(1, targets.long()[:, None])[:, 0], -torch.linalg.vecdot(probs, log_probs)
+
+
 def statistics(
     operation: str, logits: Tensor, targets: Tensor, temperature: Tensor | float, keep: Tensor | None
 ) -> RowStatistics:
     """Statistics of softmax(logits / temperature); rows outside ``keep`` (bool [N]) are not looked at."""
     scaled = _scaled(logits, temperature, keep)
-    # Relative to the maximum, so that the entropy of large logits is not a difference of large numbers.
-    top = scaled.amax(1)
-    pivot = torch.where(torch.isinf(top), 0.0, top)
-    scaled = scaled - pivot[:, None]
-    weights = torch.exp(scaled)
-    total = weights.sum(1)
     picked = scaled.gather(1, targets.long()[:, None])[:, 0]
-    moment = torch.where(weights == 0, 0.0, weights * scaled).sum(1)
-    log_total = total.log()
-    logprobs, entropy = picked - log_total, log_total - moment / total
+    log_probs = torch.log_softmax(scaled, dim=1)
+    logprobs, entropy = _logprob_and_entropy(log_probs, log_probs.exp(), targets)
+    lse = picked - logprobs
     if keep is not None:
         logprobs, entropy = torch.where(keep, logprobs, 0.0), torch.where(keep, entropy, 0.0)
-    return RowStatistics(pivot + log_total, logprobs, entropy)
+    return RowStatistics(lse, logprobs, entropy)
+
+
+def _gradient(
+    log_probs: Tensor, probs: Tensor, targets: Tensor, temperature: Tensor | float, entropy: Tensor,
+    c: Tensor, e: Tensor | None, scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """scale * (c (onehot - p) - e p (log p + H)) / T, over ``log_probs`` and ``probs``."""
+    factor = torch.ones_like(c) if scale is None else scale.to(c.dtype).expand(c.shape)
+    factor = factor / temperature
+    c = c * factor
+    if e is None:
+        result = probs.mul_(-c[:, None])
+    else:
+        e = e * factor
+        result = log_probs.mul_(-e[:, None]).sub_((c + e * entropy)[:, None]).mul_(probs)
+    live = c != 0 if e is None else (c != 0) | (e != 0)
+    result.scatter_add_(1, targets.long()[:, None], c[:, None])
+    return result.masked_fill_(~live[:, None], 0.0)
+
+
+def _stored(result: Tensor, logits: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    return logits.copy_(result) if in_place and dtype == logits.dtype else result.to(dtype)
 
 
 def gradient(
     operation: str, logits: Tensor, targets: Tensor, temperature: Tensor | float, rows: RowStatistics,
     d_logprob: Tensor, d_entropy: Tensor, scale: Tensor | None, dtype: torch.dtype, in_place: bool,
 ) -> Tensor:  # fmt: skip
-    """scale * d loss / d logits [N, V] = (c (onehot - p) - e p (log p + H)) / T; rows with c = e = 0 are
-    exactly 0.
+    """scale * d loss / d logits [N, V]; rows whose two coefficients are 0 are exactly 0 whatever they hold.
 
     ``in_place``: ``logits`` are not needed any more and the result may lie in their memory.
     """
-    live = (d_logprob != 0) | (d_entropy != 0)
-    c, e = d_logprob.to(rows.lse.dtype), d_entropy.to(rows.lse.dtype)
-    log_probs = _scaled(logits, temperature, live) - rows.lse[:, None]
-    probs = torch.exp(log_probs)
-    log_probs = torch.where(probs == 0, 0.0, log_probs)
-    result = log_probs.add_(rows.entropy[:, None]).mul_(e[:, None]).add_(c[:, None]).mul_(probs).neg_()
-    result.scatter_add_(1, targets.long()[:, None], c[:, None])
-    factor = 1.0 / temperature.to(result.dtype)[:, None] if isinstance(temperature, Tensor) else 1.0 / temperature
-    result.mul_(factor if scale is None else factor * scale)
-    result.masked_fill_(~live[:, None], 0.0)
-    if in_place and dtype == logits.dtype:
-        return logits.copy_(result)
-    return result.to(dtype)
+    wide = rows.lse.dtype
+    log_probs = _log_probs(logits, temperature, (d_logprob != 0) | (d_entropy != 0))
+    probs = log_probs.exp()
+    log_probs.clamp_(min=torch.finfo(wide).min)
+    c, e = d_logprob.to(wide), d_entropy.to(wide)
+    return _stored(
+        _gradient(log_probs, probs, targets, temperature, rows.entropy, c, e, scale), logits, dtype, in_place
+    )
 
 
 def fused(
     operation: str, logits: Tensor, targets: Tensor, temperature: Tensor | float, keep: Tensor | None,
     inputs: dict[str, Any], scale: Tensor | None, dtype: torch.dtype, in_place: bool,
 ) -> FusedRows:  # fmt: skip
-    """Statistics and gradient of a policy loss whose coefficients need no other row. ``inputs`` are
-    policy_loss's."""
-    rows = statistics(operation, logits, targets, temperature, keep)
-    out = policy_loss(rows.logprobs, entropy=rows.entropy, loss_mask=keep, **inputs)
-    grad = gradient(operation, logits, targets, temperature, rows, out.d_logprob, out.d_entropy, scale, dtype, in_place)
+    """Statistics and gradient of a policy loss whose coefficients need no other row. ``inputs`` are policy_loss's."""
+    log_probs = _log_probs(logits, temperature, keep)
+    probs = log_probs.exp()
+    logprobs, entropy = _logprob_and_entropy(log_probs, probs, targets)
+    if keep is not None:
+        logprobs, entropy = torch.where(keep, logprobs, 0.0), torch.where(keep, entropy, 0.0)
+    out = policy_loss(logprobs, entropy=entropy, loss_mask=keep, **inputs)
+    d_entropy = out.d_entropy if inputs["objective"].entropy_coef else None
+    result = _gradient(log_probs, probs, targets, temperature, entropy, out.d_logprob, d_entropy, scale)
     d_logprob = out.d_logprob if scale is None else out.d_logprob * scale
-    return FusedRows(rows.logprobs, rows.entropy, d_logprob, grad)
+    return FusedRows(logprobs, entropy, d_logprob, _stored(result, logits, dtype, in_place))
 
 
 def scale_(operation: str, values: Tensor, scale: Tensor) -> Tensor:
-    """values *= scale, in place."""
+    """values *= scale, in place; no pass on the CPU when the scale is 1, which it almost always is."""
+    if values.device.type == "cpu" and float(scale) == 1.0:
+        return values
     return values.mul_(scale)
