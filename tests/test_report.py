@@ -36,9 +36,7 @@ def record(city: int, kind: str, correct: bool, transfers: int = 0) -> Record:
 def evaluation(seed: int, share: float, cities: int = 12) -> Evaluation:
     rng = np.random.default_rng(seed)
     asked = [(kind, transfers) for kind in KINDS for transfers in ((0, 1) if kind == "planning" else (0,))]
-    return Evaluation(
-        tuple(record(c, kind, bool(rng.random() < share), t) for c in range(cities) for kind, t in asked)
-    )
+    return Evaluation(tuple(record(c, kind, bool(rng.random() < share), t) for c in range(cities) for kind, t in asked))
 
 
 def problems(evaluation: Evaluation, image: str | bytes) -> list[Problem]:
@@ -149,9 +147,7 @@ def test_samples_are_spread_over_the_kinds_and_not_chosen_by_success() -> None:
     assert chosen == choose(some, 14, seed=0) != choose(some, 14, seed=1)
     assert len(choose(some, 10_000, seed=0)) == len(some.records)
     flipped = Evaluation(
-        tuple(
-            record(int(r.network_id[5:]), r.kind, not r.correct, r.transfers_required) for r in some.records
-        )
+        tuple(record(int(r.network_id[5:]), r.kind, not r.correct, r.transfers_required) for r in some.records)
     )
     assert [r.uid for r in choose(flipped, 14, seed=0)] == [r.uid for r in chosen]
 
@@ -186,14 +182,10 @@ def test_a_missing_map_is_named_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_texts_on_cards() -> None:
     question = question_text("Counting1", "A Station", "B Station", (4, 0, 2, 9))
-    expected = (
-        "How many intermediate stops are there between A Station and B Station (except for this two stops)?"
-    )
+    expected = "How many intermediate stops are there between A Station and B Station (except for this two stops)?"
     assert short_question(question) == f"{expected}\nA) 4   B) 0   C) 2   D) 9"
     assert short_question(question_text("planning", "A", "B")) == "How do I get from A to B?"
-    assert (
-        short_answer(record(0, "planning", True).response) == "Red Line: A Station → B Station\nRoute Name: x"
-    )
+    assert short_answer(record(0, "planning", True).response) == "Red Line: A Station → B Station\nRoute Name: x"
     assert short_answer(" \n") == "(nothing)"
     asked = problems(evaluation(0, 1.0, cities=1), "")
     assert [gold_text(p) for p in asked[:5]] == ["yes", "yes", "B", "1", "1"]
@@ -244,6 +236,9 @@ def test_report_json_has_the_promised_form(tmp_path: Path) -> None:
     low, high = saved["intervals"]["after"]["planning"]
     assert low <= saved["kinds"]["planning"]["after"] <= high
     assert saved["text_prior"]["policies"] == {"TorF1": "always 1"}
+    assert saved["gain_above_floor"] == accuracy["after"] - max(accuracy["before"], 0.35)
+    strong = TextPrior(0.7, {}, {})
+    assert report(tmp_path, prior=strong)["gain_above_floor"] == accuracy["after"] - 0.7
     assert sorted(file.name for file in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
@@ -251,7 +246,7 @@ def test_what_was_not_measured_is_null(tmp_path: Path) -> None:
     one_map = evaluation(1, 0.5, cities=1)
     saved = report(tmp_path, before=None, text_only=None, prior=None, tokens_per_second=None, after=one_map)
     assert saved["weighted_accuracy"]["before"] is saved["weighted_accuracy"]["text_only"] is None
-    assert saved["gain"] is saved["text_prior"] is saved["tokens_per_second"] is None
+    assert saved["gain_above_floor"] is saved["gain"] is saved["text_prior"] is saved["tokens_per_second"] is None
     assert saved["intervals"]["after"]["planning"] is None
     assert "nan" not in (tmp_path / "report.json").read_text(encoding="utf-8").lower()
     assert "nan" not in (tmp_path / "report.md").read_text(encoding="utf-8").lower()

@@ -82,6 +82,7 @@ def write_report(
         },
         "gain": {metric: _estimate(after.gain_over(before, metric)) for metric in _metrics(after)} if before else None,
         "text_prior": asdict(prior) if prior else None,
+        "gain_above_floor": _gain_above_floor(before, after, prior),
         "seconds": seconds,
         "tokens_per_second": tokens_per_second,
         "seconds_by_phase": dict(phases),
@@ -101,6 +102,12 @@ def write_report(
         for line in footer:
             console.print(line, style="dim", highlight=False)
     return report
+
+
+def _gain_above_floor(before: Evaluation | None, after: Evaluation, prior: TextPrior | None) -> float | None:
+    """Weighted accuracy above the larger of the warm start and the text prior; null where neither is known."""
+    floors = [side.weighted_accuracy for side in (before, prior) if side is not None]
+    return after.weighted_accuracy - max(floors) if floors else None
 
 
 def _metrics(evaluation: Evaluation) -> list[str]:
@@ -156,6 +163,7 @@ def _percent(estimate: Estimate, digits: int, sign: str = "") -> str:
 
 
 def _footer(report: Mapping[str, Any]) -> list[str]:
+    gain = report["gain_above_floor"]
     phases = sorted(report["seconds_by_phase"].items(), key=lambda item: -item[1])
     speed = report["tokens_per_second"]
     facts = [
@@ -168,6 +176,8 @@ def _footer(report: Mapping[str, Any]) -> list[str]:
         f"rewardmap {report['version']}",
     ]
     lines = [" · ".join(facts)]
+    if gain is not None:
+        lines.append(f"weighted accuracy above the larger of before and prior: {100 * gain:+.1f} points")
     if phases:
         lines.append("time by phase: " + " · ".join(f"{name} {seconds:.1f} s" for name, seconds in phases))
     lines.append(
