@@ -54,9 +54,8 @@ class Bank(NamedTuple):
     text: NDArray[np.uint8]
     """All names' bytes, end to end."""
     table: NDArray[np.int32]
-    """[power of two, 4] open addressing by name: space (-1 is empty), first and last byte in ``text``, value.
-    The value is the number of the line, or of the cleaned stop, within its network; -1: no stop of the
-    network."""
+    """[power of two, 4] open addressing by name: space (-1 is empty), begin and end in ``text``, value.
+    The value numbers the line, or the cleaned stop, within its network; -1: no stop of the network."""
     about: NDArray[np.int64]
     """[networks, 6] see ``LINE_1``."""
     members: NDArray[np.bool_]
@@ -163,8 +162,7 @@ def _line(bank, network, data, start, end):  # type: ignore[no-untyped-def]
 
 @helper
 def _label(data, low, colon, label):  # type: ignore[no-untyped-def]
-    """How ``label`` (without its colon) stands before the colon: 0 not at all, 1 in another case, 2
-    exactly."""
+    """How the label stands before the colon: 0 not at all, 1 in another case, 2 exactly."""
     at = OFFSETS[label]
     size = OFFSETS[label + 1] - at
     start = colon - size

@@ -1,5 +1,4 @@
-"""Text primitives of the compiled scorer, over UTF-8 bytes: search, replace, strip, lower case, the two
-extractors.
+"""Text primitives of the compiled scorer, over UTF-8 bytes: search, replace, strip, clean, extract.
 
 Each function is the compiled twin of one in ``parse``. A text is a range [start, end) of a byte array; a word
 is an index into a table of constants. Scratch arrays ``buf`` and ``spare`` must hold five times the text.

@@ -73,8 +73,7 @@ def _distance(costs: _Costs, stop: int) -> float:
 
 
 class _State(NamedTuple):
-    """Where a traveller may be. Names that stops share, and ways that are equally long, are followed all at
-    once."""
+    """Where a traveller may be. Stops that share a name, and equally long ways, are all followed at once."""
 
     stop: int
     travelled: int
@@ -180,8 +179,7 @@ def _said(kind: str, answer: str) -> tuple[int | None, bool]:
 
 
 def _value(kind: str, text: str) -> int | None:
-    """What a short text says: bare, or wrapped as \\text{...}, in $, brackets or bold, perhaps with a full
-    stop."""
+    """What a short text says: bare or wrapped in \\text{}, $, brackets or bold, perhaps with a full stop."""
     bare = re.sub(r"\\(?:text|mathrm|textbf|mbox)\s*|[\s{}()*$]", "", text).rstrip(".,").casefold()
     if kind in ("TorF1", "TorF2"):
         return {"yes": 1, "no": 0}.get(bare)

@@ -48,8 +48,7 @@ class _Interned(NamedTuple):
 
 
 class Names:
-    """The networks read so far. Networks are frozen: one given again is recognised by identity and not read
-    twice."""
+    """The networks read so far. One given again is recognised by identity and not read twice."""
 
     def __init__(self) -> None:
         self._number: dict[str, int] = {}
@@ -57,8 +56,7 @@ class Names:
         self._bank: Bank | None = None
 
     def number(self, problem: Problem, networks: Mapping[str, MetroData | Network]) -> int:
-        """The number of the problem's network, read now if it is new. Raises DataError where it is
-        missing."""
+        """The number of the problem's network, read now if new. Raises DataError where it is missing."""
         metro = network_of(problem, networks)
         number = self._number.get(problem.network_id, len(self._read))
         if number == len(self._read):

@@ -32,8 +32,7 @@ def cache_folder() -> Path:
 
 
 def entry(function: Callable[..., Any]) -> Any:
-    """Compile, on its first call, a function that Python calls; without a writable cache, in every
-    process."""
+    """Compile a function that Python calls on its first call; without a writable cache, in every process."""
     config: Any = numba.config
     before = config.CACHE_DIR
     config.CACHE_DIR = str(cache_folder())

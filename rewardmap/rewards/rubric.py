@@ -40,15 +40,15 @@ class RewardBatch:
     format_valid: NDArray[np.bool_]
     """[n] whether the answer has the asked form: a boxed answer of the right sort, or only complete legs."""
     failure: NDArray[np.int8]
-    """[n] what first went wrong: an index into ``FAILURES``; 0 when the answer is right."""
+    """[n] what first went wrong: an index into ``FAILURES``; 0, or "not_optimal", when the answer is
+    right."""
     advantage_weight: NDArray[np.float64]
     """[n] what to multiply normalised advantages by: W when the rubric weights the advantage, else 1."""
 
 
 @dataclass(frozen=True)
 class Rubric:
-    """How answers become rewards: R = W (format + correctness + alpha detail), from arXiv 2510.02240, section
-    4.2.
+    """How answers become rewards: R = W (format + correctness + alpha detail), arXiv 2510.02240, section 4.2.
 
     Example:
         batch = Rubric(weight_on="advantage").score(problems, responses, networks)
@@ -56,9 +56,9 @@ class Rubric:
     """
 
     mode: Mode = "reference"
-    """``reference``: the published code, bugs included. ``paper``: Algorithm 1 and a format term, as
-    printed. ``graph``: every leg verified on the network, nothing below 0, every right answer above every
-    wrong one."""
+    """``reference``: the published code, bugs included. ``paper``: Algorithm 1 and a format term, as printed.
+    ``graph``: every leg verified on the network, nothing below 0, every right answer above every wrong
+    one."""
     weight_on: Literal["reward", "advantage"] = "reward"
     """``reward``: as published; division by the group's standard deviation cancels it, since W is the same
     for all answers to one problem. ``advantage``: applied after normalisation, where it acts."""
@@ -70,11 +70,10 @@ class Rubric:
     """Weight of detail."""
     correct_reward: float = 10.0
     """What a right answer earns. The paper does not state it; 10 is the published code's."""
-    format_reward: float = 1.0
-    """``paper`` mode: what an answer of the asked form earns. The paper does not state it; the code has
-    none."""
+    format_reward: float | None = None
+    """For ``paper`` mode: what an answer of the asked form earns. The paper does not state it; None is 1."""
     threads: int = 1
-    """Threads that score a batch."""
+    """Threads that score a batch in ``reference`` and ``paper`` mode."""
     _names: Names = field(default_factory=Names, init=False, repr=False, compare=False, hash=False)
     _topologies: dict[str, tuple[MetroData | Network, Topology]] = field(
         default_factory=dict, init=False, repr=False, compare=False, hash=False
@@ -85,8 +84,10 @@ class Rubric:
             raise ValueError(f"mode {self.mode!r}: choose one of {', '.join(MODES)}")
         if self.weight_on not in ("reward", "advantage"):
             raise ValueError(f"weight_on {self.weight_on!r}: choose 'reward' or 'advantage'")
-        if self.threads < 1:
-            raise ValueError(f"threads {self.threads}: at least 1")
+        if self.threads < 1 or (self.mode == "graph" and self.threads > 1):
+            raise ValueError(f"threads {self.threads}: at least 1, and in graph mode only 1")
+        if self.mode != "paper" and self.format_reward is not None:
+            raise ValueError(f"format_reward {self.format_reward}: only paper mode has one, not {self.mode!r}")
         if self.mode == "graph" and not 0 <= self.alpha * DETAIL < self.correct_reward:
             raise ValueError(
                 f"alpha {self.alpha}: in graph mode {DETAIL} alpha, the most that detail can add, must be at "
@@ -107,7 +108,7 @@ class Rubric:
             problems: n of them; repeat a problem once per answer of its group.
             responses: n texts.
             networks: ``network_id`` -> the raw stations file, markers and all, or a ``transit.Network``,
-            whose     true topology ``graph`` mode uses. Read once per object: not to be changed afterwards.
+                whose true topology ``graph`` mode uses. Read once per object: not to be changed afterwards.
 
         Raises:
             DataError: names the row's uid and field where a problem is malformed or its network is missing.
@@ -188,7 +189,8 @@ class Rubric:
         # In the order of the published code, so that equal means equal to the last bit.
         score = self.correct_reward * results.correct + self.alpha * results.detail
         if self.mode == "paper":
-            score = self.format_reward * results.format_valid + score
+            format_reward = 1.0 if self.format_reward is None else self.format_reward
+            score = format_reward * results.format_valid + score
         on_reward = self.weight_on == "reward"
         return RewardBatch(
             score=score * weights if on_reward else score,

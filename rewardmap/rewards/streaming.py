@@ -111,8 +111,7 @@ class RewardPool:
             raise
 
     def score(self, problems: Sequence[Problem], responses: Sequence[str]) -> NDArray[np.float64]:
-        """[n] rewards. Raises RewardFunctionError naming every slow or failed sample, after all have been
-        tried."""
+        """[n] rewards. Raises RewardFunctionError, once all are tried, naming slow and failed samples."""
         if len(problems) != len(responses):
             raise ValueError(f"{len(problems)} problems but {len(responses)} responses: give one each")
         scores = np.full(len(problems), math.nan)

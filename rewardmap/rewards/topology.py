@@ -62,8 +62,7 @@ def station_key(name: str) -> str:
 
 @lru_cache(maxsize=65_536)
 def line_key(name: str) -> str:
-    """A line's name for comparison: folded, without words for "line", so that Line 1, Route 1, 1号线 and 1
-    agree."""
+    """A line's name for comparison: folded, without words for "line": Line 1, Route 1, 1号线 and 1 agree."""
     key = fold(name)
     while True:
         rests = (rest for word in _LINE_WORDS for rest in (key.removeprefix(word), key.removesuffix(word)))
@@ -74,21 +73,23 @@ def line_key(name: str) -> str:
 
 
 class Service(NamedTuple):
-    """Stops that one train runs, in order; a closed one ends where it began. ``ordered``: neighbours are
-    real."""
+    """Stops that one train serves."""
 
     line: int
     stops: tuple[int, ...]
     closed: bool
+    """A ring: the last stop is the first."""
     ordered: bool
+    """In travel order, as far as is known."""
 
 
 class Ride(NamedTuple):
-    """A verified leg: ``stops`` counts the stops travelled (0 where unknown), ``passed`` those between the
-    ends."""
+    """One way of riding a leg."""
 
     stops: int
+    """Stops travelled, the last included; 0 where the order of stops is unknown."""
     passed: frozenset[int]
+    """Stops between the ends."""
 
 
 @dataclass
@@ -121,8 +122,8 @@ class Topology:
         return any(self.services[number].line == line for number in self._at[stop])
 
     def rides(self, line: int, start: int, end: int) -> list[Ride]:
-        """The shortest rides between two stops on one train of the line: two opposite on a ring, none if
-        none."""
+        """The shortest rides between two stops on one train of the line; two where a ring makes them
+        equal."""
         found: list[Ride] = []
         for number in self._at[start]:
             service = self.services[number]
@@ -132,8 +133,8 @@ class Topology:
         return [ride for ride in found if ride.stops == least]
 
     def costs(self, goals: Iterable[int]) -> dict[int, tuple[int, int]]:
-        """Stop -> (legs, stops) still needed to the nearest of the goals: fewest legs first. Unreachable:
-        absent."""
+        """Stop -> (legs, stops) still needed to the nearest goal, fewest legs first; absent if
+        unreachable."""
         key = frozenset(goals)
         known = self._costs.get(key)
         if known is None:
