@@ -107,6 +107,7 @@ class _Composer:
                 name_of[id(stop)],
                 stop.position,
                 stop.tangent,
+                self._radius(stop) + max(abs(lane) for lane in stop.lanes),
                 self._radius(stop, clear=True) + max(abs(lane) for lane in stop.lanes),
                 self.style.bold_hubs and len(stop.tracks) > 1,
                 stop.fixed,

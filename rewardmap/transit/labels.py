@@ -46,12 +46,13 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """A station that wants a label. ``radius`` of its marker [px]; ``tangent`` of the track through it."""
+    """A station that wants a label. ``radius`` of its marker [px], ``room`` with its stroke."""
 
     name: str
     position: np.ndarray
     tangent: np.ndarray
     radius: float
+    room: float
     bold: bool
     needed: bool
 
@@ -147,7 +148,7 @@ def _splits(name: str) -> list[tuple[str, ...]]:
 def _candidates(spot: Spot, font_px: int) -> list[Label]:
     """Possible labels, best first: beside steep track, above or below flat track, slanted where it is
     crowded."""
-    gap = spot.radius + _GAP_PX
+    gap = spot.room + _GAP_PX
     x, y = float(spot.position[0]), float(spot.position[1])
     flat = abs(spot.tangent[0]) > 0.85
     found: list[tuple[float, Label]] = []

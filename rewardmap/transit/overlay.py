@@ -1,0 +1,99 @@
+"""Lays a route over a map: the rest fades, the ridden track stays in colour, numbered pins mark where legs begin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from rewardmap.transit.draw import draw_map, font
+from rewardmap.transit.graph import Leg, Network
+from rewardmap.transit.styles import STYLES
+
+_FADE = 0.72
+_ON_TRACK_PX = 16.0
+
+
+def draw_route(network: Network, legs: Sequence[Leg]) -> Image.Image:
+    """The map with a route laid over it, RGB, ``network.size`` pixels.
+
+    Legs are drawn as given, right or wrong: over stops that are not neighbours on the line a leg runs straight.
+    Raises ValueError for a network without a picture, and for a line or station that the map does not have.
+    """
+    if not network.positions:
+        raise ValueError(f"network {network.network_id!r} has no picture to draw on")
+    for leg in legs:
+        known = {line.name for line in network.lines}
+        if leg.line not in known:
+            raise ValueError(f"{network.network_id}: no line {leg.line!r}; the map has {', '.join(sorted(known))}")
+        for stop in (leg.departure, *leg.via, leg.arrival):
+            if stop not in network.positions:
+                raise ValueError(f"{network.network_id}: no station {stop!r}")
+    picture = draw_map(network)
+    veil = Image.new("RGB", picture.size, cast(tuple[int, int, int], picture.getpixel((1, 1))))
+    faded = Image.blend(picture, veil, _FADE)
+    tiny = not _geometry(network)
+    width = 10.0 if tiny else STYLES[network.style].stroke + 5.0
+    for leg in legs:
+        stops = (leg.departure, *leg.via, leg.arrival)
+        shown = Image.new("L", picture.size)
+        pen = ImageDraw.Draw(shown)
+        for a, b in pairwise(stops):
+            pen.line([tuple(point) for point in _track(network, leg.line, a, b)], fill=255, width=round(width))
+        for stop in stops:
+            x, y = network.positions[stop]
+            r = 11.5 if tiny else 13.0
+            pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
+        for label in _labels(network):
+            if label["station"] in stops:
+                pen.polygon([tuple(corner) for corner in label["corners"]], fill=255)
+        faded.paste(picture, (0, 0), shown)
+    pins = [leg.departure for leg in legs] + [leg.arrival for leg in legs[-1:]]
+    pen = ImageDraw.Draw(faded)
+    for number, stop in enumerate(pins, start=1):
+        x, y = network.positions[stop]
+        if tiny:  # a small number in the corner of the station's cell
+            pen.ellipse((x - 14, y - 14, x - 5, y - 5), fill="#111111")
+            pen.text((x - 9.5, y - 9.5), str(number), fill="#ffffff", font=font(8), anchor="mm")
+        else:
+            _pin(pen, (x, y), str(number), 15.0)
+    return faded
+
+
+def _geometry(network: Network) -> dict[str, Any]:
+    return cast(dict[str, Any], network.extras.get("geometry", {}))
+
+
+def _labels(network: Network) -> list[dict[str, Any]]:
+    return cast(list[dict[str, Any]], _geometry(network).get("labels", []))
+
+
+def _track(network: Network, line: str, a: str, b: str) -> np.ndarray:
+    """[P, 2] pixels along the line's drawn track from one stop to another; straight where no track joins them."""
+    ends = np.array([network.positions[a], network.positions[b]])
+    best = ends
+    shortest = np.inf
+    for drawn in _geometry(network).get("lines", []):
+        for points in map(np.array, drawn["polylines"] if drawn["name"] == line else []):
+            gaps = np.hypot(*(points[:, None] - ends[None]).transpose(2, 0, 1))
+            i, j = (int(index) for index in gaps.argmin(axis=0))
+            if gaps[i, 0] > _ON_TRACK_PX or gaps[j, 1] > _ON_TRACK_PX:
+                continue
+            ways = [points[min(i, j) : max(i, j) + 1]]
+            if np.allclose(points[0], points[-1], atol=1.0):
+                ways.append(np.concatenate([points[max(i, j) :], points[: min(i, j) + 1]]))
+            for way in ways:
+                length = float(np.hypot(*np.diff(way, axis=0).T).sum())
+                if len(way) > 1 and length < shortest:
+                    best, shortest = way, length
+    return best
+
+
+def _pin(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, r: float) -> None:
+    x, y = at[0], at[1] - 2.6 * r
+    pen.polygon([(x - 0.75 * r, y + 0.5 * r), (x + 0.75 * r, y + 0.5 * r), at], fill="#111111")
+    pen.ellipse((x - r, y - r, x + r, y + r), fill="#111111")
+    pen.text((x, y), text, fill="#ffffff", font=font(round(1.25 * r)), anchor="mm")
