@@ -111,6 +111,8 @@ def test_a_run_leaves_everything_behind(tmp_path, console):
     repeated = json.loads((again / "report.json").read_text())
     assert repeated["weighted_accuracy"]["after"] == report["weighted_accuracy"]["after"]
     assert repeated["weighted_accuracy"]["before"] == report["weighted_accuracy"]["before"]
+    elsewhere = run.evaluate_run(out, out / "data", None, console=console)
+    assert json.loads((elsewhere / "report.json").read_text())["kinds"] == report["kinds"]
     with pytest.raises(ConfigError, match="already holds a run"):
         run.train(load_config("tiny", SMALL), out, console=console)
 
@@ -248,6 +250,7 @@ def test_a_trainable_tower_trains(config):
 def test_a_folder_that_is_not_there(console, tmp_path):
     with pytest.raises(DataError, match=r"data\.path='nowhere': no such folder"):
         run.train(load_config("tiny", ["data.path=nowhere"]), tmp_path / "run", console=console)
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_the_first_stage_names_a_checkpoint(config, console, tmp_path):
@@ -255,6 +258,14 @@ def test_only_the_first_stage_names_a_checkpoint(config, console, tmp_path):
     wrong = load_config("tiny", [*SMALL, f"data.path={config.data.path}", f"train.stages={stages}"])
     with pytest.raises(ConfigError, match="only the first stage"):
         run.train(wrong, tmp_path / "run", console=console)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_peoples_files_are_left_alone(config, console, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="is not empty"):
+        run.train(config, tmp_path, console=console)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real networks and pictures are not here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,19 +49,26 @@ def train(config: Config, run_dir: Path, *, console: Console) -> Path:
         KeyboardInterrupt: after a checkpoint was saved.
     """
     if (run_dir / "config.toml").exists():
-        raise ConfigError(
-            f"{run_dir} already holds a run; resume it with --resume {run_dir}, or choose another --run-dir"
-        )
+        remedy = f"resume it with --resume {run_dir}, or choose another --run-dir"
+        raise ConfigError(f"{run_dir} already holds a run; {remedy}")
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise ConfigError(f"{run_dir} is not empty; choose another --run-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "config.toml", dump_toml(config))
-    return _run(config, run_dir, console)
+    try:
+        write_text(run_dir / "config.toml", dump_toml(config))
+        trainer, examiner = _set_up(config, run_dir, console)
+    except (ConfigError, DataError):
+        shutil.rmtree(run_dir)  # nothing of a run that could not begin stays behind
+        raise
+    return _run(trainer, examiner, run_dir, console)
 
 
 def resume(run_dir: Path, *, console: Console) -> Path:
     """Go on after the newest complete checkpoint of a run, or from its beginning when there is none yet."""
     if not (run_dir / "config.toml").is_file():
         raise ConfigError(f"{run_dir} is not a run folder: it has no config.toml")
-    return _run(load_config(run_dir / "config.toml"), run_dir, console)
+    trainer, examiner = _set_up(load_config(run_dir / "config.toml"), run_dir, console)
+    return _run(trainer, examiner, run_dir, console)
 
 
 def evaluate_run(run_dir: Path, data: Path | None, split: str | None, *, console: Console) -> Path:
@@ -74,7 +82,9 @@ def evaluate_run(run_dir: Path, data: Path | None, split: str | None, *, console
     split = split or config.data.test_split
     folder = data or _data_folder(config, run_dir)
     loaded = load_dataset(folder, split, on_bad_row=config.data.on_bad_row)
-    examiner = _Examiner(config, _first(loaded.problems, config.eval.max_problems), loaded.networks, console)
+    seen = loaded if data else load_dataset(folder, config.data.train_split, on_bad_row=config.data.on_bad_row)
+    problems = _first(loaded.problems, config.eval.max_problems)
+    examiner = _Examiner(config, problems, seen.problems, {**seen.networks, **loaded.networks}, console)
     out = run_dir / f"eval-{split}" if data is None else run_dir / f"eval-{data.resolve().name}-{split}"
     timer = PhaseTimer()
     policy = load_policy(checkpoints[-1], config.policy)
@@ -82,13 +92,12 @@ def evaluate_run(run_dir: Path, data: Path | None, split: str | None, *, console
         after = examiner.examine(policy, "after", out)
     with timer.phase("evaluate, maps swapped"):
         text_only = examiner.examine_text_only(policy, out)
-    seen = loaded if data else load_dataset(folder, config.data.train_split, on_bad_row=config.data.on_bad_row)
     write_report(
         out,
         after=after,
         before=_answers_before(run_dir, after),
         text_only=text_only,
-        prior=text_prior(seen.problems, examiner.problems, {**seen.networks, **loaded.networks}, examiner.rubric),
+        prior=examiner.prior(),
         seconds=sum(timer.totals.values()),
         tokens_per_second=after.num_tokens / timer.totals["evaluate"],
         phases=timer.totals,
@@ -100,7 +109,8 @@ def evaluate_run(run_dir: Path, data: Path | None, split: str | None, *, console
     return out
 
 
-def _run(config: Config, run_dir: Path, console: Console) -> Path:
+def _set_up(config: Config, run_dir: Path, console: Console) -> tuple[Trainer, _Examiner]:
+    """Data, policy and trainer, as the newest checkpoint left them."""
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     timer = PhaseTimer()
@@ -111,7 +121,8 @@ def _run(config: Config, run_dir: Path, console: Console) -> Path:
         for skipped in (*training.skipped, *testing.skipped):
             console.print(f"skipped: {skipped}", style="yellow", highlight=False)
     networks = {**training.networks, **testing.networks}
-    examiner = _Examiner(config, _first(testing.problems, config.eval.max_problems), networks, console)
+    problems = _first(testing.problems, config.eval.max_problems)
+    examiner = _Examiner(config, problems, training.problems, networks, console)
     curriculum = Curriculum(training.problems, config.train.stages, config.train.prompts_per_step, config.train.seed)
     checkpoints = list_checkpoints(run_dir / CHECKPOINTS)
     with timer.phase("load"):
@@ -122,9 +133,13 @@ def _run(config: Config, run_dir: Path, console: Console) -> Path:
     if checkpoints:
         trainer.load_state_dict(load_trainer_state(checkpoints[-1], trainer.optimizer))
         console.print(f"resuming after step {curriculum.step} of {curriculum.total_steps}", highlight=False)
-    with MetricsLog(run_dir, last_step=curriculum.step) as log:
+    return trainer, examiner
+
+
+def _run(trainer: Trainer, examiner: _Examiner, run_dir: Path, console: Console) -> Path:
+    with MetricsLog(run_dir, last_step=trainer.curriculum.step) as log:
         _train_loop(trainer, log, examiner, run_dir, console)
-    _close(trainer, examiner, run_dir, text_prior(training.problems, examiner.problems, networks, rubric))
+    _close(trainer, examiner, run_dir)
     console.print(f"run folder: {run_dir}", highlight=False)
     return run_dir
 
@@ -159,7 +174,7 @@ def _train_loop(trainer: Trainer, log: MetricsLog, examiner: _Examiner, run_dir:
                 )
 
 
-def _close(trainer: Trainer, examiner: _Examiner, run_dir: Path, prior: TextPrior) -> None:
+def _close(trainer: Trainer, examiner: _Examiner, run_dir: Path) -> None:
     """Evaluate the trained policy and write everything a person looks at."""
     config = trainer.config
     with trainer.timer.phase("evaluate"):
@@ -179,7 +194,7 @@ def _close(trainer: Trainer, examiner: _Examiner, run_dir: Path, prior: TextPrio
         after=after,
         before=before,
         text_only=text_only,
-        prior=prior,
+        prior=examiner.prior(),
         seconds=sum(phases.values()),
         tokens_per_second=sampled / phases["rollout"] if sampled else None,
         phases=phases,
@@ -215,12 +230,18 @@ class _Examiner:
 
     config: Config
     problems: Sequence[Problem]
+    seen: Sequence[Problem]
+    """Problems that the text-only prior is fitted on."""
     networks: Mapping[str, MetroData]
     console: Console
 
     @property
     def rubric(self) -> Rubric:
         return Rubric(mode=self.config.reward.mode)
+
+    def prior(self) -> TextPrior:
+        """What the best answers that ignore the picture score."""
+        return text_prior(self.seen, self.problems, self.networks, self.rubric)
 
     def examine_text_only(self, policy: Policy, out: Path) -> Evaluation | None:
         """Every question with another map's picture; None where the configuration or a lone map rules it out."""
