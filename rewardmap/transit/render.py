@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from rewardmap.transit.labels import map_font
@@ -32,6 +33,7 @@ def render(geometry: dict[str, Any]) -> Image.Image:
             _stroke(pen, points, style.background, (style.stroke + 5) * _SCALE, caps=False)
         for points in curves:
             _stroke(pen, points, track["colour"], style.stroke * _SCALE)
+    _join_at_interchanges(pen, style, geometry)
     for station in geometry["stations"]:
         _marker(pen, style, station)
     for box in geometry["panels"]:
@@ -43,6 +45,22 @@ def render(geometry: dict[str, Any]) -> Image.Image:
     picture = picture.reduce(_SCALE)
     _texts(picture, style, geometry)
     return picture
+
+
+def _join_at_interchanges(pen: ImageDraw.ImageDraw, style: Style, geometry: dict[str, Any]) -> None:
+    """Draws the track next to interchanges again without its edge, which there would cut the lines that it meets."""
+    hubs = [station for station in geometry["stations"] if station["kind"] == "interchange"]
+    for track in geometry["lines"]:
+        for curve in track["polylines"]:
+            points = np.array(curve)
+            for hub in hubs:
+                gaps = np.abs(points - (hub["x"], hub["y"])).max(axis=1)
+                if gaps.min() < style.stroke:
+                    near = np.flatnonzero(gaps < hub["radius"] + 10)
+                    for run in np.split(near, np.flatnonzero(np.diff(near) > 1) + 1):
+                        if len(run) > 1:
+                            piece = [(float(x) * _SCALE, float(y) * _SCALE) for x, y in points[run]]
+                            pen.line(piece, fill=track["colour"], width=round(style.stroke * _SCALE), joint="curve")
 
 
 def _stroke(
