@@ -131,7 +131,7 @@ def test_image_feature_of_datasets(root: Path) -> None:
         ({"type": "Counting9"}, "row 1: field 'type' is 'Counting9'; it must be one of TorF1"),
         ({"answer": 2}, "row 1: field 'answer' is 2; it must be from 0 to 1"),
         ({"difficulty_city": "medium"}, "row 1: field 'difficulty_city' is 'medium'"),
-        ({"station_2": None}, "row 1: field 'station_2' is empty"),
+        ({"type": "planning", "station_2": None}, "row 1: field 'station_2' is empty"),
         ({"type": "planning", "question_transfer_count": -1}, "row 1: field 'question_transfer_count' is -1"),
         ({"figure": "./maps/x/absent.png"}, "row 1: field 'figure': './maps/x/absent.png' does not exist"),
         (

@@ -6,6 +6,7 @@ import filecmp
 import itertools
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -17,6 +18,7 @@ from rewardmap.transit import MapData, gold_response, load_dataset, write_datase
 from rewardmap.transit.draw import draw_map
 from rewardmap.transit.generate import TINY_CELL_PX, TINY_CELLS, TINY_LEVELS, generate_network
 from rewardmap.transit.graph import Network
+from rewardmap.transit.wording import planning_text, question_text
 from rewardmap.types import KINDS, Problem
 
 
@@ -146,6 +148,16 @@ def test_gold_response_is_in_the_asked_form(data: MapData) -> None:
     assert len(blocks) == 2
     assert blocks[0].startswith("Route Name: ") and f"Departure Stop: {two_legs.station_1}\n" in blocks[0]
     assert blocks[1].endswith(f"Arrival Stop: {two_legs.station_2}")
+
+
+def test_gold_response_gives_what_the_long_templates_ask_for(data: MapData) -> None:
+    asked = next(p for p in data.problems if p.transfers_required == 1 and p.fine_grained_answer[0][0]["via_stops"])
+    leg = asked.fine_grained_answer[0][0]
+    counting = replace(asked, question=planning_text(asked.station_1, asked.station_2, "count"))
+    assert gold_response(counting).split("\n--\n")[0].endswith(f"\nNumber of Via Stops: {leg['num_via_stops']}")
+    listing = replace(asked, question=planning_text(asked.station_1, asked.station_2, "list"))
+    assert gold_response(listing).split("\n--\n")[0].endswith(f"\nVia Stops: {', '.join(leg['via_stops'])}")
+    assert planning_text("A", "B") == question_text("planning", "A", "B")
 
 
 def test_same_seed_gives_the_same_bytes_and_splits_share_no_map(folder: Path, tmp_path: Path) -> None:

@@ -220,15 +220,14 @@ def _problem(row: _Row, assets: Assets, planning_question: str, default_uid: str
     question = row.text(f"question_{planning_question}" if released_planning else "question")
     network_id = f"{row.text('country')}/{row.text('city')}"
     planning = kind == "planning"
-    two_stations = planning or kind == "TorF1"
     return Problem(
         uid=row.optional_text("uid") or default_uid,
         image=assets.image(row.value("figure"), f"{row.where}: field 'figure'"),
         question=question,
         kind=kind,
         answer=-1 if planning else row.integer("answer", _ANSWERS.get(kind, range(10_000))),
-        station_1=row.text("station_1") if two_stations else row.optional_text("station_1"),
-        station_2=row.text("station_2") if two_stations else row.optional_text("station_2"),
+        station_1=row.text("station_1") if planning else row.optional_text("station_1"),
+        station_2=row.text("station_2") if planning else row.optional_text("station_2"),
         network_id=assets.network(network_id, row.value("json"), f"{row.where}: field 'json'"),
         map_difficulty=row.choice("difficulty_city", LEVELS),
         transfers_required=row.integer("question_transfer_count", range(100)) if planning else 0,

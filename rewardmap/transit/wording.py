@@ -4,7 +4,7 @@ word."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rewardmap.transit.graph import Route
 from rewardmap.types import Problem
@@ -19,6 +19,15 @@ _CHOICE = (
     "According to the subway map, "
 )
 _BLOCK = "Route Name: Line x\nDeparture Stop: xx Station\nArrival Stop: xx Station"
+_COUNT_LABEL, _LIST_LABEL = "Number of Via Stops: ", "Via Stops: "
+_DETAIL = {
+    "short": ("with only the line name and the departure and arrival stations", ""),
+    "count": (
+        "and include the number of via stops for each route section (excluding the departure and arrival stops)",
+        f"\n{_COUNT_LABEL}x",
+    ),
+    "list": ("including all the via stops", f"\n{_LIST_LABEL}xx Station, xx Station"),
+}
 
 
 def question_text(kind: str, station_1: str = "", station_2: str = "", choices: Sequence[int] = ()) -> str:
@@ -41,12 +50,20 @@ def question_text(kind: str, station_1: str = "", station_2: str = "", choices: 
     if kind == "Counting3":
         return f"{_BOXED}how many subway (metro) lines are there in total?"
     if kind == "planning":
-        return (
-            f"According to the subway map, how do I get from {station_1} to {station_2}? Provide only one "
-            "optimal route, with only the line name and the departure and arrival stations. "
-            f"The format should be strictly followed:\n{_BLOCK}\n--\n{_BLOCK}"
-        )
+        return planning_text(station_1, station_2)
     raise ValueError(f"unknown question kind {kind!r}")
+
+
+def planning_text(station_1: str, station_2: str, detail: Literal["short", "count", "list"] = "short") -> str:
+    """A planning question: the short template, or the long ones that ask for the number or the list of via stops.
+
+    The labels and the wishes are the papers'; how the long templates join them is not published.
+    """
+    wish, line = _DETAIL[detail]
+    return (
+        f"According to the subway map, how do I get from {station_1} to {station_2}? Provide only one "
+        f"optimal route, {wish}. The format should be strictly followed:\n{_BLOCK}{line}\n--\n{_BLOCK}{line}"
+    )
 
 
 def gold_response(problem: Problem) -> str:
@@ -62,10 +79,20 @@ def gold_response(problem: Problem) -> str:
         return f"\\boxed{{{problem.answer}}}"
     if not problem.fine_grained_answer:
         raise ValueError(f"{problem.uid}: fine_grained_answer holds no route, so there is no gold response")
-    return "\n--\n".join(
-        f"Route Name: {leg['route_name']}\nDeparture Stop: {leg['departure_stop']}\nArrival Stop: {leg['arrival_stop']}"
-        for leg in problem.fine_grained_answer[0]
-    )
+    return "\n--\n".join(_block(leg, problem.question) for leg in problem.fine_grained_answer[0])
+
+
+def _block(leg: dict[str, Any], question: str) -> str:
+    lines = [
+        f"Route Name: {leg['route_name']}",
+        f"Departure Stop: {leg['departure_stop']}",
+        f"Arrival Stop: {leg['arrival_stop']}",
+    ]
+    if f"\n{_COUNT_LABEL}" in question:
+        lines.append(f"{_COUNT_LABEL}{leg['num_via_stops']}")
+    elif f"\n{_LIST_LABEL}" in question:
+        lines.append(f"{_LIST_LABEL}{', '.join(leg['via_stops']) or 'None'}")
+    return "\n".join(lines)
 
 
 def routes_as_plans(routes: Sequence[Route]) -> list[list[dict[str, Any]]]:
