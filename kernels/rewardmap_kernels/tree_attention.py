@@ -1,4 +1,4 @@
-"""Attention over a packed prefix forest, in plain torch.
+"""Attention over a packed prefix forest: the mask, the definition in plain torch, and the choice of the kernels.
 
 Tokens of a forest lie in depth-first order; ``subtree_end[j]`` is the packed index where the subtree of key j's node
 ends. Query i sees key j exactly when ``j <= i < subtree_end[j]``: one integer per key is the whole mask.
@@ -8,65 +8,133 @@ Shapes: T packed tokens, Hq query heads, Hkv key heads (Hq a multiple of Hkv), D
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn import functional
 
+from .dispatch import choose
+from .tree_tiles import Tiles, build_tiles, to_device
+
 Tensor = torch.Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TreeMask:
-    """The mask of one packed row, cut into its trees so that no pair of tokens of different trees is ever formed."""
+    """The mask of one packed row. What a path needs of it is made on first use and shared by every layer."""
 
+    subtree_end: Tensor
+    """[T] int64, on the CPU, validated."""
     trees: tuple[tuple[int, int], ...]
-    """Half-open token ranges of the trees; together they are 0..T."""
-    visible: tuple[Tensor, ...]
-    """Per tree [t, t] bool: query (row) sees key (column)."""
+    """Half-open token ranges of the trees; together they are 0..T. No pair of tokens of different trees is seen."""
+    device: torch.device
+    """Where ``visible`` is made."""
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def visible(self) -> tuple[Tensor, ...]:
+        """Per tree [t, t] bool: query (row) sees key (column). For the plain torch path."""
+        if "visible" not in self._made:
+            ends = self.subtree_end.to(self.device)
+            self._made["visible"] = tuple(_visible(ends[start:end], start) for start, end in self.trees)
+        return self._made["visible"]
+
+    def tiles(self, forward: tuple[int, int], backward: tuple[int, int], device: torch.device) -> Tiles:
+        """Tile lists of the kernels for (query, key) block sizes of their passes, on ``device``."""
+        key = (forward, backward, device)
+        if key not in self._made:
+            self._made[key] = to_device(build_tiles(self.subtree_end, forward, backward), device)
+        return self._made[key]
+
+
+def _visible(ends: Tensor, start: int) -> Tensor:
+    at = torch.arange(start, start + ends.shape[0], device=ends.device)
+    return (at[None, :] <= at[:, None]) & (at[:, None] < ends[None, :])
 
 
 def tree_mask(subtree_end: Tensor) -> TreeMask:
     """Build the mask of a packed row once; every layer shares it.
 
     Args:
-        subtree_end: [T] int64, on any device.
+        subtree_end: [T] int64. On the CPU nothing waits for a device.
 
     Raises:
         ValueError: an entry that does not lie in (its own index, T], or trees that overlap.
     """
-    ends = subtree_end.tolist()
-    total = len(ends)
-    trees, visible, start = [], [], 0
+    local = subtree_end.cpu()
+    total = local.shape[0]
+    trees, start = [], 0
     while start < total:
-        end = ends[start]
+        end = int(local[start])
         if not start < end <= total:
             raise ValueError(f"subtree_end[{start}]={end} must lie in {start + 1}..{total}")
-        local = subtree_end[start:end]
-        query = torch.arange(start, end, device=subtree_end.device)
-        if bool((local > end).any()) or bool((local <= query).any()):
+        inside = local[start:end]
+        if bool((inside > end).any()) or bool((inside <= torch.arange(start, end)).any()):
             raise ValueError(f"subtree_end of tokens {start}..{end} leaves their tree")
-        visible.append((query[None, :] <= query[:, None]) & (query[:, None] < local[None, :]))
         trees.append((start, end))
         start = end
-    return TreeMask(tuple(trees), tuple(visible))
+    return TreeMask(local, tuple(trees), subtree_end.device)
 
 
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float | None = None) -> Tensor:
     """softmax(q kᵀ · scale) v over visible pairs only.
 
+    CUDA tensors run by Triton kernels, which visit only tiles with a visible pair, accumulate in float32 and give the
+    same bits every run; CPU tensors and float64 run in plain torch. ``use_implementation`` overrides.
+
     Args:
-        q: [1, Hq, T, D]. k, v: [1, Hkv, T, D].
+        q: [1, Hq, T, D]. k, v: [1, Hkv, T, D]. One dtype: float32, float16 or bfloat16 (float64: plain torch).
         mask: ``tree_mask(subtree_end)`` of the row.
-        scale: default D**-0.5.
+        scale: positive; default D**-0.5.
 
     Returns:
         [1, Hq, T, D], differentiable in q, k and v.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not agree, a mask of another length, or, for the kernels, a
+            head dimension outside 16..128.
     """
-    if q.shape[0] != 1 or k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+    _check(q, k, v, mask)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if choose("tree_attention", q) == "torch":
+        return _plain(q, k, v, mask, scale)
+    from . import tree_op
+
+    low, high = tree_op.HEAD_DIMS
+    if not low <= q.shape[-1] <= high:
+        raise ValueError(
+            f"tree_attention: head dimension {q.shape[-1]} has no kernel ({low} to {high} have); "
+            'run it inside use_implementation("torch")'
+        )
+    if not scale > 0:
+        raise ValueError(f"tree_attention: scale={scale} must be positive")
+    blocks = tree_op.plan(q.dtype, q.shape[-1])
+    tiles = mask.tiles((blocks.forward.m, blocks.forward.n), (blocks.dkv.m, blocks.dkv.n), q.device)
+    return tree_op.tree_attention_forward(q, k, v, *tiles, scale)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask) -> None:
+    if (
+        q.ndim != 4
+        or q.shape[0] != 1
+        or k.shape != v.shape
+        or k.shape[::3] != q.shape[::3]
+        or q.shape[2] != k.shape[2]
+        or q.shape[1] % k.shape[1]
+    ):
         raise ValueError(
             f"expected q [1, Hq, T, D] and k, v [1, Hkv, T, D]; got {[*q.shape]}, {[*k.shape]}, {[*v.shape]}"
         )
+    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must be of one floating dtype; got {q.dtype}, {k.dtype}, {v.dtype}")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k, v must be on one device; got {q.device}, {k.device}, {v.device}")
+    if q.shape[2] != mask.subtree_end.shape[0]:
+        raise ValueError(f"q holds {q.shape[2]} tokens, the mask {mask.subtree_end.shape[0]}; pass the row's own mask")
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     out = [
         functional.scaled_dot_product_attention(
