@@ -95,8 +95,7 @@ def test_labels_are_balanced(data: MapData) -> None:
 
 
 def test_text_alone_does_not_predict_the_answer(data: MapData) -> None:
-    """Alphabetical order and the position in the question carry no information about yes or the transfer
-    count."""
+    """Alphabetical order and the position in the question carry no information about yes or the transfer count."""
     for kind, label in (("TorF1", lambda p: p.answer), ("planning", lambda p: p.transfers_required)):
         problems = [p for p in data.problems if p.kind == kind]
         agree = sum((p.station_1 < p.station_2) == bool(label(p)) for p in problems)

@@ -88,8 +88,7 @@ class Assets:
         return path
 
     def network(self, network_id: str, source: Any, where: str) -> str:
-        """Registers the network a row names and returns its id. Raises DataError, also if two rows
-        disagree."""
+        """Registers the network a row names and returns its id. Raises DataError, also if two rows disagree."""
         key = source if isinstance(source, str) else json.dumps(source, sort_keys=True, ensure_ascii=False)
         known = self._sources.get(network_id)
         if known is not None:

@@ -1,5 +1,4 @@
-"""Full-size maps of the levels easy, middle and hard: sketch, stops, names, colours and labels in one
-network."""
+"""Full-size maps of the levels easy, middle and hard: sketch, stops, names, colours and labels in one network."""
 
 from __future__ import annotations
 

@@ -21,8 +21,7 @@ BRANCH_MARK = " (Branch-starting Station)"
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """A side track. ``stations[0]`` is the trunk stop where it leaves; its trains run through to
-    ``towards``."""
+    """A side track. ``stations[0]`` is the trunk stop where it leaves; its trains run through to ``towards``."""
 
     stations: tuple[str, ...]
     towards: str = "start"
@@ -41,8 +40,7 @@ class Line:
     branches: tuple[Branch, ...] = ()
 
     def services(self) -> tuple[tuple[str, ...], ...]:
-        """Stop sequences of one train each: the trunk (a loop repeats its first stop at the end), then
-        branches."""
+        """Stop sequences of one train each: the trunk (a loop repeats its first stop at the end), then branches."""
         trunk = (*self.stations, self.stations[0]) if self.loop else self.stations
         services = [trunk]
         for branch in self.branches:
@@ -114,8 +112,7 @@ class Network:
         return {stop: tuple(names) for stop, names in lines_of.items()}
 
     def lines_through(self, station: str) -> tuple[str, ...]:
-        """Names of the lines that stop at ``station``, in the network's order. Raises KeyError for an
-        unknown one."""
+        """Names of the lines that stop at ``station``, in the network's order. Raises KeyError for an unknown one."""
         return self._lines_of[station]
 
     def line(self, name: str) -> Line:
@@ -172,8 +169,7 @@ class Network:
         return moves
 
     def fewest_transfers(self) -> np.ndarray:
-        """[S, S] int: fewest transfers between stations in the order of ``stations``; -1 where none leads
-        there."""
+        """[S, S] int: fewest transfers between stations in the order of ``stations``; -1 where none leads there."""
         index = {stop: i for i, stop in enumerate(self.stations)}
         calls = np.zeros((len(self._services), len(self.stations)), dtype=np.int64)
         for number, (_, service) in enumerate(self._services):

@@ -28,8 +28,7 @@ def map_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A placed label. ``angle``: degrees counter-clockwise; ``centre`` and ``size`` of its box before
-    rotation."""
+    """A placed label. ``angle``: degrees counter-clockwise; ``centre`` and ``size`` of its box before rotation."""
 
     lines: tuple[str, ...]
     centre: tuple[float, float]
@@ -146,8 +145,7 @@ def _splits(name: str) -> list[tuple[str, ...]]:
 
 
 def _candidates(spot: Spot, font_px: int) -> list[Label]:
-    """Possible labels, best first: beside steep track, above or below flat track, slanted where it is
-    crowded."""
+    """Possible labels, best first: beside steep track, above or below flat track, slanted where it is crowded."""
     gap = spot.room + _GAP_PX
     x, y = float(spot.position[0]), float(spot.position[1])
     flat = abs(spot.tangent[0]) > 0.85

@@ -1,5 +1,4 @@
-"""From tracks on a grid to stations and smooth curves in pixels: spacing, rounded bends, lanes on shared
-track."""
+"""From tracks on a grid to stations and smooth curves in pixels: spacing, rounded bends, lanes on shared track."""
 
 from __future__ import annotations
 
@@ -18,8 +17,7 @@ CLEAR_PX = 19.0
 
 @dataclass(slots=True)
 class Stop:
-    """A station before it has a name. ``tangent`` is the track's unit direction; ``lanes`` the offsets it
-    spans."""
+    """A station before it has a name. ``tangent`` is the track's unit direction; ``lanes`` the offsets it spans."""
 
     position: np.ndarray
     tangent: np.ndarray
@@ -42,8 +40,7 @@ class Stretch:
 
 @dataclass(slots=True)
 class Layout:
-    """Everything about a map's geometry but labels. ``curves[t]``: drawn polylines of track t, trunk
-    first."""
+    """Everything about a map's geometry but labels. ``curves[t]``: drawn polylines of track t, trunk first."""
 
     stops: list[Stop]
     sequences: list[list[list[Stop]]]
@@ -216,8 +213,7 @@ def _stops_of(walk: list[tuple[Stretch, bool]], nodes: dict[Node, Stop]) -> list
 
 
 def _curve(walk: list[tuple[Stretch, bool]], number: int, lane_px: float) -> np.ndarray:
-    """The drawn polyline of one path: on shared track it keeps its lane, and swings back before other
-    junctions."""
+    """The drawn polyline of one path: on shared track it keeps its lane, and swings back before other junctions."""
     parts = []
     offsets = [lane_offsets(stretch.tracks, lane_px)[number] * (-1 if back else 1) for stretch, back in walk]
     for i, (stretch, backwards) in enumerate(walk):

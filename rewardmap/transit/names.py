@@ -1,5 +1,4 @@
-"""Invented names of stations and cities: nobody remembers them from a real map, and no two fold to the same
-key."""
+"""Invented names of stations and cities: nobody remembers them from a real map, and no two fold to the same key."""
 
 from __future__ import annotations
 
@@ -49,8 +48,8 @@ def fold(name: str) -> str:
     return re.sub(r"[^\w]", "", "".join(c for c in plain if not unicodedata.combining(c)))
 
 
-def make_names(rng: np.random.Generator, count: int, script: str, taken: tuple[str, ...] = ()) -> list[str]:
-    """``count`` invented names of one script whose keys differ from each other and from those of ``taken``.
+def make_names(rng: np.random.Generator, count: int, script: str) -> list[str]:
+    """``count`` invented names of one script whose keys differ from each other.
 
     Raises ValueError for an unknown script or more names than the script has.
     """
@@ -59,7 +58,7 @@ def make_names(rng: np.random.Generator, count: int, script: str, taken: tuple[s
     heads, tails, seconds = _PARTS[script][0].split(), _PARTS[script][1].split(), _PARTS[script][2]
     if count > len(heads) * len(tails):
         raise ValueError(f"script {script!r} has {len(heads) * len(tails)} names, {count} were asked for")
-    seen = {fold(name) for name in taken}
+    seen: set[str] = set()
     names: list[str] = []
     while len(names) < count:
         name = heads[int(rng.integers(len(heads)))] + tails[int(rng.integers(len(tails)))]

@@ -23,12 +23,10 @@ QUESTION_COUNTS: dict[str, dict[str, int]] = {
     "tiny": {"TorF1": 2, "TorF2": 2, "Counting1": 2, "Counting2": 2, "Counting3": 1, "planning": 4},
     "full": {"TorF1": 35, "TorF2": 31, "Counting1": 35, "Counting2": 37, "Counting3": 1, "planning": 40},
 }
-"""Questions per map and kind, by preset; "full" as in ReasonMap and ReasonMap-Plus, fewer where a map has
-fewer."""
+"""Questions per map and kind, by preset; "full" as in ReasonMap and ReasonMap-Plus, fewer where a map has fewer."""
 
 _PLANNING = {"tiny": (2, 2), "full": (20, 15, 5)}
-"""Planning questions per map by transfers. A map without enough such pairs gets fewer questions, not
-others."""
+"""Planning questions per map by transfers. A map without enough such pairs gets fewer questions, not others."""
 _MOST_LINES = {"tiny": 2, "full": 3}
 """Counting2 is balanced over 1, 2, ... lines through a stop; this many and more are one class."""
 
@@ -219,8 +217,7 @@ class _Asker:
 
     @cached_property
     def _between(self) -> dict[int, list[Pair]]:
-        """Number of stops between two stops of a line -> such pairs; not on loops, nor where two lines
-        differ."""
+        """Number of stops between two stops of a line -> such pairs; not on loops, nor where two lines differ."""
         self._via: dict[Pair, list[str] | None] = {}
         for line in self.network.lines:
             for service in line.services():

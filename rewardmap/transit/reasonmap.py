@@ -38,8 +38,7 @@ _BATCH_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class MapData:
-    """A loaded data set. ``networks``: ``Problem.network_id`` -> the flat network that rewards are computed
-    on."""
+    """A loaded data set. ``networks``: ``Problem.network_id`` -> the flat network that rewards are computed on."""
 
     problems: list[Problem]
     networks: dict[str, MetroData]
@@ -237,8 +236,7 @@ def _problem(row: _Row, assets: Assets, planning_question: str, default_uid: str
 
 
 def _details(row: _Row, released_planning: bool) -> Any:
-    """The steps to the answer; ReasonMap's ``routes`` (a dictionary of plans) become the list of its
-    plans."""
+    """The steps to the answer; ReasonMap's ``routes`` (a dictionary of plans) become the list of its plans."""
     name = "routes" if released_planning else "fine_grained_answer"
     value = row.row.get(name)
     if isinstance(value, str) and value:

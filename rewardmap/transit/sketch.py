@@ -36,8 +36,7 @@ class Plan:
 
 @dataclass(slots=True)
 class Track:
-    """One line's paths over nodes. ``branches`` begin at a trunk node; ``towards`` is the end they run
-    through to."""
+    """One line's paths over nodes. ``branches`` begin at a trunk node; ``towards`` is the end they run through to."""
 
     trunk: list[Node]
     loop: bool = False
@@ -86,8 +85,7 @@ class _Board:
         self.plan = plan
         self.edges: set[Edge] = set()
         self.straight: dict[Node, set[int]] = {}
-        """Node -> the axes (direction modulo 4) in which tracks run straight through it; empty set: a
-        bend."""
+        """Node -> the axes (direction modulo 4) in which tracks run straight through it; empty set: a bend."""
         self.degree: dict[Node, int] = {}
         self.near: dict[Node, int] = {}
 
@@ -119,8 +117,7 @@ class _Board:
         return 0 <= node[0] < self.plan.columns and 0 <= node[1] < self.plan.rows
 
     def crossable(self, node: Node, heading: int) -> bool:
-        """May a new track run straight through ``node``? Never through a bend, nor along a track that is
-        there."""
+        """May a new track run straight through ``node``? Never through a bend, nor along a track that is there."""
         axes = self.straight.get(node)
         if axes is None:
             return True
@@ -138,8 +135,7 @@ class _Board:
         )
 
     def way(self, start: Node, goal: Node, first: int | None, banned: set[Node]) -> list[Node] | None:
-        """Cheapest path by length, bends and closeness to other tracks; turns by at most 45 degrees per
-        node."""
+        """Cheapest path by length, bends and closeness to other tracks; turns by at most 45 degrees per node."""
         heap: list[tuple[float, float, Node, int]] = []
         came: dict[tuple[Node, int], tuple[Node, int] | None] = {}
         cost: dict[tuple[Node, int], float] = {}
@@ -200,8 +196,7 @@ def _octile(a: Node, b: Node) -> float:
 
 
 def _rim(plan: Plan, angle: float, reach: float) -> Node:
-    """The node at ``reach`` (0 centre, 1 border) in direction ``angle`` on a superellipse, which fills
-    corners."""
+    """The node at ``reach`` (0 centre, 1 border) in direction ``angle`` on a superellipse, which fills corners."""
     c, s = np.cos(angle), np.sin(angle)
     scale = reach / (abs(c) ** 3 + abs(s) ** 3) ** (1 / 3)
     x = (plan.columns - 1) / 2 * (1 + scale * c)
@@ -287,8 +282,7 @@ def _side(run: list[Node], rng: np.random.Generator) -> int:
 
 
 def _shared_run(board: _Board, tracks: list[Track], start: Node, rng: np.random.Generator) -> list[Node] | None:
-    """A stretch of an earlier line, ends straight and free of interchanges, in the direction away from
-    ``start``."""
+    """A stretch of an earlier line, ends straight and free of interchanges, in the direction away from ``start``."""
     hosts = [track for track in tracks if not track.loop and len(track.trunk) > 14]
     if not hosts:
         return None

@@ -40,7 +40,7 @@ class Style:
     font_px: int
     bold_hubs: bool
     line_names: str
-    """"number", "letter", "colour" or "code"."""
+    """How lines are called: by "number", "letter" or "colour"."""
 
 
 STYLES = {

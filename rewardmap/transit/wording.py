@@ -1,5 +1,4 @@
-"""What questions and ideal answers look like: the templates of ReasonMap and ReasonMap-Plus, word for
-word."""
+"""What questions and ideal answers look like: the templates of ReasonMap and ReasonMap-Plus, word for word."""
 
 from __future__ import annotations
 
