@@ -114,6 +114,36 @@ def test_parquet_with_pictures_and_networks_inside_as_reasonmap_ships_them(root:
     assert len(load_dataset(root, "validation").problems) == 1
 
 
+def test_rows_of_several_files_get_different_uids(root: Path) -> None:
+    for shard in range(2):
+        datasets.Dataset.from_list([row(), row()]).to_parquet(str(root / f"train-0000{shard}-of-00002.parquet"))
+    assert [p.uid for p in load_dataset(root).problems] == [f"train-{number:06d}" for number in range(4)]
+
+
+def test_a_repository_of_the_hub_whose_files_are_links(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = root / "cache/snapshots/0123"
+    for name in ("maps/x/y.png", "stations/x/y.json"):
+        blob = root / "cache/blobs" / name.replace("/", "_")
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(root / name, blob)
+        (snapshot / name).parent.mkdir(parents=True)
+        (snapshot / name).symlink_to(blob)
+    datasets.Dataset.from_list([row()]).to_parquet(str(snapshot / "test.parquet"))
+    asked: list[tuple[str, str]] = []
+
+    def fetch(repo_id: str, repo_type: str) -> str:
+        asked.append((repo_id, repo_type))
+        if repo_id == "a/gone":
+            raise OSError("not there")
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    assert len(load_dataset("hf://datasets/FSCCS/ReasonMap-Plus", "test").problems) == 1
+    assert asked == [("FSCCS/ReasonMap-Plus", "dataset")]
+    with pytest.raises(DataError, match=r"hf://datasets/a/gone: cannot be fetched \(not there\)"):
+        load_dataset("hf://datasets/a/gone")
+
+
 def test_image_feature_of_datasets(root: Path) -> None:
     features = datasets.Features(
         {name: datasets.Value("int64" if isinstance(value, int) else "string") for name, value in row().items()}

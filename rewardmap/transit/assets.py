@@ -22,8 +22,10 @@ _LONGEST_PATH = 1024
 class Assets:
     """Checks each picture and stations file of a data folder once. ``networks`` fills as rows name them."""
 
-    def __init__(self, root: Path, max_image_pixels: int) -> None:
+    def __init__(self, root: Path, store: Path, max_image_pixels: int) -> None:
+        """``root``: where paths begin. ``store``: the folder that they must not lead out of."""
         self.root = root
+        self._store = store.resolve()
         self.networks: dict[str, MetroData] = {}
         self._max_pixels = max_image_pixels
         self._images: dict[str, str | bytes] = {}
@@ -83,7 +85,7 @@ class Assets:
 
     def _inside(self, name: str) -> Path:
         path = self.root / name
-        if not path.resolve().is_relative_to(self.root.resolve()):
+        if not path.resolve().is_relative_to(self._store):
             raise DataError(f"{name!r} lies outside the data folder {self.root}; only files inside are read")
         return path
 

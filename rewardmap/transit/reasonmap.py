@@ -2,14 +2,14 @@
 
 A data folder holds the rows in one of these places, the first that exists:
 
-* ``data/ReasonMap-Train`` or the folder itself, as ``datasets.save_to_disk`` writes it, with splits or
-without;
-* ``data/*.parquet`` or ``*.parquet``, as a hub repository stores them (``hf download ... --local-dir
-FOLDER``);
-  files whose names begin with another split's name are left out.
+* ``data/ReasonMap-Train`` or the folder itself, as ``datasets.save_to_disk`` writes it, with splits or without;
+* ``data/*.parquet`` or ``*.parquet``, as a hub repository stores them; files whose names begin with another
+  split's name are left out.
 
-Pictures are paths inside the folder, base64 text, bytes, or the ``Image`` feature's ``{bytes, path}``;
-networks are paths of stations files inside the folder, JSON text, or the dictionary itself.
+``hf://datasets/OWNER/NAME`` instead of a folder fetches that repository from the Hugging Face hub.
+
+Pictures are paths inside the folder, base64 text, bytes, or the ``Image`` feature's ``{bytes, path}``; networks are
+paths of stations files inside the folder, JSON text, or the dictionary itself.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ __all__ = ["MapData", "load_dataset", "write_dataset", "write_rows"]
 _ANSWERS = {"TorF1": range(2), "TorF2": range(2), "Counting1": range(4)}
 _SPLIT_NAMES = ("train", "test", "validation")
 _BATCH_ROWS = 64
+_HUB = "hf://datasets/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def load_dataset(
     on_bad_row: Literal["raise", "skip"] = "raise",
     max_image_pixels: int = 300_000_000,
 ) -> MapData:
-    """Loads one split of a data folder; rows saved without splits are taken whole, whatever ``split`` says.
+    """Loads one split of a data folder or hub repository; rows saved without splits are taken whole, whatever ``split`` says.
 
     ``planning_question`` chooses between ``question_short`` and ``question_long`` of ReasonMap. The largest
     released map has 278 million pixels; larger pictures than ``max_image_pixels`` are refused.
@@ -73,15 +74,15 @@ def load_dataset(
         raise ValueError(f"on_bad_row must be 'raise' or 'skip', got {on_bad_row!r}")
     if planning_question not in ("short", "long"):
         raise ValueError(f"planning_question must be 'short' or 'long', got {planning_question!r}")
-    root = Path(folder).absolute()
-    assets = Assets(root, max_image_pixels)
+    root, store = _local(folder)
+    assets = Assets(root, store, max_image_pixels)
     problems: list[Problem] = []
     skipped: list[str] = []
     uids: set[str] = set()
-    for source, index, row in _rows(root, split):
+    for number, (source, index, row) in enumerate(_rows(root, split)):
         try:
             reader = _Row(row, f"{source}, row {index}")
-            problem = _problem(reader, assets, planning_question, f"{split}-{index:06d}")
+            problem = _problem(reader, assets, planning_question, f"{split}-{number:06d}")
             if problem.uid in uids:
                 raise DataError(f"{reader.where}: field 'uid' repeats {problem.uid!r}; make it unique")
         except DataError as error:
@@ -95,6 +96,23 @@ def load_dataset(
         reason = f"all {len(skipped)} rows are bad; the first: {skipped[0]}" if skipped else "it has no rows"
         raise DataError(f"{root}: nothing to load: {reason}")
     return MapData(problems, assets.networks, root, tuple(skipped))
+
+
+def _local(folder: str | Path) -> tuple[Path, Path]:
+    """The data folder, and the folder that holds its files (the hub's cache keeps them beside it, as links)."""
+    name = str(folder)
+    if not name.startswith(_HUB):
+        return Path(folder).absolute(), Path(folder).absolute()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        root = Path(snapshot_download(name.removeprefix(_HUB), repo_type="dataset")).absolute()
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise DataError(
+            f"{name}: cannot be fetched ({error}); check the name and the network, or download it"
+        ) from error
+    return root, root.parents[1]
 
 
 def _rows(root: Path, split: str) -> Iterator[tuple[Path, int, dict[str, Any]]]:
