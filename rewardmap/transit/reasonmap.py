@@ -63,7 +63,7 @@ def load_dataset(
     on_bad_row: Literal["raise", "skip"] = "raise",
     max_image_pixels: int = 300_000_000,
 ) -> MapData:
-    """Loads one split of a data folder or hub repository; rows saved without splits are taken whole, whatever ``split`` says.
+    """Loads one split of a data folder or repository; rows without splits are taken whole, whatever ``split`` says.
 
     ``planning_question`` chooses between ``question_short`` and ``question_long`` of ReasonMap. The largest
     released map has 278 million pixels; larger pictures than ``max_image_pixels`` are refused.
