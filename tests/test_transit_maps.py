@@ -8,12 +8,14 @@ import re
 import time
 import unicodedata
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
 import numpy as np
 import pytest
 
+from rewardmap.transit import load_dataset, write_dataset
 from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.generate import TINY_LEVELS, generate_network
 from rewardmap.transit.graph import Network
@@ -278,6 +280,28 @@ def test_priors_without_the_map_stay_at_chance(maps: list[Network]) -> None:
     assert max(ranks.values()) / len(kinds["Counting1"]) < 0.34
     through = Counter(row["answer"] for row in kinds["Counting2"])
     assert max(through.values()) / len(kinds["Counting2"]) < 0.56
+
+
+def test_a_full_data_set_has_the_papers_proportions_and_the_same_bytes_again(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_dataset(tmp_path / name, maps={"train": 3}, preset="full", seed=5)
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
+    assert len(files) >= 3 * 3 + 4
+    for file in files:
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+    data = load_dataset(tmp_path / "one")
+    hard = Counter(p.kind for p in data.problems if p.map_difficulty == "hard")
+    assert {kind: hard[kind] for kind in ("TorF1", "TorF2", "Counting1", "Counting3", "planning")} == {
+        "TorF1": 35,
+        "TorF2": 31,
+        "Counting1": 35,
+        "Counting3": 1,
+        "planning": 40,
+    }
+    transfers = Counter(p.transfers_required for p in data.problems if p.map_difficulty == "hard")
+    assert (transfers[1], transfers[2]) == (15, 5)
+    for network_id, lists in data.networks.items():
+        assert data.topology(network_id).metro_data() == lists
 
 
 @pytest.mark.slow
