@@ -228,6 +228,7 @@ def test_lower_case_of_every_letter() -> None:
     table = lower_table()
     simple = [point for point in range(0x80, len(table)) if table[point] and table[point] != 1 << 30]
     assert len(simple) > 1300
+    assert all(chr(point).lower() == chr(point) for point in range(len(table), sys.maxunicode + 1))
     for point in simple:
         assert chr(point + table[point]) == chr(point).lower()
         assert ("x" + chr(point) + "x").lower() == "x" + chr(point + table[point]) + "x"

@@ -225,6 +225,7 @@ def test_keys() -> None:
     assert {station_key(n) for n in ("St. George Station", "st george", "ST GEORGE STATION")} == {"stgeorge"}
     assert station_key("Waitematā (Britomart) Station") == station_key("waitemata britomart")
     assert station_key("Station") == "station"
+    assert station_key("合肥火车站") == station_key("合肥火车") == "合肥火车"
 
 
 BRANCHED = Network(

@@ -35,7 +35,7 @@ from rewardmap.rewards.compiled_text import (
     short,
     strip,
 )
-from rewardmap.rewards.jit import entry, helper
+from rewardmap.rewards.jit import entry, helper, inlined
 
 HAND_BACK = -1
 """In place of a failure code: this answer is the plain code's."""
@@ -84,7 +84,7 @@ class Results(NamedTuple):
     failure: NDArray[np.int8]
 
 
-@helper
+@inlined
 def _hash(buf, start, end, space):  # type: ignore[no-untyped-def]
     """FNV-1a, 64 bits."""
     h = np.uint64(0xCBF29CE484222325) ^ np.uint64(space)
@@ -106,7 +106,7 @@ def fill_table(text, names, table):  # type: ignore[no-untyped-def]
             table[at, k] = names[name, k]
 
 
-@helper
+@inlined
 def _lookup(text, table, space, buf, start, end):  # type: ignore[no-untyped-def]
     size = end - start
     mask = len(table) - 1
@@ -137,7 +137,7 @@ def _cleaned_stop(text, table, lower, space, data, start, end, buf, spare):  # t
     return max(_lookup(text, table, space, buf, ZERO, n), ABSENT), n > 0
 
 
-@helper
+@inlined
 def _stop(bank, network, data, start, end, buf, spare):  # type: ignore[no-untyped-def]
     """As ``_cleaned_stop``, which only names that are not spelled as in the network need."""
     known = _lookup(bank.text, bank.table, 3 * network + RAW_NAME, data, start, end)
@@ -147,7 +147,7 @@ def _stop(bank, network, data, start, end, buf, spare):  # type: ignore[no-untyp
     return _cleaned_stop(bank.text, bank.table, bank.lower, space, data, start, end, buf, spare)
 
 
-@helper
+@inlined
 def _line(bank, network, data, start, end):  # type: ignore[no-untyped-def]
     """Number of the line that data[start:end] names, aliases included; -1 if none."""
     known = _lookup(bank.text, bank.table, 3 * network + LINE, data, start, end)
@@ -160,7 +160,7 @@ def _line(bank, network, data, start, end):  # type: ignore[no-untyped-def]
     return -1
 
 
-@helper
+@inlined
 def _label(data, low, colon, label):  # type: ignore[no-untyped-def]
     """How the label stands before the colon: 0 not at all, 1 in another case, 2 exactly."""
     at = OFFSETS[label]
@@ -258,7 +258,7 @@ def _route(data, start, end, network, bank, legs, buf, spare):  # type: ignore[n
         i += 1
 
 
-@helper
+@inlined
 def _judge(legs, count, start, goal, members, stops):  # type: ignore[no-untyped-def]
     """Failure code of the exactly labelled legs: ``score.check_route``. ``members`` is [lines * stops]."""
     last = -1
@@ -288,7 +288,7 @@ def _judge(legs, count, start, goal, members, stops):  # type: ignore[no-untyped
     return _NONE
 
 
-@helper
+@inlined
 def _detail(legs, count, start, goal, required, members, stops, paper):  # type: ignore[no-untyped-def]
     """``score.route_detail`` or, with ``paper``, ``score.paper_detail`` (whose legs are all exact)."""
     if count == 0:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rewardmap.rewards import parse
-from rewardmap.rewards.jit import helper
+from rewardmap.rewards.jit import helper, inlined
 
 TRUE_FALSE, CHOICE, COUNT, PLANNING, BY_HAND = range(5)
 """Kinds of questions; answers to ``BY_HAND`` ones all go to the plain code."""
@@ -163,7 +163,7 @@ def space(buf, i, end):  # type: ignore[no-untyped-def]
     return 0
 
 
-@helper
+@inlined
 def strip(buf, start, end):  # type: ignore[no-untyped-def]
     """str.strip: the range without white space at both ends."""
     while start < end and not 0x20 < buf[start] < 0x80:

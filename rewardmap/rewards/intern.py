@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -27,6 +26,8 @@ _KINDS = {
     "planning": compiled_text.PLANNING,
 }
 _LARGEST_GOLD = 10**17
+_CASED = 0x20000
+"""Unicode has no letters with case from here on."""
 
 
 class _Interned(NamedTuple):
@@ -163,9 +164,8 @@ def lower_table() -> NDArray[np.int32]:
 
     ``NOT_SIMPLE`` where lower case is longer (capital dotted I) or depends on its neighbours (capital sigma).
     """
-    last = max(point for point in range(0x80, sys.maxunicode + 1) if chr(point).lower() != chr(point))
-    table = np.zeros(last + 1, dtype=np.int32)
-    for point in range(0x80, last + 1):
+    table = np.zeros(_CASED, dtype=np.int32)
+    for point in range(0x80, _CASED):
         low = chr(point).lower()
         table[point] = ord(low) - point if len(low) == 1 else NOT_SIMPLE
     table[ord("Σ")] = NOT_SIMPLE

@@ -16,7 +16,7 @@ from rewardmap.types import DataError, MetroData
 _SUFFIXES = (
     *("transferstation", "branchstartingstation", "换乘站", "支线起始站"),  # what the data appends
     *("metrostation", "subwaystation", "station"),
-    *("地铁站", "车站", "站", "駅", "역"),
+    *("地铁站", "站", "駅", "역"),
     *("stasjon", "allomas", "stazione", "estacao", "estacion", "stesen", "bahnhof"),
 )
 _LINE_WORDS = (
