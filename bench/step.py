@@ -26,7 +26,7 @@ from rewardmap.train.trainer import Trainer
 from rewardmap.transit import gold_response
 from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.generate import TINY_LEVELS, generate_network
-from rewardmap.transit.questions import QUESTION_COUNTS, Balance, make_questions
+from rewardmap.transit.questions import Balance, make_questions
 from rewardmap.types import KINDS, MetroData, Problem
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
@@ -44,7 +44,7 @@ def make_problems(maps: int) -> tuple[list[Problem], dict[str, MetroData]]:
         network = generate_network(TINY_LEVELS[index % len(TINY_LEVELS)], rng, f"bench/map_{index}")
         networks[network.network_id] = network.metro_data()
         picture = encode_png(draw_map(network))
-        for row in make_questions(network, QUESTION_COUNTS["tiny"], rng, balance):
+        for row in make_questions(network, "tiny", rng, balance):
             problems.append(
                 Problem(
                     uid=row["uid"],
