@@ -75,9 +75,7 @@ def test_modes(folder: Path, mode: Any, score: float) -> None:
     assert json.loads((folder / "out.jsonl").read_text("utf-8"))["score"] == score
 
 
-def test_the_stations_file_is_found(
-    folder: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_stations_file_is_found(folder: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     path = write(elsewhere, [row()])
     with pytest.raises(DataError, match="row 1, field 'json': no file"):

@@ -41,9 +41,7 @@ ANSWERS = [
 
 def scored(**options: object) -> RewardBatch:
     rubric = Rubric(**options)  # type: ignore[arg-type]
-    return rubric.score(
-        [one for one in PROBLEMS for _ in range(GROUP)], ANSWERS * len(PROBLEMS), {"net": METRO}
-    )
+    return rubric.score([one for one in PROBLEMS for _ in range(GROUP)], ANSWERS * len(PROBLEMS), {"net": METRO})
 
 
 def normalised(batch: RewardBatch, *, by_deviation: bool) -> NDArray[np.float64]:
