@@ -25,6 +25,7 @@ from rewardmap_kernels import (
     policy_loss,
     reference,
     selective_log_softmax,
+    torch_rows,
     triton_launch,
     use_implementation,
 )
@@ -199,6 +200,20 @@ def test_extreme_logits(kind: str) -> None:
         torch.testing.assert_close(mine.double(), theirs.detach(), rtol=1e-5, atol=2e-6)
     wanted = torch.nan_to_num(wanted)  # autograd of the definition is 0 * inf where a column is -inf
     torch.testing.assert_close(grad.double(), wanted, rtol=1e-4, atol=2e-6)
+
+
+def test_a_target_of_another_rank_has_no_column() -> None:
+    g = torch.Generator().manual_seed(1)
+    logits, targets = torch.randn(N, V, generator=g), torch.randint(0, V, (N,), generator=g)
+    choose("linear_policy_loss", logits)
+    rows = triton_launch.statistics("linear_policy_loss", logits, targets, 1.0, None)
+    torch.testing.assert_close(rows.lse * triton_launch.NATS_PER_UNIT, torch.logsumexp(logits, 1))
+    c, e = torch.randn(2, N, generator=g)
+    arguments = ("linear_policy_loss", logits, torch.full_like(targets, -1), 1.0)
+    got = triton_launch.gradient(*arguments, rows, c, e, None, torch.float32, False)
+    rows = torch_rows.statistics("linear_policy_loss", logits, targets, 1.0, None)
+    wanted = torch_rows.gradient(*arguments, rows, c, e, None, torch.float32, False)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_masked_rows_are_exactly_zero_and_others_do_not_see_them() -> None:

@@ -77,8 +77,8 @@ def check_temperature(temperature: Tensor | float, like: Tensor, rows: int) -> N
         raise ValueError(f"temperature must be positive, got {temperature}")
 
 
-def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
-    """Raise unless hidden [N, H], weight [V, H] and targets [N] fit one another."""
+def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, slices: int = 1) -> None:
+    """Raise unless hidden [N, H], weight [V / slices, H] and targets [N] fit one another."""
     check_floating("hidden", hidden, 2)
     check_floating("weight", weight, 2)
     if weight.shape[1] != hidden.shape[1]:
@@ -87,7 +87,7 @@ def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor) -> None:
         raise ValueError(f"weight is on {weight.device}, expected {hidden.device}")
     if (weight.dtype == torch.float64) != (hidden.dtype == torch.float64):
         raise ValueError(f"hidden is {hidden.dtype} and weight is {weight.dtype}; float64 does not mix")
-    check_targets(targets, hidden, weight.shape[0])
+    check_targets(targets, hidden, weight.shape[0] * slices)
 
 
 def check_targets(targets: Tensor, like: Tensor, vocab: int) -> None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import _rows
 from ._checks import check_linear, check_range, compute_dtype
 from ._head import Head, full_weight, row_chunks
+from ._shard import VocabShard
 from .policy_loss import PolicyObjective, policy_loss
 from .torch_rows import RowStatistics
 
@@ -36,9 +38,9 @@ class LinearPolicyLoss(NamedTuple):
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor | float, inputs:
-        dict[str, Any], mask: Tensor | None, chunks: list[slice], logits_dtype: torch.dtype, weight_grad:
-        Tensor | None,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor | float,
+        inputs: dict[str, Any], mask: Tensor | None, chunks: list[slice], logits_dtype: torch.dtype,
+        weight_grad: Tensor | None, shard: VocabShard | None,
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         impl = _rows.implementation(OPERATION, hidden)
@@ -49,23 +51,36 @@ class _LinearPolicyLoss(torch.autograd.Function):
         n, wide = hidden.shape[0], compute_dtype(head.weight)
         whole = RowStatistics(*(torch.zeros(n, dtype=wide, device=hidden.device) for _ in range(3)))
         training = need_hidden or need_weight
-        fuse = training and not objective.needs_sequence
+        # Coefficients that need no other row are known chunk by chunk.
+        at_once = training and not objective.needs_sequence
+        if shard is not None:
+            targets = shard.local(targets)
         kept: tuple[Tensor, Tensor] | None = None
         for rows in chunks:
             x, logits = head.logits(rows)
             per_row, on = _rows.row_slice(temperature, rows), _rows.row_slice(keep, rows)
-            if fuse:
-                part = {name: _rows.row_slice(value, rows) for name, value in inputs.items()}
+            part = {name: _rows.row_slice(value, rows) for name, value in inputs.items()} if at_once else {}
+            if at_once and shard is None:
                 done = impl.fused(OPERATION, logits, targets[rows], per_row, on, part, scale, head.dtype, in_place=True)
                 whole.logprobs[rows], whole.entropy[rows] = done.logprobs, done.entropy
                 head.backward(rows, x, done.gradient)
-            else:
-                found = impl.statistics(OPERATION, logits, targets[rows], per_row, on)
-                for all_rows, these in zip(whole, found, strict=True):
-                    all_rows[rows] = these
-                kept = (x, logits) if len(chunks) == 1 else None
+                continue
+            found = impl.statistics(OPERATION, logits, targets[rows].clamp(min=0), per_row, on)
+            if shard is not None:
+                found = shard.combine(found, targets[rows], on, impl.NATS_PER_UNIT)
+            for all_rows, these in zip(whole, found, strict=True):
+                all_rows[rows] = these
+            if at_once:
+                out = policy_loss(found.logprobs, entropy=found.entropy, loss_mask=on, **part)
+                gradient = impl.gradient(
+                    OPERATION, logits, targets[rows], per_row, found, out.d_logprob, out.d_entropy, scale, head.dtype,
+                    in_place=True,
+                )  # fmt: skip
+                head.backward(rows, x, gradient)
+            elif len(chunks) == 1:
+                kept = (x, logits)
         out = policy_loss(whole.logprobs, entropy=whole.entropy, loss_mask=keep, **inputs)
-        if training and not fuse:
+        if training and not at_once:
             for rows in chunks:
                 x, logits = kept if kept is not None else head.logits(rows)
                 gradient = impl.gradient(
@@ -74,6 +89,8 @@ class _LinearPolicyLoss(torch.autograd.Function):
                     out.d_entropy[rows], scale, head.dtype, in_place=True,
                 )  # fmt: skip
                 head.backward(rows, x, gradient)
+        if shard is not None:
+            shard.add_up(head.d_hidden)
         ctx.save_for_backward(head.d_hidden, None if weight_grad is not None else head.d_weight, scale)
         ctx.dtypes = (hidden.dtype, weight.dtype)
         ctx.accumulated = need_weight and weight_grad is not None
@@ -96,7 +113,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
             # One pass: multiplied in the wider dtype, rounded once.
             return None if values is None else torch.mul(values, grad, out=torch.empty_like(values, dtype=dtype))
 
-        return scaled(d_hidden, ctx.dtypes[0]), scaled(d_weight, ctx.dtypes[1]), *([None] * 7)
+        return scaled(d_hidden, ctx.dtypes[0]), scaled(d_weight, ctx.dtypes[1]), *([None] * 8)
 
 
 def contributing_rows(objective: PolicyObjective, advantages: Tensor, loss_mask: Tensor | None = None) -> Tensor:
@@ -146,6 +163,7 @@ def linear_policy_loss(
     rows: Tensor | None = None,
     weight_grad: Tensor | None = None,
     logits_dtype: torch.dtype = torch.float32,
+    group: dist.ProcessGroup | None = None,
 ) -> LinearPolicyLoss:
     """Policy loss of softmax(hidden @ weight.T / temperature), without the [N, V] logits.
 
@@ -155,8 +173,10 @@ def linear_policy_loss(
     masked (they must not be able to contribute: see ``contributing_rows``; a sequence-level objective must
     see whole sequences). ``weight_grad`` [V, H] float32: the weight's gradient is added to it in this call
     and the weight gets none; backward must then start at the loss itself. ``logits_dtype`` bfloat16 rounds
-    the logits as an engine that computes them so does. The others are those of ``policy_loss``;
-    ``normalizer`` is a divisor and counts every row it is meant to.
+    the logits as an engine that computes them so does. ``group``: the head is split over these ranks, ``weight``
+    [V / ranks, H] is this rank's slice, in rank order; every rank passes the same rows and gets the whole loss and
+    hidden gradient, and its slice's weight gradient; one collective per chunk, one for the hidden gradient. The
+    others are those of ``policy_loss``; ``normalizer`` is a divisor and counts every row it is meant to.
 
     Products accumulate in float32, the weight gradient over all chunks, and are rounded once. Masked rows get
     gradient exactly 0 whatever they hold. First-order gradients only.
@@ -165,12 +185,13 @@ def linear_policy_loss(
     the objective needs and that is None, before any work.
     """
     weight = full_weight(weight)
-    check_linear(hidden, weight, targets)
+    shard = None if group is None else VocabShard(group, weight.shape[0])
+    check_linear(hidden, weight, targets, slices=1 if shard is None else shard.size)
     n = hidden.shape[0]
     inputs: dict[str, Any] = {
-        "advantages": advantages, "normalizer": normalizer, "objective": objective, "old_logprobs":
-        old_logprobs, "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs, "sequence":
-        sequence, "num_sequences": n if num_sequences is None else num_sequences,
+        "advantages": advantages, "normalizer": normalizer, "objective": objective, "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs, "sequence": sequence,
+        "num_sequences": n if num_sequences is None else num_sequences,
     }  # fmt: skip
     _rows.check_policy_inputs(inputs, loss_mask, temperature, hidden)
     hidden = _rows.differentiable(_rows.autocast_operand(hidden))
@@ -194,7 +215,7 @@ def linear_policy_loss(
     with _rows.no_autocast(hidden):
         out = LinearPolicyLoss(
             *_LinearPolicyLoss.apply(
-                hidden, weight, targets, temperature, inputs, mask, chunks, logits_dtype, weight_grad
+                hidden, weight, targets, temperature, inputs, mask, chunks, logits_dtype, weight_grad, shard
             )
         )
     if rows is None:

@@ -14,6 +14,9 @@ from torch import Tensor
 from ._checks import compute_dtype
 from .policy_loss import policy_loss
 
+NATS_PER_UNIT = 1.0
+"""Of the log-sum-exp in this implementation."""
+
 
 class RowStatistics(NamedTuple):
     """[N] each: the log-sum-exp (in the implementation's base), and logprobs and entropy in nats. 0 where
@@ -82,7 +85,9 @@ def _gradient(
         e = e * factor
         result = log_probs.mul_(-e[:, None]).sub_((c + e * entropy)[:, None]).mul_(probs)
     live = c != 0 if e is None else (c != 0) | (e != 0)
-    result.scatter_add_(1, targets.long()[:, None], c[:, None])
+    # A target below 0 is another rank's: it has no column here.
+    own = torch.where(targets >= 0, c, 0.0)
+    result.scatter_add_(1, targets.long().clamp(min=0)[:, None], own[:, None])
     return result.masked_fill_(~live[:, None], 0.0)
 
 
@@ -99,7 +104,7 @@ def gradient(
     ``in_place``: ``logits`` are not needed any more and the result may lie in their memory.
     """
     wide = rows.lse.dtype
-    log_probs = _log_probs(logits, temperature, (d_logprob != 0) | (d_entropy != 0))
+    log_probs = _scaled(logits, temperature, (d_logprob != 0) | (d_entropy != 0)) - rows.lse[:, None]
     probs = log_probs.exp()
     log_probs.clamp_(min=torch.finfo(wide).min)
     c, e = d_logprob.to(wide), d_entropy.to(wide)

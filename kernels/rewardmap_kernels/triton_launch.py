@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .torch_rows import FusedRows, RowStatistics
 BLOCK_BYTES = 16384
 """Bytes of a row that a program holds at a time; 8 warps, 16 (float32) or 32 (16-bit) values per thread."""
 WARPS = 8
+NATS_PER_UNIT = math.log(2.0)
 
 
 def _block(logits: Tensor) -> int:

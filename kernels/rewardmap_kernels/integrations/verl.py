@@ -73,10 +73,15 @@ def register(name: str = "rewardmap", objective: PolicyObjective | None = None, 
             advantages = advantages * rollout_is_weights
         sequence = torch.arange(size, device=log_prob.device).repeat_interleave(length)
         out = policy_loss(
-            log_prob.reshape(-1), advantages=advantages.reshape(-1), normalizer=1.0,
-            old_logprobs=old_log_prob.reshape(-1), objective=_objective(config) if objective is None else objective, sequence=sequence,
-            num_sequences=max(size, 1), loss_mask=response_mask.reshape(-1),
-        )  # fmt: skip
+            log_prob.reshape(-1),
+            advantages=advantages.reshape(-1),
+            normalizer=1.0,
+            objective=_objective(config) if objective is None else objective,
+            old_logprobs=old_log_prob.reshape(-1),
+            sequence=sequence,
+            num_sequences=max(size, 1),
+            loss_mask=response_mask.reshape(-1),
+        )
         rows = out.row_loss.view(size, length)
         total = agg_loss(
             loss_mat=rows, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
