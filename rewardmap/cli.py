@@ -115,10 +115,12 @@ def evaluate(
 @app.command()
 def generate(
     out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
-    maps: Annotated[int, typer.Option(help="Maps of the train split.")] = 300,
-    test_maps: Annotated[int, typer.Option(help="Maps of the test split.")] = 150,
+    maps: Annotated[int, typer.Option(min=2, help="Maps in all, a third of each difficulty.")] = 30,
+    test_maps: Annotated[
+        int | None, typer.Option(min=1, help="How many of them are held out. Default: two fifths, as published.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same data set.")] = 0,
-    level: Annotated[str, typer.Option(help="Size of the maps: tiny or full.")] = "tiny",
+    level: Annotated[str, typer.Option(help="Size of the maps: full, or tiny for the small policy.")] = "full",
     debug: Debug = False,
 ) -> None:
     """Draw maps and write a data set in ReasonMap-Train's form."""
@@ -127,11 +129,14 @@ def generate(
 
         from rewardmap.transit import write_dataset
 
+        held_out = test_maps or max(1, 3 * round(maps * 2 / 15))  # the levels take turns: a multiple of three
+        if held_out >= maps:
+            raise ValueError(f"--test-maps {held_out} leaves no maps to train on; draw more than --maps {maps}")
         with Progress() as bar:
-            task = bar.add_task("draw maps", total=maps + test_maps)
+            task = bar.add_task("draw maps", total=maps)
             write_dataset(
                 out,
-                maps={"train": maps, "test": test_maps},
+                maps={"train": maps - held_out, "test": held_out},
                 preset=level,
                 seed=seed,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),

@@ -149,11 +149,14 @@ def test_generate_writes_what_train_reads(tmp_path: Path) -> None:
     from rewardmap.transit import load_dataset
 
     out = tmp_path / "maps"
-    assert invoke("generate", str(out), "--maps", "3", "--test-maps", "2", "--seed", "4").exit_code == 0
+    settings = ("--level", "tiny", "--seed", "4")
+    assert invoke("generate", str(out), "--maps", "5", "--test-maps", "2", *settings).exit_code == 0
     train, test = load_dataset(out, "train"), load_dataset(out, "test")
     assert (len(train.networks), len(test.networks)) == (3, 2)
     again = invoke("generate", str(out))
     assert again.exit_code == 2 and "exists" in again.stderr
+    none_left = invoke("generate", str(tmp_path / "other"), "--maps", "2", "--test-maps", "2")
+    assert none_left.exit_code == 2 and "--test-maps 2 leaves no maps" in none_left.stderr
     nonsense = invoke("generate", str(tmp_path / "other"), "--level", "huge")
     assert nonsense.exit_code == 2 and "huge" in nonsense.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["maps"]
