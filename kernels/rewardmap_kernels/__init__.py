@@ -5,7 +5,8 @@ from .group_advantage import GroupAdvantage, group_advantage
 from .linear_logprob import linear_logprobs
 from .linear_loss import LinearPolicyLoss, contributing_rows, linear_policy_loss
 from .logits_loss import LogitsPolicyLoss, logits_policy_loss, selective_log_softmax
-from .policy_loss import PolicyLossOutput, PolicyObjective, loss_normalizer, policy_loss
+from .normalizer import loss_normalizer
+from .policy_loss import PolicyLossOutput, PolicyObjective, policy_loss
 
 __all__ = [
     "GroupAdvantage",

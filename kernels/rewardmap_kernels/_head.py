@@ -84,8 +84,8 @@ class Head:
     """One call's operands: gives chunks of logits, and takes their gradients into the products."""
 
     def __init__(
-        self, rows: ModuleType, hidden: Tensor, weight: Tensor, keep: Tensor | None, logits_dtype:
-        torch.dtype, need_hidden: bool, need_weight: bool, weight_grad: Tensor | None,
+        self, rows: ModuleType, hidden: Tensor, weight: Tensor, keep: Tensor | None, logits_dtype: torch.dtype,
+        need_hidden: bool, need_weight: bool, weight_grad: Tensor | None,
     ) -> None:  # fmt: skip
         self.dtype = operand_dtype(hidden, weight, rows)
         self.logits_dtype = logits_dtype

@@ -41,8 +41,8 @@ def _directions(
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor | float, chunks:
-        list[slice], entropy_gradient: bool, keep_bytes: int,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor | float, chunks: list[slice],
+        entropy_gradient: bool, keep_bytes: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         impl = _rows.implementation(OPERATION, hidden)
@@ -118,8 +118,8 @@ class _LinearLogprobs(torch.autograd.Function):
 
 
 def _recompute(
-    ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor | float, whole:
-    RowStatistics, grads: tuple[Tensor, ...],
+    ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor | float, whole: RowStatistics,
+    grads: tuple[Tensor, ...],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Both gradients from logits made a second time."""
     need_hidden, need_weight = ctx.needs_input_grad[:2]

@@ -1,10 +1,9 @@
 """hidden [N, H] x weight [V, H] -> policy loss, in chunks of rows, with the gradients made in the forward.
 
-The logits of a chunk live only while the chunk is worked on; [N, V] never exists. A row's coefficient
-dL/dlogprob depends on its own log-probability and on numbers known beforehand, so the gradient is formed at
-once, over the logits:
-6NVH FLOP with a trainable head, 4NVH when weight or hidden is frozen. Sequence-level objectives make a pass
-for the log-probabilities first (2NVH more), unless one chunk holds every row.
+The logits of a chunk live only while the chunk is worked on; [N, V] never exists. A row's coefficient dL/dlogprob
+depends on its own log-probability and on numbers known beforehand, so the gradient is formed at once, over the logits:
+6NVH FLOP with a trainable head, 4NVH when weight or hidden is frozen. Sequence-level objectives make a pass for the
+log-probabilities first (2NVH more), unless one chunk holds every row.
 """
 
 from __future__ import annotations

@@ -131,9 +131,9 @@ def logits_policy_loss(
     check_floating("logits", logits, 2)
     check_targets(targets, logits, logits.shape[1])
     inputs: dict[str, Any] = {
-        "advantages": advantages, "normalizer": normalizer, "objective": objective, "old_logprobs":
-        old_logprobs, "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs, "sequence":
-        sequence, "num_sequences": num_sequences,
+        "advantages": advantages, "normalizer": normalizer, "objective": objective, "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs, "sequence": sequence,
+        "num_sequences": num_sequences,
     }  # fmt: skip
     _rows.check_policy_inputs(inputs, loss_mask, temperature, logits)
     if inplace and logits.requires_grad and logits.is_leaf:

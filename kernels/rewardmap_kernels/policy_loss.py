@@ -20,16 +20,13 @@ from ._checks import check_floating, check_normalizer, check_range, check_rows, 
 
 ObjectiveName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce"]
 OBJECTIVES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce")
-CLIPPED: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo")
-"""The objectives of the form -min(r A, clip(r) A); they differ in the level of r and in the normaliser."""
+CLIPPED: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo")  # -min(r A, clip(r) A)
 
 LOG_RATIO_BOUND = 20.0
-"""Log-ratios are clamped to +-this before exp: e^20 = 4.9e8 keeps float32 finite; the gradient outside is
-zero."""
+"""Log-ratios are clamped to +-this before exp: e^20 = 4.9e8 keeps float32 finite; the gradient outside is zero."""
 
 _FIXED_POINT = 2.0**38
-"""Per-sequence sums are made in 64-bit integers of this scale: exact in any order, so bitwise
-reproducible."""
+"""Per-sequence sums are made in 64-bit integers of this scale: exact in any order, so bitwise reproducible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +183,7 @@ def sequence_sums(values: Tensor, sequence: Tensor, num_sequences: int) -> Tenso
     return (totals[sequence.long()].double() / _FIXED_POINT).to(values.dtype)
 
 
-def _sequence_counts(mask: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
+def sequence_counts(mask: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
     counts = torch.zeros(num_sequences, dtype=torch.int64, device=mask.device)
     return counts.scatter_add_(0, sequence.long(), mask.to(torch.int64))[sequence.long()]
 
@@ -337,8 +334,8 @@ def _extreme(ratio: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor], ne
 
 
 def _evaluate(
-    logprobs: Tensor, advantages: Tensor, normalizer: Tensor | float, objective: PolicyObjective, entropy:
-    Tensor | None, old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None,
+    logprobs: Tensor, advantages: Tensor, normalizer: Tensor | float, objective: PolicyObjective,
+    entropy: Tensor | None, old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None,
     sequence: Tensor | None, num_sequences: int, loss_mask: Tensor | None,
 ) -> PolicyLossOutput:  # fmt: skip
     dtype = compute_dtype(logprobs)
@@ -353,7 +350,7 @@ def _evaluate(
     if objective.name == "gspo":
         assert sequence is not None
         bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-        counts = _sequence_counts(mask, sequence, num_sequences).clamp(min=1)
+        counts = sequence_counts(mask, sequence, num_sequences).clamp(min=1)
         mean = sequence_sums(bounded, sequence, num_sequences) / counts
         log_ratio = torch.where(torch.isnan(log_ratio), log_ratio, mean)
     bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
@@ -401,55 +398,3 @@ def _evaluate(
         return torch.where(mask, values / divisor, 0.0)
 
     return PolicyLossOutput(scale(loss), scale(d_logprob), scale(d_entropy), metrics)
-
-
-def loss_normalizer(
-    objective: PolicyObjective,
-    loss_mask: Tensor,
-    *,
-    sequence: Tensor | None = None,
-    num_sequences: int | None = None,
-    max_length: int | None = None,
-    total_tokens: Tensor | float | None = None,
-) -> Tensor:
-    """The divisor of every row's loss, computed from masks alone, on the mask's device and without a sync.
-    float32.
-
-    - dapo, bnpo, cispo, reinforce (token mean): the number of unmasked rows, 0-d; ``total_tokens`` replaces
-    it when the
-      optimizer step spans several micro-batches or ranks (dapo's definition; bnpo's is the local count).
-    - grpo, gspo, sapo (mean over sequences of their token means): rows of the sequence * num_sequences, [N];
-    needs
-      ``sequence`` [N] and ``num_sequences`` (of the whole step when it spans several micro-batches).
-    - dr_grpo: num_sequences * max_length, 0-d.
-
-    A step's loss is the plain sum of its micro-batches' losses. Zero counts become 1.
-    Raises ValueError for a missing or a superfluous argument.
-    """
-    if loss_mask.dim() != 1:
-        raise ValueError(f"loss_mask must have shape (N,), got {tuple(loss_mask.shape)}")
-    per_sequence = objective.name in ("grpo", "gspo", "sapo")
-    if not per_sequence and objective.name != "dr_grpo":
-        if max_length is not None:
-            raise ValueError(f"max_length applies to dr_grpo; the objective {objective.name} ignores it")
-        if total_tokens is not None:
-            total = torch.as_tensor(total_tokens, dtype=torch.float32, device=loss_mask.device)
-        else:
-            total = (loss_mask != 0).sum().to(torch.float32)
-        return total.clamp(min=1.0)
-    if total_tokens is not None:
-        raise ValueError(f"total_tokens applies to token means; the objective {objective.name} ignores it")
-    if num_sequences is None or num_sequences < 1:
-        raise ValueError(f"the objective {objective.name} needs num_sequences >= 1, got {num_sequences}")
-    if not per_sequence:
-        if max_length is None or max_length < 1:
-            raise ValueError(f"dr_grpo needs max_length >= 1, got {max_length}")
-        return torch.full((), float(num_sequences * max_length), device=loss_mask.device)
-    if max_length is not None:
-        raise ValueError(f"max_length applies to dr_grpo; the objective {objective.name} ignores it")
-    if sequence is None:
-        raise ValueError(f"the objective {objective.name} needs sequence ([N]), got None")
-    check_rows("sequence", sequence, loss_mask, loss_mask.shape[0], "int")
-    check_range("sequence", sequence, 0, num_sequences)
-    counts = _sequence_counts(loss_mask != 0, sequence, num_sequences).clamp(min=1)
-    return counts.to(torch.float32) * num_sequences

@@ -47,9 +47,9 @@ def _moments(rewards_ptr, begin, end, ddof, BLOCK: tl.constexpr):
 
 @triton.jit
 def group_advantage_kernel(
-    rewards_ptr, weights_ptr, offsets_ptr, advantages_ptr, mean_ptr, std_ptr, degenerate_ptr, total, groups,
-    ddof, eps, SCALE: tl.constexpr, BASELINE: tl.constexpr, EPS_INSIDE: tl.constexpr, HAS_WEIGHTS:
-    tl.constexpr, BLOCK: tl.constexpr, BATCH: tl.constexpr,
+    rewards_ptr, weights_ptr, offsets_ptr, advantages_ptr, mean_ptr, std_ptr, degenerate_ptr, total, groups, ddof, eps,
+    SCALE: tl.constexpr, BASELINE: tl.constexpr, EPS_INSIDE: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
+    BLOCK: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
     """Advantages of one group. Offsets that do not rise from 0 to ``total`` give NaN in the groups they
     spoil."""

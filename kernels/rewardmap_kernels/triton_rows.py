@@ -45,8 +45,10 @@ def _row_statistics(row_ptr, target, factor, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _write_gradient(row_ptr, out_ptr, target, factor, lse2, entropy, c, e, vocab, IN_PLACE: tl.constexpr,
-                    ENTROPY: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _write_gradient(
+    row_ptr, out_ptr, target, factor, lse2, entropy, c, e, vocab,
+    IN_PLACE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """d loss / d z = (c (onehot - p) - e p (log p + H)) / T, from the last block to the first.
 
     In place, a block is stored over columns that every thread has read: hence the barrier between load and
@@ -225,9 +227,12 @@ def gradient_kernel(
     target = tl.load(targets_ptr + row).to(tl.int64)
     c = scale * tl.load(d_logprob_ptr + row).to(tl.float32)
     e = scale * tl.load(d_entropy_ptr + row).to(tl.float32)
-    _write_gradient(logits_ptr + row * logits_stride, out_ptr + row * out_stride, target, factor,
-    tl.load(lse2_ptr + row),
-                    tl.load(entropy_ptr + row), c, e, vocab, IN_PLACE, True, BLOCK)  # fmt: skip
+    lse2 = tl.load(lse2_ptr + row)
+    entropy = tl.load(entropy_ptr + row)
+    row_ptr = logits_ptr + row * logits_stride
+    _write_gradient(
+        row_ptr, out_ptr + row * out_stride, target, factor, lse2, entropy, c, e, vocab, IN_PLACE, True, BLOCK
+    )
 
 
 @triton.jit
