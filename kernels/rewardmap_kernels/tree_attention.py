@@ -36,15 +36,17 @@ class TreeMask:
     def visible(self) -> tuple[Tensor, ...]:
         """Per tree [t, t] bool: query (row) sees key (column). For the plain torch path."""
         if "visible" not in self._made:
-            ends = self.subtree_end.to(self.device)
-            self._made["visible"] = tuple(_visible(ends[start:end], start) for start, end in self.trees)
+            with torch.inference_mode(False):  # made under inference, they could not serve training
+                ends = self.subtree_end.to(self.device)
+                self._made["visible"] = tuple(_visible(ends[start:end], start) for start, end in self.trees)
         return self._made["visible"]
 
     def tiles(self, forward: tuple[int, int], backward: tuple[int, int], device: torch.device) -> Tiles:
         """Tile lists of the kernels for (query, key) block sizes of their passes, on ``device``."""
         key = (forward, backward, device)
         if key not in self._made:
-            self._made[key] = to_device(build_tiles(self.subtree_end, forward, backward), device)
+            with torch.inference_mode(False):
+                self._made[key] = to_device(build_tiles(self.subtree_end, forward, backward), device)
         return self._made[key]
 
 
@@ -109,7 +111,7 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float
         )
     if not scale > 0:
         raise ValueError(f"tree_attention: scale={scale} must be positive")
-    blocks = tree_op.plan(q.dtype, q.shape[-1])
+    blocks = tree_op.plan_of(q)
     tiles = mask.tiles((blocks.forward.m, blocks.forward.n), (blocks.dkv.m, blocks.dkv.n), q.device)
     return tree_op.tree_attention_forward(q, k, v, *tiles, scale)[0]
 

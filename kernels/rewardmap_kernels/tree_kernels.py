@@ -5,6 +5,8 @@ The online softmax is that of FlashAttention-2 (Dao, arXiv 2307.08691) in base 2
 are visited; those that are wholly visible skip the mask. In the others, rows that hold a NaN or an infinity are
 replaced by zeros in the products that sum over them and the NaN is added to the visible scores instead: 0 · NaN must
 not carry a token's NaN to those that do not see it.
+
+float32 products run as three in tf32, which keeps float32's accuracy on tensor cores.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ def _forward_tile(acc, high, norm, q, k_ptr, v_ptr, k_stride, v_stride, ends_ptr
                   HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   FULL: tl.constexpr):  # fmt: skip
     k = _rows(k_ptr, start_n, k_stride, total, BLOCK_N, HEAD_DIM, BLOCK_D, FULL)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     v = _rows(v_ptr, start_n, v_stride, total, BLOCK_N, HEAD_DIM, BLOCK_D, FULL)
     if FULL:
         new_high = tl.maximum(high, tl.max(scores, 1) * qk_scale)
@@ -74,7 +76,7 @@ def _forward_tile(acc, high, norm, q, k_ptr, v_ptr, k_stride, v_stride, ends_ptr
         fade = tl.exp2(high - base)
     norm = norm * fade + tl.sum(p, 1)
     acc = acc * fade[:, None]
-    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="tf32x3")
     return acc, new_high, norm
 
 
@@ -97,13 +99,13 @@ def tree_forward_kernel(
     high = norm + float("-inf")
     for index in range(first, full):
         acc, high, norm = _forward_tile(
-            acc, high, norm, q, k_ptr, v_ptr, k_stride, v_stride, ends_ptr, start_m, tl.load(keys_ptr + index) * BLOCK_N,
-            total, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
+            acc, high, norm, q, k_ptr, v_ptr, k_stride, v_stride, ends_ptr, start_m,
+            tl.load(keys_ptr + index) * BLOCK_N, total, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
         )  # fmt: skip
     for index in range(full, last):
         acc, high, norm = _forward_tile(
-            acc, high, norm, q, k_ptr, v_ptr, k_stride, v_stride, ends_ptr, start_m, tl.load(keys_ptr + index) * BLOCK_N,
-            total, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
+            acc, high, norm, q, k_ptr, v_ptr, k_stride, v_stride, ends_ptr, start_m,
+            tl.load(keys_ptr + index) * BLOCK_N, total, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
     i = start_m + tl.arange(0, BLOCK_M)
     norm = tl.where(i < total, norm, 1.0)
@@ -118,8 +120,8 @@ def _dq_tile(acc, q, dout, lse, delta, k_ptr, v_ptr, k_stride, v_stride, ends_pt
              FULL: tl.constexpr):  # fmt: skip
     k = _rows(k_ptr, start_n, k_stride, total, BLOCK_N, HEAD_DIM, BLOCK_D, FULL)
     v = _rows(v_ptr, start_n, v_stride, total, BLOCK_N, HEAD_DIM, BLOCK_D, FULL)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    d_p = tl.dot(dout, tl.trans(v), input_precision="ieee")
+    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+    d_p = tl.dot(dout, tl.trans(v), input_precision="tf32x3")
     d_scores = tl.exp2(scores * qk_scale - lse[:, None]) * (d_p - delta[:, None])
     if not FULL:
         i = start_m + tl.arange(0, BLOCK_M)
@@ -127,7 +129,7 @@ def _dq_tile(acc, q, dout, lse, delta, k_ptr, v_ptr, k_stride, v_stride, ends_pt
         end = tl.load(ends_ptr + j, mask=j < total, other=0)
         d_scores = tl.where((j[None, :] <= i[:, None]) & (i[:, None] < end[None, :]), d_scores, 0.0)
         k = _cleaned(k, _poison(k))
-    return tl.dot(d_scores.to(k.dtype), k, acc, input_precision="ieee")
+    return tl.dot(d_scores.to(k.dtype), k, acc, input_precision="tf32x3")
 
 
 @triton.jit
@@ -166,22 +168,23 @@ def tree_dq_kernel(
 
 @triton.jit
 def _dkv_tiles(dk, dv, k, v, end, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_head, q_stride, dout_head, dout_stride, begin,
-               stop, heads, start_n, total, qk_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+               count, gap_at, gap, heads, start_n, total, qk_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
-    """Query blocks begin..stop of every head of the group, one loop, so that loads run ahead across heads."""
-    count = stop - begin
+    """``count`` query blocks from ``begin`` on, skipping ``gap`` blocks at ``gap_at``, for every head of the group: one
+    loop, so that loads run ahead across heads."""
     for index in range(0, heads * count):
         head = (index // count).to(tl.int64)
-        start_m = (begin + index % count) * BLOCK_M
+        block = begin + index % count
+        start_m = tl.where(block < gap_at, block, block + gap) * BLOCK_M
         i = start_m + tl.arange(0, BLOCK_M)
         q = _rows(q_ptr + head * q_head, start_m, q_stride, total, BLOCK_M, HEAD_DIM, BLOCK_D, False)
         dout = _rows(dout_ptr + head * dout_head, start_m, dout_stride, total, BLOCK_M, HEAD_DIM, BLOCK_D, False)
         lse = tl.load(lse_ptr + head * total + i, mask=i < total, other=0.0)
         delta = tl.load(delta_ptr + head * total + i, mask=i < total, other=0.0)
         # Transposed, [key, query]: both products below take their left side from registers.
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+        scores = tl.dot(k, tl.trans(q), input_precision="tf32x3")
         p = tl.exp2(scores * qk_scale - lse[None, :])
-        d_p = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        d_p = tl.dot(v, tl.trans(dout), input_precision="tf32x3")
         d_scores = p * (d_p - delta[None, :])
         if not FULL:
             j = start_n + tl.arange(0, BLOCK_N)
@@ -191,8 +194,8 @@ def _dkv_tiles(dk, dv, k, v, end, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_head, q
             q = _cleaned(q, _poison(q))
             p = tl.where(visible, p + poison[None, :], 0.0)
             d_scores = tl.where(visible, d_scores, 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="ieee")
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="tf32x3")
+        dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="tf32x3")
     return dk, dv
 
 
@@ -221,17 +224,15 @@ def tree_dkv_kernel(
     end = tl.load(ends_ptr + j, mask=j < total, other=0)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dk, dv = _dkv_tiles(
-        dk, dv, k, v, end, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_head, q_stride, dout_head, dout_stride, first,
-        full_first, heads, start_n, total, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
-    )  # fmt: skip
+    wholly = full_last - full_first
     dk, dv = _dkv_tiles(
         dk, dv, k, v, end, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_head, q_stride, dout_head, dout_stride, full_first,
-        full_last, heads, start_n, total, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
+        wholly, full_last, 0, heads, start_n, total, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
     dk, dv = _dkv_tiles(
-        dk, dv, k, v, end, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_head, q_stride, dout_head, dout_stride, full_last,
-        last, heads, start_n, total, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
+        dk, dv, k, v, end, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_head, q_stride, dout_head, dout_stride, first,
+        last - first - wholly, full_first, wholly, heads, start_n, total, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N,
+        False,
     )  # fmt: skip
     to = part * dk_part + kv_head * dk_head
     _store_rows(dk_ptr + to, dk * scale, start_n, dk_stride, total, BLOCK_N, HEAD_DIM, BLOCK_D)

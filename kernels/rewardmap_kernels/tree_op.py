@@ -42,15 +42,17 @@ class Plan(NamedTuple):
 
 PLANS: dict[tuple[bool, int], Plan] = {
     # (16-bit tensors, padded head dimension): chosen so that nothing spills on sm_80, sm_90a and sm_100a.
-    (True, 16): Plan(Blocks(128, 64, 4, 3), Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 2)),
-    (True, 32): Plan(Blocks(128, 64, 4, 3), Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 2)),
-    (True, 64): Plan(Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2)),
-    (True, 128): Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 128, 8, 2)),
-    (False, 16): Plan(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2)),
-    (False, 32): Plan(Blocks(64, 32, 4, 2), Blocks(64, 32, 4, 2), Blocks(32, 32, 4, 2)),
-    (False, 64): Plan(Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 32, 8, 2)),
+    (True, 16): Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2)),
+    (True, 32): Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2)),
+    (True, 64): Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2)),
+    (True, 128): Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(32, 64, 8, 2)),
+    (False, 16): Plan(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
+    (False, 32): Plan(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
+    (False, 64): Plan(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 8, 2)),
     (False, 128): Plan(Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1)),
 }
+AMPERE = Plan(Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2))
+"""In place of PLANS[True, 128] on GPUs of compute capability 8, whose accumulators all live in registers."""
 
 
 def padded(head_dim: int) -> int:
@@ -58,9 +60,16 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def plan(dtype: torch.dtype, head_dim: int) -> Plan:
-    """Block sizes for tensors of this dtype and head dimension."""
-    return PLANS[dtype.itemsize == 2, padded(head_dim)]
+def plan(dtype: torch.dtype, head_dim: int, capability: int) -> Plan:
+    """Block sizes for tensors of this dtype and head dimension on a GPU of this major compute capability."""
+    key = dtype.itemsize == 2, padded(head_dim)
+    return AMPERE if capability < 9 and key == (True, 128) else PLANS[key]
+
+
+def plan_of(q: Tensor) -> Plan:
+    """The plan for tensors like q [1, Hq, T, D] where they are; in the interpreter, that of the newest GPUs."""
+    capability = torch.cuda.get_device_capability(q.device)[0] if q.device.type == "cuda" else 9
+    return plan(q.dtype, q.shape[-1], capability)
 
 
 def _note(kernel: str) -> None:
@@ -91,7 +100,7 @@ def tree_attention_forward(
     q, k, v = map(_last_dense, (q, k, v))
     _, heads, total, dim = q.shape
     out, lse = _heads_inside(q), q.new_empty(heads, total, dtype=torch.float32)
-    blocks = plan(q.dtype, dim).forward
+    blocks = plan_of(q).forward
     _note("tree_forward_kernel")
     tree_kernels.tree_forward_kernel[heads, rows.shape[0]](
         q, k, v, out, lse, ends, rows, keys, *_strides(q, k, v, out), total, heads // k.shape[1],
@@ -116,7 +125,7 @@ def tree_attention_backward(
     _, heads, total, dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    passes = plan(q.dtype, dim)
+    passes = plan_of(q)
     constants = {"HEAD_DIM": dim, "BLOCK_D": padded(dim)}
     delta, dq = torch.empty_like(lse), _heads_inside(q)
     _note("tree_dq_kernel")
