@@ -1,0 +1,58 @@
+"""Registers, spills and shared memory of the tree-attention kernels on sm_80, sm_90a and sm_100a, without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+import triton
+
+sys.path.append(str(Path(__file__).parent))
+import tree_resources
+
+MEASURED = json.loads(tree_resources.TABLE.read_text())
+BUILDS = {build.name: build for build in tree_resources.builds()}
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+"""Bytes a block may use."""
+
+
+def test_the_table_names_every_kernel() -> None:
+    assert set(MEASURED["kernels"]) == set(BUILDS)
+
+
+def test_nothing_in_the_table_spills() -> None:
+    for name, targets in MEASURED["kernels"].items():
+        for target, row in targets.items():
+            assert row["spilled"] == 0, (name, target)
+            assert row["shared"] <= SHARED_LIMIT[int(target.removeprefix("sm_"))], (name, target)
+
+
+# A compilation takes seconds: every kernel on Hopper, the other targets where the table is made.
+@pytest.mark.parametrize("name", [name for name in BUILDS if name.endswith("bf16.d128")])
+def test_resources_stay_within_the_table(name: str) -> None:
+    got = tree_resources.resources(BUILDS[name], 90)
+    wanted = MEASURED["kernels"][name]["sm_90"]
+    assert got["spilled"] == 0
+    # Another compiler allocates differently; the one the table was made with does not.
+    slack = 0 if triton.__version__ == MEASURED["triton"] else 32
+    assert got["registers"] <= wanted["registers"] + slack
+    assert got["shared"] <= wanted["shared"] + 32 * slack
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", tree_resources.CAPABILITIES)
+@pytest.mark.parametrize("name", BUILDS)
+def test_every_build_stays_within_the_table(name: str, capability: int) -> None:
+    got = tree_resources.resources(BUILDS[name], capability)
+    wanted = MEASURED["kernels"][name][f"sm_{capability}"]
+    slack = 0 if triton.__version__ == MEASURED["triton"] else 32
+    assert got["spilled"] == 0
+    assert got["registers"] <= wanted["registers"] + slack
+    assert got["shared"] <= wanted["shared"] + 32 * slack
