@@ -73,10 +73,13 @@ def take_turns(providers: dict[str, kernel_cases.Run]) -> dict[str, list[float]]
 @pytest.mark.parametrize("make", kernel_cases.cases(DEVICE))
 def test_speed(benchmark: Any, make: Callable[[], kernel_cases.Case]) -> None:
     case = make()
-    seconds = {name: statistics.median(times) for name, times in take_turns(case.providers).items()}
+    # Ratios are of the fastest rounds: what a busy machine adds is not the code's.
+    times = take_turns(case.providers)
+    seconds = {name: min(values) for name, values in times.items()}
     ours = seconds["ours"]
     row = {
-        "median_s": ours,
+        "fastest_s": ours,
+        "median_s": statistics.median(times["ours"]),
         "path": list(last_path(case.name.removesuffix(".frozen")) or ()),
         "times_faster_than": {name: s / ours for name, s in seconds.items() if name != "ours"},
         "error": {name: kernel_cases.errors(case, name) for name in case.providers if name != "floor"},
