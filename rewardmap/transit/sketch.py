@@ -265,10 +265,13 @@ def _clean(path: list[Node]) -> Track | None:
     for _ in range(2):
         bends = [at for at in range(1, min(4, len(path) - 1)) if _turn(*path[at - 1 : at + 2])]
         path = path[bends[-1] if bends else 0 :][::-1]
-    if len(set(path)) < len(path) or len(path) < 7:
-        return None
+    return Track(path) if len(path) >= 7 and _simple(path) else None
+
+
+def _simple(path: list[Node]) -> bool:
+    """Does the path neither visit a node twice nor cross itself between nodes?"""
     blocks = [(min(a[0], b[0]), min(a[1], b[1])) for a, b in pairwise(path) if a[0] != b[0] and a[1] != b[1]]
-    return Track(path) if len(set(blocks)) == len(blocks) else None
+    return len(set(path)) == len(path) and len(set(blocks)) == len(blocks)
 
 
 def _turn(a: Node, b: Node, c: Node) -> int:
@@ -314,8 +317,8 @@ def _branch(board: _Board, track: Track, rng: np.random.Generator) -> None:
         tip = _rim(board.plan, rng.uniform(0, 2 * np.pi), rng.uniform(0.6, 1.0))
         if tip in board.straight or not 4 <= _octile(joint, tip) <= 14:
             continue
-        path = board.way(joint, tip, heading % 8, set(trunk) - {joint})
-        if path is not None and 7 <= len(path) <= 16 and _clean(path) is not None:
+        path = board.way(joint, tip, heading % 8, set(trunk))
+        if path is not None and 7 <= len(path) <= 16 and _simple(path):
             track.branches.append((path, towards))
             board.add(track)
             return
