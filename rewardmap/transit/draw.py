@@ -25,6 +25,10 @@ def draw_map(network: Network) -> Image.Image:
     """The map's picture, RGB, ``network.size`` pixels. Raises ValueError for a network without geometry."""
     if network.style == "tiny":
         return _draw_tiny(network)
+    if network.style in ("grid-tiny", "grid"):
+        from rewardmap.transit.grid_draw import draw_grid
+
+        return draw_grid(network)
     if "geometry" not in network.extras:
         raise ValueError(f"network {network.network_id!r} has no geometry, so it cannot be drawn")
     from rewardmap.transit.render import render

@@ -21,6 +21,8 @@ import numpy as np
 from rewardmap.transit.compose import FULL_LEVELS
 from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.generate import TINY_LEVELS, generate_network
+from rewardmap.transit.grid import TINY_GRID_LEVELS
+from rewardmap.transit.grid_floor import FLOOR_LEVELS
 from rewardmap.transit.questions import Balance, make_questions
 from rewardmap.transit.topology import network_as_json
 from rewardmap.types import KINDS
@@ -28,7 +30,7 @@ from rewardmap.types import KINDS
 DATA_FOLDER = "data/ReasonMap-Train"
 GENERATOR_VERSION = "1.0"
 """Changes whenever a seed gives other bytes than before."""
-PRESET_LEVELS = {"tiny": TINY_LEVELS, "full": FULL_LEVELS}
+PRESET_LEVELS = {"tiny": TINY_LEVELS, "full": FULL_LEVELS, "grid-tiny": TINY_GRID_LEVELS, "grid": FLOOR_LEVELS}
 """Map levels of a preset; maps take them in turn, so that each level has a third of the maps."""
 
 Progress = Callable[[int, int], None]
@@ -84,14 +86,15 @@ def _card(preset: str, seed: int, maps: Mapping[str, int], counts: Mapping[str, 
     }
     table = "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells.values())
     splits = ", ".join(f'"{split}": {count}' for split, count in maps.items())
+    world = "warehouse floors with one-way aisles" if preset.startswith("grid") else "transit networks"
     return f"""---
 license: apache-2.0
 task_categories: [visual-question-answering]
 tags: [synthetic, maps, spatial-reasoning]
 ---
-# Generated transit maps, preset {preset}, seed {seed}
+# Generated maps, preset {preset}, seed {seed}
 
-Invented transit networks with drawn maps and questions in the schema of ReasonMap-Train. Nothing in it is real:
+Invented {world} with drawn maps and questions in the schema of ReasonMap-Train. Nothing in it is real:
 networks, names and pictures come from a random generator. Levels, in turn: {levels}. No map is in two splits.
 
 | split | maps | {" | ".join(KINDS)} | questions |
@@ -120,7 +123,7 @@ def _write_map(
 ) -> list[dict[str, Any]]:
     levels = PRESET_LEVELS[preset]
     level = levels[index % len(levels)]
-    country, city = f"{preset}_{split}", f"{level.replace('-', '_')}_{index:05d}"
+    country, city = f"{preset.replace('-', '_')}_{split}", f"{level.replace('-', '_')}_{index:05d}"
     for attempt in range(100):
         rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index, attempt])
         network = generate_network(level, rng, f"{country}/{city}")

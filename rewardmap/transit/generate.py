@@ -9,6 +9,7 @@ import numpy as np
 
 from rewardmap.transit.compose import FULL_LEVELS, compose
 from rewardmap.transit.graph import Line, Network
+from rewardmap.transit.grid import GRID_LEVELS, grid_network
 
 TINY_LEVELS = ("tiny-easy", "tiny-middle", "tiny-hard")
 TINY_CELLS = 5
@@ -44,7 +45,10 @@ def generate_network(level: str, rng: np.random.Generator, network_id: str) -> N
         return _tiny_network(level, rng, network_id)
     if level in FULL_LEVELS:
         return compose(level, rng, network_id)
-    raise ValueError(f"unknown map level {level!r}; known levels: {', '.join((*TINY_LEVELS, *FULL_LEVELS))}")
+    if level in GRID_LEVELS:
+        return grid_network(level, rng, network_id)
+    known = ", ".join((*TINY_LEVELS, *FULL_LEVELS, *GRID_LEVELS))
+    raise ValueError(f"unknown map level {level!r}; known levels: {known}")
 
 
 def _tiny_network(level: str, rng: np.random.Generator, network_id: str) -> Network:

@@ -38,6 +38,8 @@ class Line:
     stations: tuple[str, ...]
     loop: bool = False
     branches: tuple[Branch, ...] = ()
+    one_way: bool = False
+    """May be travelled in the order of its services only."""
 
     def services(self) -> tuple[tuple[str, ...], ...]:
         """Stop sequences of one train each: the trunk (a loop repeats its first stop at the end), then branches."""
@@ -143,14 +145,15 @@ class Network:
         return sum(len(self._lines_of[stop]) > 1 for line in self.lines for stop in line.stops())
 
     @cached_property
-    def _services(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        return tuple((line.name, service) for line in self.lines for service in line.services())
+    def _services(self) -> tuple[tuple[str, tuple[str, ...], bool], ...]:
+        """(line, stops, one-way) of each service."""
+        return tuple((line.name, service, line.one_way) for line in self.lines for service in line.services())
 
     @cached_property
     def _states(self) -> dict[str, list[tuple[int, int]]]:
         """Station -> (service, index) pairs where a train of that service calls there."""
         states: dict[str, list[tuple[int, int]]] = {}
-        for number, (_, service) in enumerate(self._services):
+        for number, (_, service, _) in enumerate(self._services):
             # A closed service names its first stop again at the end; there it is the same place.
             for index, stop in enumerate(service[:-1] if _closed(service) else service):
                 states.setdefault(stop, []).append((number, index))
@@ -159,28 +162,32 @@ class Network:
     def _moves(self, state: tuple[int, int]) -> list[tuple[tuple[int, int], int, int]]:
         """Neighbour states with the transfers and stops they cost."""
         number, index = state
-        service = self._services[number][1]
+        _, service, one_way = self._services[number]
+        steps = (1,) if one_way else (-1, 1)
         if _closed(service):
             around = len(service) - 1
-            moves = [((number, (index + step) % around), 0, 1) for step in (-1, 1)]
+            moves = [((number, (index + step) % around), 0, 1) for step in steps]
         else:
-            moves = [((number, index + step), 0, 1) for step in (-1, 1) if 0 <= index + step < len(service)]
+            moves = [((number, index + step), 0, 1) for step in steps if 0 <= index + step < len(service)]
         moves += [(other, 1, 0) for other in self._states[service[index]] if other[0] != number]
         return moves
 
     def fewest_transfers(self) -> np.ndarray:
-        """[S, S] int: fewest transfers between stations in the order of ``stations``; -1 where none leads there."""
+        """[S, S] int: fewest transfers from station to station in the order of ``stations``; -1 where none leads there.
+
+        Symmetric but for one-way lines.
+        """
         index = {stop: i for i, stop in enumerate(self.stations)}
-        calls = np.zeros((len(self._services), len(self.stations)), dtype=np.int64)
-        for number, (_, service) in enumerate(self._services):
-            calls[number, [index[stop] for stop in service]] = 1
-        meets = (calls @ calls.T) > 0
-        fewest = np.full((len(self.stations), len(self.stations)), -1)
-        reached = np.eye(len(self._services), dtype=np.int64)
+        rides = np.eye(len(self.stations), dtype=np.float32)
+        for _, service, one_way in self._services:
+            at = [index[stop] for stop in service]
+            for i, stop in enumerate(at):
+                rides[stop, at[i:] if one_way and not _closed(service) else at] = 1
+        fewest = np.full(rides.shape, -1)
+        reached = rides
         for transfers in range(len(self._services)):
-            joined = (calls.T @ reached @ calls) > 0
-            fewest[joined & (fewest < 0)] = transfers
-            reached = ((reached @ meets) > 0).astype(np.int64)
+            fewest[(reached > 0) & (fewest < 0)] = transfers
+            reached = ((reached @ rides) > 0).astype(np.float32)
         return fewest
 
     def shortest_routes(self, start: str, goal: str) -> list[Route]:
@@ -213,7 +220,7 @@ class Network:
                 elif reached == best[other] and state not in before[other]:
                     before[other].append(state)
         routes: set[Route] = set()
-        stack: list[tuple[tuple[int, int], ...]] = [(state,) for state in goals if best.get(state) == bound]
+        stack: list[tuple[tuple[int, int], ...]] = [(state,) for state in goals if bound and best.get(state) == bound]
         while stack:
             path = stack.pop()
             earlier = before[path[0]]

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from rewardmap.transit.draw import draw_map, font
 from rewardmap.transit.graph import Leg, Network
+from rewardmap.transit.grid_floor import LANE_PX
 from rewardmap.transit.styles import STYLES
 
 _FADE = 0.72
@@ -36,7 +37,7 @@ def draw_route(network: Network, legs: Sequence[Leg]) -> Image.Image:
     veil = Image.new("RGB", picture.size, cast(tuple[int, int, int], picture.getpixel((1, 1))))
     faded = Image.blend(picture, veil, _FADE)
     tiny = not _geometry(network)
-    width = 10.0 if tiny else STYLES[network.style].stroke + 5.0
+    width = 10.0 if tiny else LANE_PX if network.style == "grid" else STYLES[network.style].stroke + 5.0
     for leg in legs:
         stops = (leg.departure, *leg.via, leg.arrival)
         shown = Image.new("L", picture.size)

@@ -23,11 +23,12 @@ QUESTION_COUNTS: dict[str, dict[str, int]] = {
     "tiny": {"TorF1": 2, "TorF2": 2, "Counting1": 2, "Counting2": 2, "Counting3": 1, "planning": 4},
     "full": {"TorF1": 35, "TorF2": 31, "Counting1": 35, "Counting2": 37, "Counting3": 1, "planning": 40},
 }
+QUESTION_COUNTS |= {"grid-tiny": QUESTION_COUNTS["tiny"], "grid": QUESTION_COUNTS["full"]}
 """Questions per map and kind, by preset; "full" as in ReasonMap and ReasonMap-Plus, fewer where a map has fewer."""
 
-_PLANNING = {"tiny": (2, 2), "full": (20, 15, 5)}
+_PLANNING = {"tiny": (2, 2), "full": (20, 15, 5), "grid-tiny": (2, 2), "grid": (20, 15, 5)}
 """Planning questions per map by transfers. A map without enough such pairs gets fewer questions, not others."""
-_MOST_LINES = {"tiny": 2, "full": 3}
+_MOST_LINES = {"tiny": 2, "full": 3, "grid-tiny": 2, "grid": 2}
 """Counting2 is balanced over 1, 2, ... lines through a stop; this many and more are one class."""
 
 COLUMNS = (
@@ -294,12 +295,16 @@ class _Asker:
 
     @cached_property
     def _by_transfers(self) -> dict[int, list[Pair]]:
-        fewest = self.network.fewest_transfers()
+        """Transfers -> pairs that need so many in one direction at least."""
+        stops, fewest = self.network.stations, self.network.fewest_transfers()
+        self._fewest: dict[Pair, int] = {}
         pools: dict[int, list[Pair]] = {}
-        for j in range(len(self.network.stations)):
+        for j in range(len(stops)):
             for i in range(j):
-                pair = (self.network.stations[i], self.network.stations[j])
-                pools.setdefault(int(fewest[i, j]), []).append(pair)
+                there, back = int(fewest[i, j]), int(fewest[j, i])
+                self._fewest[stops[i], stops[j]], self._fewest[stops[j], stops[i]] = there, back
+                for transfers in {there, back}:
+                    pools.setdefault(transfers, []).append((stops[i], stops[j]))
         return pools
 
     def _plan(self, number: int) -> Made:
@@ -310,6 +315,8 @@ class _Asker:
         pair = self._fresh("planning", self._by_transfers.get(transfers, []))
         if pair is None:
             return None
+        if self._fewest[pair] != transfers:  # a one-way line: only the other direction needs so many
+            pair = pair[::-1]
         return {
             "station_1": pair[0],
             "station_2": pair[1],

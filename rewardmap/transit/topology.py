@@ -110,6 +110,7 @@ def network_as_json(network: Network) -> dict[str, Any]:
                 "stations": list(line.stations),
                 "loop": line.loop,
                 "branches": [{"stations": list(b.stations), "towards": b.towards} for b in line.branches],
+                **({"one_way": True} if line.one_way else {}),
             }
             for line in network.lines
         ],
@@ -130,6 +131,7 @@ def network_from_json(content: Mapping[str, Any]) -> Network:
                 tuple(line["stations"]),
                 line["loop"],
                 tuple(Branch(tuple(branch["stations"]), branch["towards"]) for branch in line["branches"]),
+                line.get("one_way", False),
             )
             for line in content["lines"]
         ),
