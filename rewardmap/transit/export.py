@@ -86,13 +86,15 @@ def _card(preset: str, seed: int, maps: Mapping[str, int], counts: Mapping[str, 
     }
     table = "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells.values())
     splits = ", ".join(f'"{split}": {count}' for split, count in maps.items())
-    world = "warehouse floors with one-way aisles" if preset.startswith("grid") else "transit networks"
+    maps_of, world = "transit maps", "transit networks"
+    if preset.startswith("grid"):
+        maps_of, world = "floor maps", "warehouse floors with one-way aisles"
     return f"""---
 license: apache-2.0
 task_categories: [visual-question-answering]
 tags: [synthetic, maps, spatial-reasoning]
 ---
-# Generated maps, preset {preset}, seed {seed}
+# Generated {maps_of}, preset {preset}, seed {seed}
 
 Invented {world} with drawn maps and questions in the schema of ReasonMap-Train. Nothing in it is real:
 networks, names and pictures come from a random generator. Levels, in turn: {levels}. No map is in two splits.
