@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import filecmp
 import itertools
 import json
@@ -296,6 +297,27 @@ def test_gold_answers_earn_full_marks_from_the_published_reward(data: MapData) -
     wrong = ["Route Name: none\nDeparture Stop: none\nArrival Stop: none"] * len(data.problems)
     worse = Rubric(mode="reference").score(data.problems, wrong, data.networks)
     assert not worse.correct.any() and (worse.score < batch.score).all()
+
+
+def test_the_verified_reward_knows_one_way_aisles(data: MapData) -> None:
+    networks = {network_id: data.topology(network_id) for network_id in data.networks}
+    rubric = Rubric(mode="graph")
+    batch = rubric.score(data.problems, [gold_response(problem) for problem in data.problems], networks)
+    assert batch.correct.all() and not batch.failure.any()
+    against = []
+    for problem in data.problems:
+        if problem.kind == "planning" and problem.transfers_required == 0:
+            leg = problem.fine_grained_answer[0][0]
+            (line,) = (line for line in networks[problem.network_id].lines if line.name == leg["route_name"])
+            if line.one_way:
+                back = dataclasses.replace(problem, station_1=problem.station_2, station_2=problem.station_1)
+                against.append((back, leg))
+    wrong = [
+        f"Route Name: {leg['route_name']}\nDeparture Stop: {leg['arrival_stop']}\nArrival Stop: {leg['departure_stop']}"
+        for _, leg in against
+    ]
+    assert len(wrong) > 10
+    assert not rubric.score([problem for problem, _ in against], wrong, networks).correct.any()
 
 
 def test_the_round_trip_keeps_rows_and_networks(data: MapData, folder: Path) -> None:

@@ -81,6 +81,8 @@ class Service(NamedTuple):
     """A ring: the last stop is the first."""
     ordered: bool
     """In travel order, as far as is known."""
+    one_way: bool = False
+    """May be ridden in the order of ``stops`` only."""
 
 
 class Ride(NamedTuple):
@@ -154,7 +156,10 @@ class Topology:
                 for other in set(service.stops) - {stop}:
                     if other in best and best[other][0] <= cost[0]:
                         continue
-                    reached = (cost[0] + 1, cost[1] + min(ride.stops for ride in _rides(service, stop, other)))
+                    rides = _rides(service, other, stop)
+                    if not rides:
+                        continue
+                    reached = (cost[0] + 1, cost[1] + min(ride.stops for ride in rides))
                     if other not in best or reached < best[other]:
                         best[other] = reached
                         heapq.heappush(heap, (reached, other))
@@ -162,13 +167,16 @@ class Topology:
 
 
 def _rides(service: Service, start: int, end: int) -> list[Ride]:
-    """The ways from one stop of the service to another: one, or two around a ring."""
+    """The ways from one stop of the service to another: one, two around a ring; none against a one-way service."""
     if not service.ordered:
         return [Ride(0, frozenset())]
-    low, high = sorted((service.stops.index(start), service.stops.index(end)))
-    ways = [service.stops[low + 1 : high]]
-    if service.closed:
-        ways.append(service.stops[high + 1 : -1] + service.stops[:low])
+    first, last = service.stops.index(start), service.stops.index(end)
+    low, high = sorted((first, last))
+    inside = service.stops[low + 1 : high]
+    around = service.stops[high + 1 : -1] + service.stops[:low]
+    ways = [inside, around] if service.closed else [inside]
+    if service.one_way:
+        ways = ways[:1] if first < last else ways[1:]
     return [Ride(len(way) + 1, frozenset(way)) for way in ways]
 
 
@@ -187,7 +195,7 @@ def topology(network_id: str, network: MetroData | Network) -> Topology:
         for i, line in enumerate(network.lines):
             for stops in line.services():
                 closed = len(stops) > 2 and stops[0] == stops[-1]
-                services.append(Service(i, _numbered(stops, number), closed, True))
+                services.append(Service(i, _numbered(stops, number), closed, True, line.one_way))
     else:
         names = list(network)
         for i, (name, stations) in enumerate(network.items()):
