@@ -91,7 +91,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             _with_interval(gain["value"], gain["interval"], sign="+"),
             f"{100 * accuracy['text_only']:.1f}",
             f"{100 * accuracy['text_prior']:.1f}",
-            f"{row['seconds']:.0f}",
+            f"{row['seconds']:.0f}" if row["arm"] == "train" else "",  # controls may share the machine
         )
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Gain by kind, in points, for each seed:", "", "| seed | " + " | ".join(_kinds(rows[0])) + " |"]
