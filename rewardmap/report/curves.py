@@ -112,9 +112,13 @@ def _bands(axes: Any, rows: Sequence[Mapping[str, Any]], label: bool) -> None:
         axes.axvspan(first - 0.5, last + 0.5, color=BANDS[number % len(BANDS)], linewidth=0, zorder=0)
         letters = (last - first + 1) / whole / 0.0095
         lines = textwrap.fill(name, max(1, int(letters)), break_long_words=False)
-        if label and max(map(len, lines.split("\n"))) <= letters and lines.count("\n") < 2:
-            place = ((first + last) / 2, 1.02)
-            axes.annotate(lines, place, xycoords=("data", "axes fraction"), ha="center", fontsize=9, color=MUTED)
+        if not label:
+            continue
+        style = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 9, "color": MUTED}
+        if max(map(len, lines.split("\n"))) <= letters and lines.count("\n") < 2:
+            axes.annotate(lines, ((first + last) / 2, 1.02), **style)
+        else:  # a narrow band carries its name upright
+            axes.annotate(name, ((first + last) / 2, 0.03), rotation=90, va="bottom", **style)
 
 
 def _bars(axes: Any, evaluations: Mapping[str, Evaluation]) -> None:
