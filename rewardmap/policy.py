@@ -63,7 +63,7 @@ class Policy:
     """Image and video placeholders: a sampled one would desynchronise tokens and features."""
     _images: dict[str | bytes, EncodedImage] = field(default_factory=dict)
     _features: dict[str | bytes, Tensor] = field(default_factory=dict)
-    _prompts: dict[str, EncodedPrompt] = field(default_factory=dict)
+    _prompts: dict[tuple[str, str | bytes], EncodedPrompt] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -83,7 +83,7 @@ class Policy:
 
     def encode(self, problem: Problem) -> EncodedPrompt:
         """Chat template, image tokens expanded, mRoPE positions. Cached by uid and image."""
-        key = f"{problem.uid}\0{problem.image!r}"
+        key = (problem.uid, problem.image)
         if key not in self._prompts:
             self._prompts[key] = self._encode(problem)
         return self._prompts[key]
