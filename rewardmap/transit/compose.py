@@ -8,66 +8,89 @@ from typing import Any
 
 import numpy as np
 
+from rewardmap.transit.fonts import map_font
 from rewardmap.transit.graph import Branch, Line, Network
-from rewardmap.transit.labels import Canvas, Label, Spot, place_labels
+from rewardmap.transit.labels import Canvas, Label, Lettering, Spot, place_labels
 from rewardmap.transit.layout import Layout, Stop, lay_out
-from rewardmap.transit.names import SCRIPTS, make_names
+from rewardmap.transit.names import HAN_SCRIPTS, SCRIPTS, city_name, make_names, romanised, station_name
+from rewardmap.transit.scenery import areas, corner_pieces, rounded, signs
 from rewardmap.transit.sketch import Plan, Track, sketch_lines
-from rewardmap.transit.styles import PALETTE, STYLES, Style, line_name
+from rewardmap.transit.styles import PALETTE, STYLES, Style, badge_texts, line_name, line_tints
 
-UNIT_PX = 50
+_UNIT_PX, _CROWDED_UNIT_PX, _CROWDED = 50, 60, 12
+"""Pixels between neighbouring nodes of the sketch; more on maps of more lines than ``_CROWDED``."""
+_TRIES = 4
+"""A sketch costs more than all that follows: so often its names, style and spacing are drawn before another is made."""
 _SIDE_PX, _TOP_PX = 125, 140
-_LEGEND_ROW_PX, _LEGEND_ENTRY_PX = 38, 170
+_LEGEND_ROW_PX, _LEGEND_ENTRY_PX, _LEGEND_SIDE_PX, _LEGEND_PILLS_PX = 38, 170, 200, 140
+_SCRIPT_SHARES = (0.2, 0.16, 0.16, 0.16, 0.1, 0.11, 0.11)
+_SUBTITLES = ("Rapid transit network", "Metro map", "Lines and stations", "Network map", "Urban railways")
 
 
 @dataclass(frozen=True, slots=True)
 class _Level:
-    plan: Plan
+    columns: int
+    rows: int
+    lines: tuple[int, ...]
+    """Numbers of lines, each as likely as the others."""
+    loop: float
+    branch: float
+    shared: float
+    through: float
     stations: tuple[int, int]
+    interchanges: int
+    """Fewest of them."""
+
+    def plan(self, lines: int) -> Plan:
+        """What is asked of the sketch; beyond nine lines the map grows with them."""
+        more = max(0, lines - 9)
+        columns, rows = self.columns + round(1.7 * more), self.rows + round(1.4 * more)
+        fewest = max(min(self.lines), lines - lines // 5)
+        return Plan(columns, rows, lines, fewest, self.loop, self.branch, self.shared, self.through)
 
 
 FULL_LEVELS = ("easy", "middle", "hard")
 _LEVELS = {
-    "easy": _Level(Plan(21, 15, (1, 2, 2, 3, 3), 0.25, 0.3, 0.2, 0.3), (21, 82)),
-    "middle": _Level(Plan(29, 23, (4, 5, 6), 0.35, 0.25, 0.25, 0.35), (38, 171)),
-    "hard": _Level(Plan(36, 32, (6, 7, 8, 9), 0.5, 0.2, 0.25, 0.4), (103, 403)),
+    "easy": _Level(21, 15, (1, 2, 2, 3, 3), 0.25, 0.3, 0.2, 0.3, (21, 82), 0),
+    "middle": _Level(29, 23, (4, 5, 6), 0.35, 0.25, 0.25, 0.35, (38, 171), 3),
+    "hard": _Level(36, 32, (6, 7, 7, 8, 8, 9, 9, 10, 11, 12, 14, 18, 22), 0.5, 0.2, 0.3, 0.4, (103, 403), 10),
 }
 
 
 def compose(level: str, rng: np.random.Generator, network_id: str) -> Network:
     """A random full-size network with its geometry in ``extras``; ``draw_map`` draws it.
 
-    Draws again until every interchange and terminal has room for its label and the size fits the level.
+    Draws again until every interchange and terminal has room for its label and the size fits the level. The wished
+    number of lines is drawn once, for large networks succeed less often than small ones.
     """
+    shape = _LEVELS[level]
+    plan = shape.plan(int(rng.choice(shape.lines)))
     while True:
-        network = _attempt(level, rng, network_id)
-        if network is not None:
-            return network
+        tracks = sketch_lines(plan, rng)
+        for _ in range(_TRIES if tracks is not None else 0):
+            network = _attempt(level, tracks or [], rng, network_id)
+            if network is not None:
+                return network
 
 
-def _attempt(level: str, rng: np.random.Generator, network_id: str) -> Network | None:
-    plan, (fewest, most) = _LEVELS[level].plan, _LEVELS[level].stations
+def _attempt(level: str, tracks: list[Track], rng: np.random.Generator, network_id: str) -> Network | None:
+    shape = _LEVELS[level]
+    fewest, most = shape.stations
     style = STYLES[str(rng.choice(sorted(STYLES)))]
-    tracks = sketch_lines(plan, rng)
-    if tracks is None:
-        return None
-    layout = lay_out(tracks, UNIT_PX, rng.uniform(54, 70), style.stroke + 2)
+    unit = _CROWDED_UNIT_PX if len(tracks) > _CROWDED else _UNIT_PX
+    length = unit * sum(len(path) for track in tracks for path in track.paths())
+    spacing = max(rng.uniform(54, 70), length / (0.95 * most))
+    layout = lay_out(tracks, unit, spacing, style.stroke + 2)
     if layout is None or not fewest <= len(layout.stops) <= most:
         return None
-    script = str(rng.choice(SCRIPTS, p=(0.28, 0.2, 0.2, 0.2, 0.12)))
+    if sum(len(stop.tracks) > 1 for stop in layout.stops) < shape.interchanges:
+        return None
+    script = str(rng.choice(SCRIPTS, p=_SCRIPT_SHARES))
     city, *names = make_names(rng, len(layout.stops) + 1, script)
-    tints = _tints(style, len(tracks), rng)
+    city = city_name(city, script)
+    tints = line_tints(style, level, len(tracks), rng)
     titles = [line_name(style, index, tint) for index, tint in enumerate(tints)]
-    return _Composer(level, network_id, style, tracks, layout, rng).network(city, names, titles, tints)
-
-
-def _tints(style: Style, count: int, rng: np.random.Generator) -> list[str]:
-    """Colours of the lines; where lines are called by colour, different initials come first, for the badges."""
-    tints = [str(name) for name in rng.permutation(sorted(PALETTE))]
-    if style.line_names == "colour":
-        first = {tint[0]: tint for tint in reversed(tints)}
-        tints.sort(key=lambda tint: first[tint[0]] != tint)
-    return tints[:count]
+    return _Composer(level, network_id, style, script, tracks, layout, rng).network(city, names, titles, tints)
 
 
 class _Composer:
@@ -78,22 +101,38 @@ class _Composer:
         level: str,
         network_id: str,
         style: Style,
+        script: str,
         tracks: list[Track],
         layout: Layout,
         rng: np.random.Generator,
     ) -> None:
-        self.level, self.network_id, self.style = level, network_id, style
+        self.level, self.network_id, self.style, self.script = level, network_id, style, script
         self.tracks, self.layout, self.rng = tracks, layout, rng
+        han = script in HAN_SCRIPTS
+        self.family = "han" if han else style.family
+        px = 16 if han else style.font_px
+        self.lettering = Lettering(self.family, px, px - 3, style.slanted)
         points = np.concatenate([curve for curves in layout.curves for curve in curves])
         low, high = points.min(axis=0), points.max(axis=0)
-        layout.shift(np.array([_SIDE_PX, _TOP_PX]) - low)
         width, tall = (math.ceil(value) for value in high - low)
-        width = max(2 * _SIDE_PX + width, 700)
-        self.per_row = (width - 80) // _LEGEND_ENTRY_PX
-        rows = -(-len(tracks) // self.per_row)
-        map_bottom = _TOP_PX + tall + 75
-        self.legend = (30, map_bottom, width - 30, map_bottom + rows * _LEGEND_ROW_PX + 22)
-        self.size = (width, self.legend[3] + 30)
+        left = _SIDE_PX + max(0, 700 - 2 * _SIDE_PX - width) // 2
+        layout.shift(np.array([left, _TOP_PX]) - low)
+        self.map_size = (max(2 * _SIDE_PX + width, 700), _TOP_PX + tall + 75)
+        width, bottom = self.map_size
+        if style.legend == "side":
+            self.per_row = 1
+            pills = style.badge == "pill"  # which say the whole name, so that only a heading stands with them
+            self.legend_head = 40 if pills else 0
+            side = _LEGEND_PILLS_PX if pills else _LEGEND_SIDE_PX
+            self.legend = (
+                width, 34, width + side - 30, 34 + self.legend_head + len(tracks) * _LEGEND_ROW_PX + 22
+            )  # fmt: skip
+            self.size = (width + side, max(bottom, self.legend[3]) + 30)
+        else:
+            self.per_row, self.legend_head = (width - 80) // _LEGEND_ENTRY_PX, 0
+            rows = -(-len(tracks) // self.per_row)
+            self.legend = (30, bottom, width - 30, bottom + rows * _LEGEND_ROW_PX + 22)
+            self.size = (width, self.legend[3] + 30)
 
     def network(self, city: str, names: list[str], titles: list[str], tints: list[str]) -> Network | None:
         name_of = {id(stop): name for stop, name in zip(self.layout.stops, names, strict=True)}
@@ -101,57 +140,52 @@ class _Composer:
         canvas = Canvas(self.size)
         self._block(canvas)
         badges = self._badges(canvas, titles, colours)
-        spots = [
-            Spot(
-                name_of[id(stop)],
-                stop.position,
-                stop.tangent,
-                self._radius(stop) + max(abs(lane) for lane in stop.lanes),
-                self._radius(stop, clear=True) + max(abs(lane) for lane in stop.lanes),
-                self.style.bold_hubs and len(stop.tracks) > 1,
-                stop.fixed,
-            )
-            for stop in self.layout.stops
-        ]
-        labels = place_labels(spots, canvas, self.style.font_px)
+        pieces = corner_pieces(canvas, self.map_size[1], self.map_size[0], self.rng)
+        spots = [self._spot(stop, name_of[id(stop)]) for stop in self.layout.stops]
+        labels = place_labels(spots, canvas, self.lettering)
         if labels is None:
             return None
-        kept = [stop for stop in self.layout.stops if labels[name_of[id(stop)]] is not None]
-        lines = self._lines(titles, colours, {id(stop): f"{name_of[id(stop)]} Station" for stop in kept})
+        kept = [(stop, label) for stop in self.layout.stops if (label := labels[name_of[id(stop)]]) is not None]
+        full = {id(stop): station_name(name_of[id(stop)], self.script) for stop, _ in kept}
+        lines = self._lines(titles, colours, full)
         if lines is None or len(kept) < _LEVELS[self.level].stations[0]:
             return None
-        placed = [labels[name_of[id(stop)]] for stop in kept]
+        places = np.array([stop.position for stop, _ in kept])
         geometry = {
             "style": self.style.name,
+            "family": self.family,
             "size": list(self.size),
-            "areas": self._areas(),
+            "areas": areas(self.style, (self.size[0], self.map_size[1]), self.rng),
             "lines": [
-                {"name": title, "colour": colour, "polylines": [_rounded(curve) for curve in curves]}
+                {"name": title, "colour": colour, "polylines": [rounded(curve) for curve in curves]}
                 for title, colour, curves in zip(titles, colours, self.layout.curves, strict=True)
             ],
-            "stations": [
-                self._station(stop, f"{name_of[id(stop)]} Station", label, colours)
-                for stop, label in zip(kept, placed, strict=True)
-                if label is not None
-            ],
-            "labels": [
-                _label(f"{name_of[id(stop)]} Station", label)
-                for stop, label in zip(kept, placed, strict=True)
-                if label is not None
-            ],
+            "stations": [self._station(stop, full[id(stop)], label, colours) for stop, label in kept],
+            "labels": [_label(full[id(stop)], label) for stop, label in kept],
             "panels": [list(self.legend)],
             "badges": badges + self._legend_badges(titles, colours),
-            "texts": self._texts(city, titles),
+            "distractors": pieces + signs(canvas, places, self.rng),
         }
+        geometry["texts"] = self._texts(city, titles, any(area["kind"] == "rail" for area in geometry["areas"]))
         positions = {
-            f"{name_of[id(stop)]} Station": (
-                round(float(stop.position[0]), 1),
-                round(float(stop.position[1]), 1),
-            )
-            for stop in kept
+            full[id(stop)]: (round(float(stop.position[0]), 1), round(float(stop.position[1]), 1)) for stop, _ in kept
         }
         return Network(
             self.network_id, self.level, lines, positions, self.size, self.style.name, {"geometry": geometry}
+        )
+
+    def _spot(self, stop: Stop, name: str) -> Spot:
+        lane = max(abs(lane) for lane in stop.lanes)
+        return Spot(
+            name,
+            stop.position,
+            stop.tangent,
+            self._radius(stop) + lane,
+            self._radius(stop, clear=True) + lane,
+            len(stop.tracks) > 1,
+            self.style.bold_hubs and len(stop.tracks) > 1,
+            stop.fixed,
+            romanised(name) if self.script == "bilingual" else "",
         )
 
     def _radius(self, stop: Stop, clear: bool = False) -> float:
@@ -161,10 +195,10 @@ class _Composer:
             return radius if stop.fixed else 7.5
         if stop.terminal:
             return 7.5
-        radius = {"tick": 3.0, "dot": 3.2, "ring": 6.2, "pip": 5.4}[self.style.marker]
+        radius = {"tick": 3.0, "dot": 3.2, "ring": 6.2, "pip": 5.4, "bar": 3.0, "pearl": 6.6}[self.style.marker]
         if not clear:
             return radius
-        return max(radius, self.style.stroke / 2 + (6 if self.style.marker == "tick" else 1))
+        return max(radius, self.style.stroke / 2 + {"tick": 6, "bar": 4}.get(self.style.marker, 1))
 
     def _block(self, canvas: Canvas) -> None:
         for curves in self.layout.curves:
@@ -187,35 +221,63 @@ class _Composer:
             ends = [(curves[0][0], curves[0][4]), *((curve[-1], curve[-5]) for curve in curves)]
             for tip, inner in ends:
                 outward = (tip - inner) / np.linalg.norm(tip - inner)
-                centre = tip + outward * (25 if abs(outward).max() > 0.9 else 30)
-                box = centre + np.array([[-11, -11], [11, -11], [11, 11], [-11, 11]])
-                occupied = canvas.occupied()
-                low, high = box.min(axis=0) / 2, box.max(axis=0) / 2
-                room = occupied[int(low[1]) : int(high[1]) + 1, int(low[0]) : int(high[0]) + 1]
-                if room.any():
-                    continue
-                canvas.polygon(box)
-                badges.append(_badge(titles[number], colours[number], centre, 11))
+                badge = self._badge(titles, titles[number], colours[number], 11)
+                half = np.array(badge["half"])
+                # Along a slope a corner of the box would come close to the terminal first.
+                reach = min(half / np.maximum(np.abs(outward), 1e-6)) + (14 if abs(outward).max() > 0.9 else 19)
+                centre = tip + outward * reach
+                if canvas.free(centre - half, centre + half):
+                    canvas.polygon(centre + half * np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]))
+                    badges.append(badge | {"x": round(float(centre[0]), 1), "y": round(float(centre[1]), 1)})
         return badges
 
+    def _badge(self, titles: list[str], line: str, colour: str, radius: int) -> dict[str, Any]:
+        """A line's badge without its place: text, colours, half its width and height."""
+        red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+        ink = "#101418" if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "#ffffff"
+        pill = self.style.badge == "pill"
+        text = line if pill else badge_texts(titles)[line]
+        px = round(radius * (1.25 if len(text) == 1 else 1.2 if pill else 1.05))
+        wide = map_font(px, True, self.family).getlength(text) / 2 + 7 if pill else radius
+        return {
+            "line": line, "text": text, "px": px, "colour": colour, "ink": ink, "half": [round(wide, 1), radius],
+            "shape": self.style.badge,
+        }  # fmt: skip
+
     def _legend_badges(self, titles: list[str], colours: list[str]) -> list[dict[str, Any]]:
-        return [
-            _badge(title, colour, np.array(self._entry(index)), 12)
-            for index, (title, colour) in enumerate(zip(titles, colours, strict=True))
-        ]
+        badges = []
+        for index, (title, colour) in enumerate(zip(titles, colours, strict=True)):
+            badge = self._badge(titles, title, colour, 12)
+            x, y = self._entry(index)
+            badges.append(badge | {"x": round(x - 12 + badge["half"][0], 1), "y": y})
+        return badges
 
     def _entry(self, index: int) -> tuple[float, float]:
         row, column = divmod(index, self.per_row)
-        return 64 + column * _LEGEND_ENTRY_PX, self.legend[1] + 30 + row * _LEGEND_ROW_PX
+        x, y = self.legend[0] + 34, self.legend[1] + self.legend_head + 30
+        return x + column * _LEGEND_ENTRY_PX, y + row * _LEGEND_ROW_PX
 
-    def _texts(self, city: str, titles: list[str]) -> list[dict[str, Any]]:
+    def _texts(self, city: str, titles: list[str], rail: bool) -> list[dict[str, Any]]:
+        """Title, names of the lines, and what the pale strokes of another railway are."""
+        han = self.script in HAN_SCRIPTS
+        subtitle = _SUBTITLES[int(self.rng.integers(len(_SUBTITLES)))]
+        if han:
+            subtitle = "轨道交通线网示意图" if self.script == "chinese" else f"{romanised(city)} · {subtitle}"
         texts = [
             {"text": city, "x": 40, "y": 46, "px": 38, "bold": True, "anchor": "lm"},
-            {"text": "Rapid transit network", "x": 42, "y": 82, "px": 17, "bold": False, "anchor": "lm"},
+            {"text": subtitle, "x": 42, "y": 82, "px": 17, "bold": False, "anchor": "lm"},
         ]
         for index, title in enumerate(titles):
             x, y = self._entry(index)
-            texts.append({"text": title, "x": x + 22, "y": y, "px": 17, "bold": False, "anchor": "lm"})
+            if self.style.badge != "pill":
+                texts.append({"text": title, "x": x + 22, "y": y, "px": 17, "bold": False, "anchor": "lm"})
+        if self.legend_head:
+            x, y = self.legend[0] + 22, self.legend[1] + 30
+            head = "线路" if self.script == "chinese" else "Lines"
+            texts.append({"text": head, "x": x, "y": y, "px": 19, "bold": True, "anchor": "lm"})
+        if rail:
+            note = "Pale dashes: railways of other operators"
+            texts.append({"text": note, "x": 40, "y": self.size[1] - 15, "px": 14, "bold": False, "anchor": "lm"})
         return texts
 
     def _lines(self, titles: list[str], colours: list[str], names: dict[int, str]) -> tuple[Line, ...] | None:
@@ -244,57 +306,16 @@ class _Composer:
             "side": 1 if float((np.array(label.centre) - stop.position) @ across) > 0 else -1,
         }
 
-    def _areas(self) -> list[dict[str, Any]]:
-        """Zone, parks and a river, all beneath the track."""
-        rng, (width, height) = self.rng, (self.size[0], self.legend[1])
-        turn = np.linspace(0, 2 * np.pi, 60)
-        areas: list[dict[str, Any]] = []
-        if self.style.zone:
-            reach = np.array([width, height]) * rng.uniform(0.26, 0.34)
-            c, s = np.cos(turn), np.sin(turn)
-            ring = np.stack([np.sign(c) * abs(c) ** 0.6, np.sign(s) * abs(s) ** 0.6], axis=1)
-            areas.append(_area("zone", ring * reach + np.array([width, height]) / 2, 0))
-        for _ in range(int(rng.integers(1, 4))):
-            radius = rng.uniform(50, 110) * (1 + 0.2 * np.sin(turn * 3 + rng.uniform(0, 6)))
-            centre = np.array([rng.uniform(0.12, 0.88) * width, rng.uniform(0.2, 0.9) * height])
-            blob = np.stack([np.cos(turn) * 1.3, np.sin(turn)], axis=1) * radius[:, None]
-            areas.append(_area("park", centre + blob, 0))
-        if rng.random() < 0.75:
-            t = np.linspace(-0.05, 1.05, 80)
-            sway = 0.10 * np.sin(2 * np.pi * (t * rng.uniform(0.6, 1.3) + rng.random()))
-            sway += 0.03 * np.sin(2 * np.pi * (t * 2.3 + rng.random()))
-            level = rng.uniform(0.3, 0.75)
-            if rng.random() < 0.5:
-                course = np.stack([t * width, (level + sway) * height], axis=1)
-            else:
-                course = np.stack([(level + sway) * width, t * (height + 200)], axis=1)
-            areas.append(_area("water", course, round(rng.uniform(34, 64))))
-        return areas
-
-
-def _area(kind: str, points: np.ndarray, width: int) -> dict[str, Any]:
-    return {"kind": kind, "points": _rounded(points), "width": width}
-
-
-def _rounded(points: np.ndarray) -> list[list[float]]:
-    return [[round(float(x), 1), round(float(y), 1)] for x, y in points]
-
-
-def _badge(line: str, colour: str, centre: np.ndarray, radius: float) -> dict[str, Any]:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    ink = "#101418" if 0.299 * red + 0.587 * green + 0.114 * blue > 150 else "#ffffff"
-    x, y = round(float(centre[0]), 1), round(float(centre[1]), 1)
-    return {"line": line, "colour": colour, "ink": ink, "x": x, "y": y, "radius": radius}
-
 
 def _label(name: str, label: Label) -> dict[str, Any]:
     return {
         "station": name,
         "lines": list(label.lines),
+        "px": list(label.px),
         "centre": [round(value, 1) for value in label.centre],
         "box": [round(value, 1) for value in label.size],
         "angle": label.angle,
         "align": label.align,
         "bold": label.bold,
-        "corners": _rounded(label.corners()),
+        "corners": rounded(label.corners()),
     }

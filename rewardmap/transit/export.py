@@ -1,7 +1,7 @@
-"""Writes data sets in ReasonMap-Train's form: pictures, flat networks, and rows as ``datasets`` saves them.
+"""Writes generated data sets: pictures, flat networks, true networks, and rows in one of three released forms.
 
-A data folder holds ``maps/<country>/<city>.png``, ``stations/<country>/<city>.json`` and ``data/ReasonMap-
-Train``.
+A data folder holds ``maps/<country>/<city>.png``, ``stations/<country>/<city>.json``, ``geometry/`` and the rows: under
+``data/ReasonMap-Train`` as ``datasets`` saves them, or as ``data/<split>-*.parquet`` (ReasonMap, ReasonMap-Plus).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 
 from rewardmap.transit.compose import FULL_LEVELS
 from rewardmap.transit.draw import draw_map, encode_png
+from rewardmap.transit.forms import FORMS, Form, write_parquet
 from rewardmap.transit.generate import TINY_LEVELS, generate_network
 from rewardmap.transit.grid import TINY_GRID_LEVELS
 from rewardmap.transit.grid_floor import FLOOR_LEVELS
@@ -28,7 +29,7 @@ from rewardmap.transit.topology import network_as_json
 from rewardmap.types import KINDS
 
 DATA_FOLDER = "data/ReasonMap-Train"
-GENERATOR_VERSION = "1.0"
+GENERATOR_VERSION = "2.0"
 """Changes whenever a seed gives other bytes than before."""
 PRESET_LEVELS = {"tiny": TINY_LEVELS, "full": FULL_LEVELS, "grid-tiny": TINY_GRID_LEVELS, "grid": FLOOR_LEVELS}
 """Map levels of a preset; maps take them in turn, so that each level has a third of the maps."""
@@ -43,14 +44,18 @@ def write_dataset(
     maps: Mapping[str, int],
     preset: str = "tiny",
     seed: int = 0,
+    form: Form = "ReasonMap-Train",
     progress: Progress | None = None,
 ) -> None:
     """Generates a data set with ``maps[split]`` maps per split and writes it to the new folder ``folder``.
 
-    Same preset, maps and seed: same bytes. The folder appears at once, when it is complete. Raises ValueError
-    for an unknown preset, a split without maps, or a folder that exists already.
+    Same preset, maps and seed: same maps and questions, in each form the same bytes. ReasonMap takes the planning
+    questions, short and long, ReasonMap-Plus the others, ReasonMap-Train all. The folder appears at once, when it is
+    complete. Raises ValueError for an unknown preset or form, a split without maps, or a folder that exists already.
     """
     folder = Path(folder)
+    if form not in FORMS:
+        raise ValueError(f"unknown form {form!r}; known forms: {', '.join(FORMS)}")
     if preset not in PRESET_LEVELS:
         raise ValueError(f"unknown preset {preset!r}; known presets: {', '.join(PRESET_LEVELS)}")
     if not maps or min(maps.values()) < 1:
@@ -70,15 +75,36 @@ def write_dataset(
                 done += 1
                 if progress is not None:
                     progress(done, sum(maps.values()))
-            write_rows(partial, rows, split)
+            if form == "ReasonMap-Train":
+                write_rows(partial, rows, split)
+            else:
+                write_parquet(partial, rows, split, form)
+                rows = [row for row in rows if (row["type"] == "planning") == (form == "ReasonMap")]
             counts[split] = Counter(str(row["type"]) for row in rows)
-        (partial / "README.md").write_text(_card(preset, seed, maps, counts), encoding="utf-8")
+        (partial / "README.md").write_text(_card(preset, seed, form, maps, counts), encoding="utf-8")
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _card(preset: str, seed: int, maps: Mapping[str, int], counts: Mapping[str, Counter[str]]) -> str:
+_ROWS = {
+    "ReasonMap-Train": """\
+- `data/ReasonMap-Train/`: the questions; `datasets.load_from_disk` reads them.
+- `answer`: TorF 1 yes, 0 no; Counting1 the index of the right choice; Counting2 and Counting3 the number; planning -1.
+- `fine_grained_answer` (JSON): the stops between, the lines of a stop, or every optimal route (fewest transfers,
+  then fewest stops) with its via stops.""",
+    "ReasonMap-Plus": """\
+- `data/*.parquet`: the questions, one file a split; `figure` and `json` are paths inside this folder.
+- `answer`: TorF 1 yes, 0 no; Counting1 the index of the right choice; Counting2 and Counting3 the number.
+- `fine_grained_answer` (JSON): the stops between, or the lines of a stop.""",
+    "ReasonMap": """\
+- `data/*.parquet`: the questions, one file a split; `figure` is the picture as base64 text, `json` the stations lists.
+- `question_short` asks for the legs alone, `question_long` also for the number of via stops (half) or their names.
+- `routes`: every optimal route (fewest transfers, then fewest stops) with its via stops.""",
+}
+
+
+def _card(preset: str, seed: int, form: Form, maps: Mapping[str, int], counts: Mapping[str, Counter[str]]) -> str:
     """The data card: what is inside, how it was made, and how to make it again."""
     levels = ", ".join(PRESET_LEVELS[preset])
     cells = {
@@ -86,6 +112,7 @@ def _card(preset: str, seed: int, maps: Mapping[str, int], counts: Mapping[str, 
     }
     table = "\n".join(f"| {' | '.join(map(str, row))} |" for row in cells.values())
     splits = ", ".join(f'"{split}": {count}' for split, count in maps.items())
+    chosen = "" if form == "ReasonMap-Train" else f', form="{form}"'
     maps_of, world = "transit maps", "transit networks"
     if preset.startswith("grid"):
         maps_of, world = "floor maps", "warehouse floors with one-way aisles"
@@ -96,7 +123,7 @@ tags: [synthetic, maps, spatial-reasoning]
 ---
 # Generated {maps_of}, preset {preset}, seed {seed}
 
-Invented {world} with drawn maps and questions in the schema of ReasonMap-Train. Nothing in it is real:
+Invented {world} with drawn maps and questions in the schema of {form}. Nothing in it is real:
 networks, names and pictures come from a random generator. Levels, in turn: {levels}. No map is in two splits.
 
 | split | maps | {" | ".join(KINDS)} | questions |
@@ -105,17 +132,14 @@ networks, names and pictures come from a random generator. Levels, in turn: {lev
 
 - `maps/`: pictures. `stations/`: the flat station lists that the published reward reads.
 - `geometry/`: the true networks (loops, branches) with coordinates, drawn polylines and label boxes in pixels.
-- `data/ReasonMap-Train/`: the questions; `datasets.load_from_disk` reads them.
-- `answer`: TorF 1 yes, 0 no; Counting1 the index of the right choice; Counting2 and Counting3 the number; planning -1.
-- `fine_grained_answer` (JSON): the stops between, the lines of a stop, or every optimal route (fewest transfers,
-  then fewest stops) with its via stops.
+{_ROWS[form]}
 
 Made by generator version {GENERATOR_VERSION}; the same version gives the same bytes again:
 
 ```python
 from rewardmap.transit import write_dataset
 
-write_dataset("FOLDER", maps={{{splits}}}, preset="{preset}", seed={seed})
+write_dataset("FOLDER", maps={{{splits}}}, preset="{preset}", seed={seed}{chosen})
 ```
 """
 

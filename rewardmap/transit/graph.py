@@ -17,6 +17,8 @@ import numpy as np
 
 TRANSFER_MARK = " (Transfer Station)"
 BRANCH_MARK = " (Branch-starting Station)"
+HAN_TRANSFER_MARK, HAN_BRANCH_MARK = "（换乘站）", "（支线起始站）"
+"""What the released Chinese lists write instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,12 +134,13 @@ class Network:
         data: dict[str, list[str]] = {}
         for line in self.lines:
             joints = {branch.stations[0] for branch in line.branches}
-            data[line.name] = [
-                stop
-                + (BRANCH_MARK if stop in joints else "")
-                + (TRANSFER_MARK if len(self._lines_of[stop]) > 1 else "")
-                for stop in line.stops()
-            ]
+            data[line.name] = []
+            for stop in line.stops():
+                han = stop.endswith("站")
+                marks = (HAN_BRANCH_MARK if han else BRANCH_MARK) if stop in joints else ""
+                if len(self._lines_of[stop]) > 1:
+                    marks += HAN_TRANSFER_MARK if han else TRANSFER_MARK
+                data[line.name].append(stop + marks)
         return data
 
     def transfer_marks(self) -> int:
@@ -171,6 +174,26 @@ class Network:
             moves = [((number, index + step), 0, 1) for step in steps if 0 <= index + step < len(service)]
         moves += [(other, 1, 0) for other in self._states[service[index]] if other[0] != number]
         return moves
+
+    def ride(self, line: str, departure: str, arrival: str) -> Leg | None:
+        """The shortest ride on one train of a line, or None where no train of it runs that way. Raises KeyError."""
+        found: list[tuple[str, ...]] = []
+        chosen = self.line(line)
+        for service in chosen.services():
+            stops = service[:-1] if _closed(service) else service
+            if departure == arrival or departure not in stops or arrival not in stops:
+                continue
+            start, end = stops.index(departure), stops.index(arrival)
+            if start < end:
+                found.append(stops[start + 1 : end])
+            elif not chosen.one_way:
+                found.append(stops[end + 1 : start][::-1])
+            if _closed(service):
+                if start > end:
+                    found.append(stops[start + 1 :] + stops[:end])
+                elif not chosen.one_way:
+                    found.append((stops[end + 1 :] + stops[:start])[::-1])
+        return Leg(line, departure, arrival, min(found, key=len)) if found else None
 
     def fewest_transfers(self) -> np.ndarray:
         """[S, S] int: fewest transfers from station to station in the order of ``stations``; -1 where none leads there.

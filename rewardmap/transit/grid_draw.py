@@ -8,9 +8,9 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from rewardmap.transit.fonts import map_font
 from rewardmap.transit.graph import Network
 from rewardmap.transit.grid_floor import BAY_PX, LANE_PX
-from rewardmap.transit.labels import map_font
 
 _SCALE = 4
 _INK = "#16181d"

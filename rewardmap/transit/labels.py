@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from rewardmap.transit.fonts import map_font
 
 _CELL = 2
 """Pixels of the picture per cell of the occupancy raster."""
@@ -15,15 +18,18 @@ _GAP_PX = 5.0
 _MARGIN_PX = 8
 _LEAD_PX = 2.5
 """By how much a label lies closer to its own station's marker than to any other."""
+LINE_HEIGHT = 1.18
+"""Distance of two text lines, in the size of their type."""
 
 
-@lru_cache(maxsize=32)
-def map_font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans as matplotlib ships it: Latin, Greek and Cyrillic, the same on every machine."""
-    import matplotlib
+@dataclass(frozen=True, slots=True)
+class Lettering:
+    """How a map is lettered: family, type sizes [px] of names and of their second script, slant on flat track."""
 
-    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf" / name), size)
+    family: str
+    px: int
+    small_px: int
+    slanted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,8 @@ class Label:
     """A placed label. ``angle``: degrees counter-clockwise; ``centre`` and ``size`` of its box before rotation."""
 
     lines: tuple[str, ...]
+    px: tuple[int, ...]
+    """Type size of each text line."""
     centre: tuple[float, float]
     size: tuple[float, float]
     angle: float
@@ -52,8 +60,11 @@ class Spot:
     tangent: np.ndarray
     radius: float
     room: float
+    hub: bool
     bold: bool
     needed: bool
+    second: str = ""
+    """The name in Latin letters, written below it in small type; empty where there is none."""
 
 
 class Canvas:
@@ -61,46 +72,58 @@ class Canvas:
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.size = size
-        self._image = Image.new("L", (size[0] // _CELL + 1, size[1] // _CELL + 1))
-        self._pen = ImageDraw.Draw(self._image)
+        self.taken = np.zeros((size[1] // _CELL + 1, size[0] // _CELL + 1), dtype=bool)
+        """[rows, columns], one per ``_CELL`` pixels."""
 
     def line(self, points: np.ndarray, width: float) -> None:
         """Blocks a stroke."""
-        flat = [(float(x) / _CELL, float(y) / _CELL) for x, y in points]
-        self._pen.line(flat, fill=255, width=max(1, round(width / _CELL)), joint="curve")
+        shapes = points / _CELL
+        wide = max(1, round(width / _CELL))
+        self._block(shapes, wide, lambda pen, at: pen.line(at, fill=255, width=wide, joint="curve"))
 
     def disc(self, centre: np.ndarray, radius: float) -> None:
         """Blocks a marker."""
-        x, y, r = float(centre[0]) / _CELL, float(centre[1]) / _CELL, radius / _CELL
-        self._pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
+        box = np.array([centre - radius, centre + radius]) / _CELL
+        self._block(box, 1, lambda pen, at: pen.ellipse(at, fill=255))
 
     def polygon(self, corners: np.ndarray) -> None:
         """Blocks a box."""
-        self._pen.polygon([(float(x) / _CELL, float(y) / _CELL) for x, y in corners], fill=255)
+        self._block(corners / _CELL, 1, lambda pen, at: pen.polygon(at, fill=255))
 
-    def occupied(self) -> np.ndarray:
-        """[rows, columns] bool; a view that later drawing changes only after the next call."""
-        return np.asarray(self._image) > 0
+    def free(self, low: np.ndarray, high: np.ndarray) -> bool:
+        """Is the box between two corners [2] inside the picture and empty?"""
+        if min(low) < 0 or high[0] >= self.size[0] or high[1] >= self.size[1]:
+            return False
+        (x0, y0), (x1, y1) = (low / _CELL).astype(int), (high / _CELL).astype(int)
+        return not bool(self.taken[y0 : y1 + 1, x0 : x1 + 1].any())
+
+    def _block(self, shape: np.ndarray, room: int, draw: Callable[[ImageDraw.ImageDraw, list[Any]], None]) -> None:
+        low = np.maximum(np.floor(shape.min(axis=0)).astype(int) - room, 0)
+        high = np.minimum(np.ceil(shape.max(axis=0)).astype(int) + room + 1, self.taken.shape[::-1])
+        if (high <= low).any():
+            return
+        patch = Image.new("L", (int(high[0] - low[0]), int(high[1] - low[1])))
+        draw(ImageDraw.Draw(patch), [(float(x), float(y)) for x, y in shape - low])
+        self.taken[low[1] : high[1], low[0] : high[0]] |= np.asarray(patch) > 0
 
 
-def place_labels(spots: list[Spot], canvas: Canvas, font_px: int) -> dict[str, Label | None] | None:
+def place_labels(spots: list[Spot], canvas: Canvas, lettering: Lettering) -> dict[str, Label | None] | None:
     """A label for each spot, or None where none fits; ``canvas`` then holds the labels too.
 
     Spots that need a label come first; ordinary ones that would lie as close to such a label as its own
     station go without. Then the ordinary ones with least room. None in all where a needed label does not fit.
     """
-    taken = canvas.occupied()
     placed: dict[str, Label | None] = {}
     alive = [spot for spot in spots if spot.needed]
     for needed in (True, False):
         wanting = [spot for spot in alive if spot.needed == needed]
         options = [
-            [label for label in _candidates(spot, font_px) if _fits(label, taken, canvas.size)] for spot in wanting
+            [label for label in _candidates(spot, lettering) if _fits(label, canvas)] for spot in wanting
         ]
         for i in sorted(range(len(wanting)), key=lambda i: len(options[i])):
             spot = wanting[i]
             chosen = next(
-                (label for label in options[i] if _fits(label, taken, canvas.size) and not _rivals(label, spot, alive)),
+                (label for label in options[i] if _fits(label, canvas) and not _rivals(label, spot, alive)),
                 None,
             )
             if needed and chosen is None:
@@ -108,8 +131,7 @@ def place_labels(spots: list[Spot], canvas: Canvas, font_px: int) -> dict[str, L
             placed[spot.name] = chosen
             if chosen is not None:
                 size = (chosen.size[0] + 12, chosen.size[1] + 4)
-                canvas.polygon(Label((), chosen.centre, size, chosen.angle, "", False).corners())
-                taken = canvas.occupied()
+                canvas.polygon(Label((), (), chosen.centre, size, chosen.angle, "", False).corners())
         if needed:
             ordinary = [spot for spot in spots if not spot.needed]
             crowded = {
@@ -129,65 +151,71 @@ def _rotation(angle: float) -> np.ndarray:
     return np.array([[c, -s], [s, c]])
 
 
-@lru_cache(maxsize=4096)
-def _text_size(lines: tuple[str, ...], font_px: int, bold: bool) -> tuple[float, float]:
-    font = map_font(font_px, bold)
-    return max(font.getlength(line) for line in lines), font_px * (1.18 * len(lines) - 0.12)
+@lru_cache(maxsize=8192)
+def _text_size(
+    lines: tuple[str, ...], px: tuple[int, ...], bold: bool, family: str
+) -> tuple[float, float]:
+    wide = max(map_font(size, bold, family).getlength(line) for line, size in zip(lines, px, strict=True))
+    return wide, sum(px) * LINE_HEIGHT - 0.12 * px[-1]
 
 
-def _splits(name: str) -> list[tuple[str, ...]]:
-    """The name in one line, and in two where it has a space."""
-    words = name.split()
+def _wordings(spot: Spot, lettering: Lettering) -> list[tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Text lines and their sizes: the name in one line, in two where it has a space; always two in two scripts."""
+    if spot.second:
+        return [((spot.name, spot.second), (lettering.px, lettering.small_px))]
+    words = spot.name.split()
+    one = ((spot.name,), (lettering.px,))
     if len(words) == 1:
-        return [(name,)]
+        return [one]
     cut = min(range(1, len(words)), key=lambda i: abs(len(" ".join(words[:i])) - len(" ".join(words[i:]))))
-    return [(name,), (" ".join(words[:cut]), " ".join(words[cut:]))]
+    return [one, ((" ".join(words[:cut]), " ".join(words[cut:])), (lettering.px,) * 2)]
 
 
-def _candidates(spot: Spot, font_px: int) -> list[Label]:
+def _candidates(spot: Spot, lettering: Lettering) -> list[Label]:
     """Possible labels, best first: beside steep track, above or below flat track, slanted where it is crowded."""
     gap = spot.room + _GAP_PX
     x, y = float(spot.position[0]), float(spot.position[1])
     flat = abs(spot.tangent[0]) > 0.85
+    slanted = lettering.slanted and flat and not spot.hub
     found: list[tuple[float, Label]] = []
+    for text, px in _wordings(spot, lettering):
+        w, h = size = _text_size(text, px, spot.bold, lettering.family)
 
-    def offer(cost: float, lines: tuple[str, ...], dx: float, dy: float, angle: float, align: str) -> None:
-        size = _text_size(lines, font_px, spot.bold)
-        found.append((cost, Label(lines, (x + dx, y + dy), size, angle, align, spot.bold)))
+        def offer(
+            cost: float, dx: float, dy: float, angle: float, align: str,
+            text: tuple[str, ...] = text, px: tuple[int, ...] = px, size: tuple[float, float] = size,
+        ) -> None:  # fmt: skip
+            found.append((cost, Label(text, px, (x + dx, y + dy), size, angle, align, spot.bold)))
 
-    for lines in _splits(spot.name):
-        w, h = _text_size(lines, font_px, spot.bold)
-        two = 0.6 * (len(lines) - 1)
+        broken = len(text) > 1 and not spot.second
+        two = 0.6 * broken
         side, corner = (2.0, 1.2) if flat else (0.0, 1.0)
-        offer(side + two, lines, gap + w / 2, 0, 0, "left")
-        offer(side + 0.3 + two, lines, -gap - w / 2, 0, 0, "right")
+        offer(side + two, gap + w / 2, 0, 0, "left")
+        offer(side + 0.3 + two, -gap - w / 2, 0, 0, "right")
         near = 0.72 * gap
         for sx, align in ((1, "left"), (-1, "right")):
             for sy in (-1, 1):
-                offer(corner + two + 0.1 * (sx < 0), lines, sx * (near + w / 2), sy * (near + h / 2), 0, align)
+                offer(corner + two + 0.1 * (sx < 0), sx * (near + w / 2), sy * (near + h / 2), 0, align)
         for sy, cost in ((-1, 0.0), (1, 0.1)):
-            offer(cost + (0.0 if flat else 1.5) + 0.3 * two, lines, 0, sy * (gap + h / 2), 0, "centre")
-            for sx in (1, -1):
+            offer(cost + (0.0 if flat else 1.5) + 0.3 * two, 0, sy * (gap + h / 2), 0, "centre")
+            for sx, align in ((1, "left"), (-1, "right")):
                 slide = 0.5 if flat else 2.0
-                offer(
-                    cost + slide + two,
-                    lines,
-                    sx * (w / 2 - 8),
-                    sy * (gap + h / 2),
-                    0,
-                    "left" if sx > 0 else "right",
-                )
+                offer(cost + slide + two, sx * (w / 2 - 8), sy * (gap + h / 2), 0, align)
         if spot.needed:  # between two lines that cross at 45 degrees there is room only a little further out
             for sx, align in ((1, "left"), (-1, "right")):
                 for sy in (-1, 1):
-                    offer(3 + two, lines, sx * (gap + 22 + w / 2), sy * (10 + h / 2), 0, align)
-        if len(lines) > 1:
+                    offer(3 + two, sx * (gap + 22 + w / 2), sy * (10 + h / 2), 0, align)
+        if broken:
             continue
         reach = gap + w / 2
         for angle, cost in ((45.0, 1.6), (-45.0, 2.4), (90.0, 4.0)):
             along = np.array([1.0, 0.0]) @ _rotation(angle)
-            offer(cost, lines, float(along[0]) * reach, float(along[1]) * reach, angle, "left")
-            offer(cost + 0.2, lines, -float(along[0]) * reach, -float(along[1]) * reach, angle, "right")
+            offer(cost, float(along[0]) * reach, float(along[1]) * reach, angle, "left")
+            offer(cost + 0.2, -float(along[0]) * reach, -float(along[1]) * reach, angle, "right")
+        if flat and abs(spot.tangent[1]) < 0.1:  # a corner of the text, not the middle of its side, stands at the stop
+            dx, dy = 0.7071 * (w - h) / 2, -0.7071 * (w + h) / 2 - gap
+            offer(-1.0 if slanted else 1.6, dx, dy, 45.0, "left")
+            offer(-0.5 if slanted else 1.8, -dx, -dy, 45.0, "right")
     return [label for _, label in sorted(found, key=lambda pair: pair[0])]
 
 
@@ -200,15 +228,15 @@ def _grid(size: tuple[float, float], angle: float) -> tuple[np.ndarray, np.ndarr
     return points / _CELL, points.max(axis=0)
 
 
-def _fits(label: Label, taken: np.ndarray, size: tuple[int, int]) -> bool:
+def _fits(label: Label, canvas: Canvas) -> bool:
     points, (half_w, half_h) = _grid(label.size, label.angle)
     x, y = label.centre
-    if x - half_w < _MARGIN_PX or x + half_w > size[0] - _MARGIN_PX:
+    if x - half_w < _MARGIN_PX or x + half_w > canvas.size[0] - _MARGIN_PX:
         return False
-    if y - half_h < _MARGIN_PX or y + half_h > size[1] - _MARGIN_PX:
+    if y - half_h < _MARGIN_PX or y + half_h > canvas.size[1] - _MARGIN_PX:
         return False
     cells = (points + np.array([x, y]) / _CELL).astype(np.intp)
-    return not bool(taken[cells[:, 1], cells[:, 0]].any())
+    return not bool(canvas.taken[cells[:, 1], cells[:, 0]].any())
 
 
 def _rivals(label: Label, spot: Spot, others: list[Spot]) -> list[Spot]:

@@ -219,8 +219,9 @@ def _curve(walk: list[tuple[Stretch, bool]], number: int, lane_px: float) -> np.
     for i, (stretch, backwards) in enumerate(walk):
         points = stretch.points[::-1] if backwards else stretch.points
         shift = np.full(len(points), offsets[i])
-        ramp = min(10, len(points) // 2)
-        ease = np.sin(np.linspace(0, np.pi / 2, ramp)) ** 2
+        ramp = min(9, len(points) // 2)
+        # Steep where the interchange's marker hides it: lines of a bundle part soon, and no sliver stays between them.
+        ease = np.sin(np.linspace(0, np.pi / 2, ramp))
         if offsets[i]:
             if i == 0 or offsets[i - 1] != offsets[i]:
                 shift[:ramp] *= ease

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from rewardmap.transit.labels import map_font
-from rewardmap.transit.styles import STYLES, Style, badge_text
+from rewardmap.transit.fonts import map_font
+from rewardmap.transit.labels import LINE_HEIGHT
+from rewardmap.transit.ornaments import draw_distractor, draw_rail
+from rewardmap.transit.styles import STYLES, Style
 
 _SCALE = 2
 """Strokes and markers are drawn this much larger and averaged down; text is drawn at its own size."""
@@ -22,6 +24,9 @@ def render(geometry: dict[str, Any]) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     for area in geometry["areas"]:
         points = [(x * _SCALE, y * _SCALE) for x, y in area["points"]]
+        if area["kind"] == "rail":
+            draw_rail(pen, points, style, area["width"] * _SCALE)
+            continue
         colour = {"water": style.water, "park": style.park, "zone": style.zone}[area["kind"]]
         if area["width"]:
             _stroke(pen, points, colour, area["width"] * _SCALE)
@@ -40,8 +45,12 @@ def render(geometry: dict[str, Any]) -> Image.Image:
         x0, y0, x1, y1 = (value * _SCALE for value in box)
         pen.rounded_rectangle((x0, y0, x1, y1), 10 * _SCALE, fill=style.panel)
     for badge in geometry["badges"]:
-        x, y, r = badge["x"] * _SCALE, badge["y"] * _SCALE, badge["radius"] * _SCALE
-        pen.rounded_rectangle((x - r, y - r, x + r, y + r), r * 0.45, fill=badge["colour"])
+        x, y = badge["x"] * _SCALE, badge["y"] * _SCALE
+        w, h = (half * _SCALE for half in badge["half"])
+        corner = h * {"square": 0.45, "disc": 1.0, "pill": 0.6}[badge["shape"]]
+        pen.rounded_rectangle((x - w, y - h, x + w, y + h), corner, fill=badge["colour"])
+    for piece in geometry["distractors"]:
+        draw_distractor(pen, piece, style, _SCALE)
     picture = picture.reduce(_SCALE)
     _texts(picture, style, geometry)
     return picture
@@ -82,6 +91,16 @@ def _capsule(pen: ImageDraw.ImageDraw, ends: list[tuple[float, float]], r: float
         _disc(pen, x, y, r, fill)
 
 
+def _dumb_bell(
+    pen: ImageDraw.ImageDraw, ends: list[tuple[float, float]], r: float, rim: float, dark: str, paper: str
+) -> None:
+    """A ring at each end and a neck between them, open inside."""
+    for radius, neck, fill in ((r, 0.62 * r, dark), (r - rim, 0.62 * r - 0.7 * rim, paper)):
+        pen.line(ends, fill=fill, width=round(2 * neck))
+        for x, y in ends:
+            _disc(pen, x, y, radius, fill)
+
+
 def _marker(pen: ImageDraw.ImageDraw, style: Style, station: dict[str, Any]) -> None:
     s = _SCALE
     x, y, r = station["x"] * s, station["y"] * s, station["radius"] * s
@@ -92,6 +111,9 @@ def _marker(pen: ImageDraw.ImageDraw, style: Style, station: dict[str, Any]) -> 
     dark = "#14181d"
     if station["kind"] == "interchange":
         rim = 2.6 * s
+        if style.link == "dumb-bell" and high - low > r:
+            _dumb_bell(pen, ends, 0.72 * r, 0.8 * rim, dark, paper)
+            return
         if style.hub == "disc":
             _capsule(pen, ends, r, paper)
             _capsule(pen, ends, r - rim * 0.7, dark)
@@ -101,15 +123,25 @@ def _marker(pen: ImageDraw.ImageDraw, style: Style, station: dict[str, Any]) -> 
             _capsule(pen, ends, r - rim, paper)
             if style.hub == "double":
                 _capsule(pen, ends, r * 0.32, dark)
+            elif style.hub == "target":
+                _capsule(pen, ends, r * 0.56, dark)
+                _capsule(pen, ends, r * 0.3, paper)
         return
     if station["kind"] == "terminal" or style.marker == "ring":
         _capsule(pen, ends, r, dark)
         _capsule(pen, ends, r - 1.8 * s, paper)
+    elif style.marker == "pearl":
+        _capsule(pen, ends, r, dark if len(set(station["lanes"])) > 1 else station["colour"])
+        _capsule(pen, ends, r - 2.2 * s, paper)
     elif style.marker == "dot":
         _capsule(pen, ends, r, paper)
     elif style.marker == "pip":
         _capsule(pen, ends, r, dark)
         _capsule(pen, ends, r - 1.4 * s, paper)
+    elif style.marker == "bar":
+        reach = (style.stroke / 2 + 4) * s
+        tips = [(x - ty * (low - reach), y + tx * (low - reach)), (x - ty * (high + reach), y + tx * (high + reach))]
+        pen.line(tips, fill=style.ink, width=round(5 * s))
     else:
         half = (style.stroke / 2 + 6) * s
         colour = station["colour"]
@@ -120,26 +152,39 @@ def _marker(pen: ImageDraw.ImageDraw, style: Style, station: dict[str, Any]) -> 
 
 
 def _texts(picture: Image.Image, style: Style, geometry: dict[str, Any]) -> None:
-    pen = ImageDraw.Draw(picture)
+    pen, family = ImageDraw.Draw(picture), geometry["family"]
     for label in geometry["labels"]:
-        font = map_font(style.font_px, label["bold"])
-        text = "\n".join(label["lines"])
-        anchor = {"left": "lm", "right": "rm", "centre": "mm"}[label["align"]]
-        w, h = label["box"]
         x, y = label["centre"]
-        shift = {"left": -w / 2, "right": w / 2, "centre": 0.0}[label["align"]]
-        align = label["align"].replace("centre", "center")
+        w, h = label["box"]
         if not label["angle"]:
-            pen.multiline_text((x + shift, y), text, style.ink, font, anchor, spacing=style.font_px * 0.02, align=align)
+            _label(pen, label, (x, y), style.ink, family)
             continue
         pad = 4
         mask = Image.new("L", (round(w) + 2 * pad, round(h) + 2 * pad))
-        ImageDraw.Draw(mask).text((mask.width / 2, mask.height / 2), text, 255, font, "mm")
+        _label(ImageDraw.Draw(mask), label, (mask.width / 2, mask.height / 2), 255, family)
         mask = mask.rotate(label["angle"], Image.Resampling.BICUBIC, expand=True)
         picture.paste(style.ink, (round(x - mask.width / 2), round(y - mask.height / 2)), mask)
     for badge in geometry["badges"]:
-        font = map_font(round(badge["radius"] * 1.25), True)
-        pen.text((badge["x"], badge["y"]), badge_text(badge["line"]), badge["ink"], font, "mm")
+        pen.text((badge["x"], badge["y"]), badge["text"], badge["ink"], map_font(badge["px"], True, family), "mm")
     for text in geometry["texts"]:
-        colour = style.ink
-        pen.text((text["x"], text["y"]), text["text"], colour, map_font(text["px"], text["bold"]), text["anchor"])
+        face = map_font(text["px"], text["bold"], family)
+        pen.text((text["x"], text["y"]), text["text"], style.ink, face, text["anchor"])
+    for piece in geometry["distractors"]:
+        for row, cells in enumerate(piece.get("rows", [])):
+            for x, cell in zip((12, 92, 144), cells, strict=True):
+                at = (piece["x"] + x, piece["y"] + 46 + 24 * row)
+                pen.text(at, cell, style.ink, map_font(14, False, family), "lm")
+        if "rows" in piece:
+            for x, head in ((92, "First"), (144, "Last")):
+                pen.text((piece["x"] + x, piece["y"] + 20), head, style.ink, map_font(14, True, family), "lm")
+
+
+def _label(pen: ImageDraw.ImageDraw, label: dict[str, Any], at: tuple[float, float], ink: Any, family: str) -> None:
+    """A label's text lines about ``at``, each at its own size."""
+    w, h = label["box"]
+    x = at[0] + {"left": -w / 2, "right": w / 2, "centre": 0.0}[label["align"]]
+    anchor = {"left": "lm", "right": "rm", "centre": "mm"}[label["align"]]
+    y = at[1] - h / 2
+    for text, px in zip(label["lines"], label["px"], strict=True):
+        pen.text((x, y + px * (LINE_HEIGHT - 0.12) / 2), text, ink, map_font(px, label["bold"], family), anchor)
+        y += px * LINE_HEIGHT

@@ -18,6 +18,10 @@ Node = tuple[int, int]
 Edge = tuple[Node, Node]
 STEPS: tuple[Node, ...] = ((1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1))
 """The eight directions, by 45 degrees."""
+_HASTE = 1.3
+"""The search overrates the distance left by this much: less than half the steps, and ways about as short."""
+_MOST_STEPS, _RADIAL_STEPS = 6000, 1500
+"""A way that is not found in so many steps would wind all over the map; shorter for lines that only reach another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,9 @@ class Plan:
 
     columns: int
     rows: int
-    lines: tuple[int, ...]
+    lines: int
+    fewest_lines: int
+    """As many will do where there is no room for more."""
     loop: float
     branch: float
     shared: float
@@ -57,19 +63,25 @@ def sketch_lines(plan: Plan, rng: np.random.Generator) -> list[Track] | None:
     """Tracks of one map, or None where a line found no way (the caller draws again)."""
     board = _Board(plan)
     tracks: list[Track] = []
-    count = int(rng.choice(plan.lines))
+    count = plan.lines
     if count >= 3 and rng.random() < plan.loop:
         tracks.append(Track(_ring(plan, rng), loop=True))
         board.add(tracks[-1])
     turn = rng.random() * np.pi
     while len(tracks) < count:
         angle = turn + np.pi * len(tracks) / count + rng.normal(0, 0.12)
-        for _ in range(12):
-            track = _line(board, tracks, angle + rng.normal(0, 0.15), rng)
+        for attempt in range(30):
+            # After some failures there is no room for a line right across: one that ends at another line will do.
+            if attempt < 8:
+                track = _line(board, tracks, angle + rng.normal(0, 0.15), rng)
+            else:
+                track = _radial(board, rng.uniform(0, 2 * np.pi), rng)
             if track is not None:
                 break
-        else:
-            return None
+        if track is None:
+            if len(tracks) < plan.fewest_lines:
+                return None
+            break
         tracks.append(track)
         board.add(track)
     for track in tracks:
@@ -134,7 +146,9 @@ class _Board:
             self.degree.get((node[0] + dx * k, node[1] + dy * k), 0) > 2 for dx, dy in STEPS for k in (1, 2)
         )
 
-    def way(self, start: Node, goal: Node, first: int | None, banned: set[Node]) -> list[Node] | None:
+    def way(
+        self, start: Node, goal: Node, first: int | None, banned: set[Node], most_steps: int = _MOST_STEPS
+    ) -> list[Node] | None:
         """Cheapest path by length, bends and closeness to other tracks; turns by at most 45 degrees per node."""
         heap: list[tuple[float, float, Node, int]] = []
         came: dict[tuple[Node, int], tuple[Node, int] | None] = {}
@@ -142,8 +156,10 @@ class _Board:
         for heading in range(8) if first is None else (first,):
             cost[start, heading] = 0.0
             came[start, heading] = None
-            heapq.heappush(heap, (_octile(start, goal), 0.0, start, heading))
-        while heap:
+            heapq.heappush(heap, (_HASTE * _octile(start, goal), 0.0, start, heading))
+        for _ in range(most_steps):
+            if not heap:
+                return None
             _, spent, node, heading = heapq.heappop(heap)
             if spent > cost[node, heading]:
                 continue
@@ -182,7 +198,7 @@ class _Board:
                 if total < cost.get((other, ahead), 1e9):
                     cost[other, ahead] = total
                     came[other, ahead] = (node, heading)
-                    heapq.heappush(heap, (total + _octile(other, goal), total, other, ahead))
+                    heapq.heappush(heap, (total + _HASTE * _octile(other, goal), total, other, ahead))
         return None
 
 
@@ -258,6 +274,24 @@ def _line(board: _Board, tracks: list[Track], angle: float, rng: np.random.Gener
         return None
     second = board.way(middle, goal, heading, set(first[:-1]))
     return _clean(first[:-1] + second) if second is not None else None
+
+
+def _radial(board: _Board, angle: float, rng: np.random.Generator) -> Track | None:
+    """A line from the rim to a terminal on an earlier line, which becomes an interchange."""
+    start = _rim(board.plan, angle, rng.uniform(0.6, 1.0))
+    ends = sorted(
+        node
+        for node, axes in board.straight.items()
+        if board.degree[node] == 2 and -1 not in axes and 7 <= _octile(start, node) <= 22
+    )
+    if start in board.straight or not ends:
+        return None
+    path = board.way(start, ends[int(rng.integers(len(ends)))], None, set(), _RADIAL_STEPS)
+    if path is None or any(_turn(*path[at - 1 : at + 2]) for at in range(len(path) - 4, len(path) - 1)):
+        return None
+    bends = [at for at in range(1, 4) if _turn(*path[at - 1 : at + 2])]
+    path = path[bends[-1] if bends else 0 :]
+    return Track(path) if len(path) >= 7 and _simple(path) else None
 
 
 def _clean(path: list[Node]) -> Track | None:

@@ -1,0 +1,24 @@
+"""The typefaces of full-size maps: subsets that the package carries, so that a seed looks the same on every machine.
+
+``rewardmap/assets/fonts/README.md`` says where they come from; ``docs/maps/make_fonts.py`` made them.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import ImageFont
+
+FAMILIES = ("inter", "noto", "han")
+"""Inter and Noto Sans: Latin with diacritics and Cyrillic. "han": Noto Sans CJK with the Chinese of names."""
+
+_FOLDER = Path(__file__).parents[1] / "assets" / "fonts"
+
+
+@lru_cache(maxsize=128)
+def map_font(size: int, bold: bool = False, family: str = "inter") -> ImageFont.FreeTypeFont:
+    """The face of a family at ``size`` pixels per em. Raises OSError for an unknown family."""
+    path = _FOLDER / f"{family}-{'bold' if bold else 'regular'}.otf"
+    # Basic layout: the other engine is used only where the machine has FriBiDi, and spaces letters differently.
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
