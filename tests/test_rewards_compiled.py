@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewardmap.rewards import Rubric
-from rewardmap.rewards.intern import lower_table
+from rewardmap.rewards.compiled_text import lower_table
 from rewardmap.rewards.parse import clean, clean_network
 from rewardmap.rewards.rubric import Mode
 from rewardmap.rewards.score import score_paper, score_reference
@@ -329,7 +329,7 @@ def test_the_first_call_says_that_it_compiles_and_the_next_process_does_not(tmp_
         subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True) for _ in range(2)
     )
     assert (first.stdout, second.stdout) == ("10.0\n", "10.0\n"), first.stderr + second.stderr
-    assert "compiling the scorer" in first.stderr
+    assert "compiling score_short" in first.stderr
     assert second.stderr == ""
 
 

@@ -257,7 +257,7 @@ def test_an_exchanged_network_is_read_again() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"format_reward": 1.0}, {"mode": "graph", "threads": 2}, {"threads": 0}, {"mode": "graph", "alpha": -1.0}],
+    [{"format_reward": 1.0}, {"threads": 0}, {"mode": "graph", "alpha": -1.0}],
 )
 def test_options_that_a_mode_does_not_have_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="|".join(options)):

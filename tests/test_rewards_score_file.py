@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from rewardmap.rewards.score_file import ADDED, score_file
+from rewardmap.transit.graph import Line, Network
+from rewardmap.transit.topology import network_as_json
 from rewardmap.types import DataError
 
 METRO = {
@@ -57,7 +59,7 @@ def test_rows_keep_their_order_and_fields(folder: Path) -> None:
     ]
     out = folder / "out.jsonl"
     summary = score_file(write(folder, rows), out)
-    got = [json.loads(line) for line in out.read_bytes().decode("utf-8", "surrogatepass").split("\n")[:-1]]
+    got = [json.loads(line) for line in out.read_text("utf-8").split("\n")[:-1]]
     assert [{key: one[key] for key in one if key not in ADDED} for one in got] == rows
     assert [one["score"] for one in got] == [15.75, 0.0, 15.0, 15.0, 0.0]
     assert [one["failure"] for one in got] == ["none", "bad_format", "none", "none", "bad_format"]
@@ -73,6 +75,24 @@ def test_rows_keep_their_order_and_fields(folder: Path) -> None:
 def test_modes(folder: Path, mode: Any, score: float) -> None:
     score_file(write(folder, [row()]), folder / "out.jsonl", mode=mode)
     assert json.loads((folder / "out.jsonl").read_text("utf-8"))["score"] == score
+
+
+def test_graph_knows_branches_as_training_does(folder: Path) -> None:
+    """The released list of a line with a branch; and a geometry file, which generated data sets have."""
+    branched = {"Red": ["A", "B (Branch-starting Station)", "C", "Bayfront Station", "D"]}
+    (folder / "stations" / "made" / "up.json").write_text(json.dumps(branched))
+    plan = "Route Name: Red\nDeparture Stop: C\nArrival Stop: D"
+    path = write(folder, [row(station_1="C", station_2="D", response=plan)])
+    score_file(path, folder / "out.jsonl", mode="graph")
+    assert json.loads((folder / "out.jsonl").read_text())["failure"] == "wrong_branch"
+    ring = Network("made/up", "easy", (Line("Red", "#000000", ("A", "B", "C", "Bayfront", "D"), loop=True),), {})
+    (folder / "geometry" / "made").mkdir(parents=True)
+    (folder / "geometry" / "made" / "up.json").write_text(json.dumps(network_as_json(ring)))
+    score_file(path, folder / "out.jsonl", mode="graph")
+    assert json.loads((folder / "out.jsonl").read_text())["failure"] == "none"
+    (folder / "geometry" / "made" / "up.json").write_text("{")
+    with pytest.raises(DataError, match=r"row 1, field 'json': .*up\.json"):
+        score_file(path, mode="graph")
 
 
 def test_the_stations_file_is_found(folder: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch) -> None:

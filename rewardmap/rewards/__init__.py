@@ -2,5 +2,6 @@
 
 from rewardmap.rewards.rubric import RewardBatch, Rubric
 from rewardmap.rewards.score import FAILURES
+from rewardmap.rewards.scorer import Networks
 
-__all__ = ["FAILURES", "RewardBatch", "Rubric"]
+__all__ = ["FAILURES", "Networks", "RewardBatch", "Rubric"]

@@ -1,52 +1,50 @@
-"""Answers to arrays: encodes texts and runs the compiled scorer over chunks, on one thread or several."""
+"""Answers to arrays: encodes texts and runs a scorer over chunks of them, on one thread or several."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rewardmap.rewards import compiled
-from rewardmap.rewards.compiled import Bank, Questions, Results
-from rewardmap.rewards.jit import announce
+from rewardmap.rewards.scorer import HAND_BACK, Results, Scorer
+from rewardmap.types import Problem
 
 _CHUNK = 512
 
 
-def empty_results(n: int) -> Results:
-    """Room for n answers."""
-    return Results(np.zeros(n, np.bool_), np.zeros(n), np.zeros(n, np.bool_), np.zeros(n, np.int8))
-
-
 def score_texts(
-    responses: Sequence[str],
+    scorer: Scorer,
+    problems: Sequence[Problem],
     asked: NDArray[np.int64],
-    questions: Questions,
-    bank: Bank,
-    *,
-    paper: bool,
+    responses: Sequence[str],
     threads: int,
+    check: Callable[[Problem], None],
 ) -> Results:
-    """Score ``responses[i]`` as an answer to question ``asked[i]``; detail as printed if ``paper``, else as
-    coded.
+    """Score ``responses[i]`` as an answer to ``problems[asked[i]]``, where ``asked`` never falls.
 
-    Rows whose failure is ``compiled.HAND_BACK`` are left to the caller. With several threads one encodes
-    while the others score: compiled code runs without the interpreter's lock. Raises ValueError for what is
-    no text.
+    With several threads one prepares its chunk while the others score: compiled code runs without the
+    interpreter's lock. Raises what ``check`` raises for a problem, and ValueError for what is no text.
     """
-    announce()
-    results = empty_results(len(responses))
+    n = len(responses)
+    results = Results(np.zeros(n, np.bool_), np.zeros(n), np.zeros(n, np.bool_), np.zeros(n, np.int8))
 
     def score_chunk(low: int) -> None:
-        high = min(low + _CHUNK, len(responses))
-        data, starts = encode(responses[low:high], low)
-        rows = slice(low, high)
+        rows = slice(low, min(low + _CHUNK, n))
         part = Results(results.correct[rows], results.detail[rows], results.format_valid[rows], results.failure[rows])
-        compiled.score_rows(data, starts, asked[low:high], questions, bank, paper, part)
+        first, last = int(asked[low]), int(asked[rows.stop - 1])
+        posed = problems[first : last + 1]
+        for problem in posed:
+            check(problem)
+        texts = responses[rows]
+        scorer.score(posed, asked[rows] - first, *encode(texts, low), part)
+        for row in np.flatnonzero(part.failure == HAND_BACK).tolist():
+            outcome = scorer.by_hand(problems[asked[low + row]], texts[row])
+            part.correct[row], part.detail[row] = outcome.correct, outcome.detail
+            part.format_valid[row], part.failure[row] = outcome.format_valid, outcome.failure
 
-    chunks = range(0, len(responses), _CHUNK)
+    chunks = range(0, n, _CHUNK)
     if threads == 1 or len(chunks) == 1:
         for low in chunks:
             score_chunk(low)

@@ -1,24 +1,23 @@
-"""Text primitives of the compiled scorer, over UTF-8 bytes: search, replace, strip, clean, extract.
+"""Text primitives of the compiled scorers, over UTF-8 bytes: search, replace, strip, lower, clean.
 
-Each function is the compiled twin of one in ``parse``. A text is a range [start, end) of a byte array; a word
+``clean`` is the compiled twin of the one in ``parse``. A text is a range [start, end) of a byte array; a word
 is an index into a table of constants. Scratch arrays ``buf`` and ``spare`` must hold five times the text.
 """
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
-from rewardmap.rewards import parse
 from rewardmap.rewards.jit import helper, inlined
 
-TRUE_FALSE, CHOICE, COUNT, PLANNING, BY_HAND = range(5)
-"""Kinds of questions; answers to ``BY_HAND`` ones all go to the plain code."""
 NOT_SIMPLE = 1 << 30
 """In a table of lower cases: not one code point, or dependent on the context."""
-MISS = -2
-"""Nothing of the asked sort."""
-UNSURE = -3
+_CASED = 0x20000
+"""Unicode has no letters with case from here on."""
+UNSURE = np.int64(-3)
 """The plain code has to look at it."""
 
 _WORDS = (
@@ -59,33 +58,29 @@ _WORDS = (
         "{m}^3",
         "m^3",
     ),
-    *("{units}", "units", "{km}", "km", "\\!", "\\$", "$", "\\%"),
+    *("{units}", "units", "{km}", "km", "\\!", "\\$", "$", "\\%", "</think>"),
 )
 TEXT = np.frombuffer("".join(_WORDS).encode(), dtype=np.uint8)
 OFFSETS = np.cumsum([0, *(len(word.encode()) for word in _WORDS)])
 
 
-def _word(text: str) -> np.int64:
+def word(text: str) -> np.int64:
     # Not an int: Numba would compile every helper anew for each literal it is called with.
     return np.int64(_WORDS.index(text))
 
 
-def _steps(*pairs: tuple[str, str]) -> NDArray[np.int64]:
-    return np.array([(_word(old), _word(new)) for old, new in pairs])
+def steps(*pairs: tuple[str, str]) -> NDArray[np.int64]:
+    return np.array([(word(old), word(new)) for old, new in pairs])
 
 
-_CLEAN_STEPS = _steps(
+_CLEAN_STEPS = steps(
     *(("Univ.", "University"), ("Univ", "University"), ("Tech.", "Technology"), ("Tech", "Technology")),
     *(("road", "lu"), ("Road", "lu"), ("Station", ""), ("station", ""), ("Asian Games Village", "yayuncun")),
 )
-_LATEX_STEPS = _steps(*parse.LATEX_REWRITES)
-_PHRASES = np.array([_word(phrase) for phrase in parse.PHRASES])
-_METRO, _LOWER_METRO, _STATION_SIGN = _word("Metro"), _word("metro"), _word("站")
-_OPEN, _CLOSE, ALIAS_1, ALIAS_4 = _word("（"), _word("）"), _word("八通"), _word("大兴")
-ROUTE, DEPARTURE, ARRIVAL = _word("Route Name"), _word("Departure Stop"), _word("Arrival Stop")
-NEWLINE, _FULL_STOP, BOXED, _OXED, _BRACES = (_word(w) for w in ("\n", ". ", "\\boxed{", "oxed{", "{}"))
-_LEFT, RIGHT, _EQUALS, _ABOUT, _NOTHING = (_word(w) for w in ("{", "}", "=", "\\approx", ""))
-_YES, _NO = _word("yes"), _word("no")
+_METRO, _LOWER_METRO, _STATION_SIGN = word("Metro"), word("metro"), word("站")
+_OPEN, _CLOSE, ALIAS_1, ALIAS_4 = word("（"), word("）"), word("八通"), word("大兴")
+ROUTE, DEPARTURE, ARRIVAL = word("Route Name"), word("Departure Stop"), word("Arrival Stop")
+THOUGHT, BOXED, NOTHING = word("</think>"), word("\\boxed{"), word("")
 ABSENT, ZERO, ONE = (np.int64(n) for n in (-1, 0, 1))
 
 
@@ -130,7 +125,7 @@ def replace(buf, start, end, word, by, spare):  # type: ignore[no-untyped-def]
     size = end - i
     for k in range(size):
         spare[k] = buf[i + k]
-    k = 0
+    k = ZERO
     while k < size:
         if matches(spare, k, size, word):
             for at in range(OFFSETS[by], OFFSETS[by + 1]):
@@ -240,10 +235,10 @@ def lowered(buf, start, end, out, at, lower, squeeze):  # type: ignore[no-untype
 @helper
 def clean(buf, n, spare, lower):  # type: ignore[no-untyped-def]
     """One pass of ``parse.clean`` over buf[:n] in place; the new length, or UNSURE."""
-    n = replace(buf, ZERO, n, _METRO, _NOTHING, spare)
-    n = replace(buf, ZERO, n, _LOWER_METRO, _NOTHING, spare)
+    n = replace(buf, ZERO, n, _METRO, NOTHING, spare)
+    n = replace(buf, ZERO, n, _LOWER_METRO, NOTHING, spare)
     seen = np.uint64(0)
-    out = 0
+    out = ZERO
     for i in range(n):
         c = buf[i]
         if c != 0x2C and c != 0x2A and c != 0x0A and c != 0x27:
@@ -258,7 +253,7 @@ def clean(buf, n, spare, lower):  # type: ignore[no-untyped-def]
     if n >= 3 and matches(buf, n - 3, n, _STATION_SIGN):
         n -= 3
     n = unbracketed(buf, n)
-    end = lowered(buf, ZERO, n, spare, ZERO, lower, True)
+    end = lowered(buf, ZERO, n, spare, ZERO, lower, ONE)
     for i in range(end):
         buf[i] = spare[i]
     return end
@@ -267,8 +262,8 @@ def clean(buf, n, spare, lower):  # type: ignore[no-untyped-def]
 @helper
 def unbracketed(buf, n):  # type: ignore[no-untyped-def]
     """Without bracketed text, ASCII or full-width; a bracket that is never closed stays."""
-    i = 0
-    out = 0
+    i = ZERO
+    out = ZERO
     closed = True
     while i < n:
         size = 0
@@ -287,80 +282,15 @@ def unbracketed(buf, n):  # type: ignore[no-untyped-def]
     return out
 
 
-@helper
-def extract(data, start, end, lower, buf, spare):  # type: ignore[no-untyped-def]
-    """``parse.extract_answer``: the range of ``buf`` that holds the answer, or (UNSURE, 0)."""
-    box = rfind(data, start, end, _OXED)
-    if box >= 0:
-        if find(data, start, end, _OXED) < box:
-            start = box
-    else:
-        for phrase in _PHRASES:
-            at = rfind(data, start, end, phrase)
-            if at >= 0:
-                start = at + OFFSETS[phrase + 1] - OFFSETS[phrase]
-            start, end = strip(data, start, end)
-            if at >= 0:
-                stop = find(data, start, end, NEWLINE)
-                end = stop if stop >= 0 else end
-                stop = find(data, start, end, _FULL_STOP)
-                end = stop if stop >= 0 else end
-    n = lowered(data, start, end, buf, ONE, lower, False)
-    if n < 0:
-        return UNSURE, 0
-    low = ONE
-    n = replace(buf, low, n, _BRACES, _NOTHING, spare)
-    box = find(buf, low, n, _OXED)
-    close = rfind(buf, low, n, RIGHT)
-    if box >= 0 and close >= box + 5:
-        low, n = box + 5, close
-    close = find(buf, low, n, RIGHT)
-    brace = find(buf, low, n, _LEFT)
-    if close >= 0 and (brace < 0 or close < brace):
-        n = close
-    low = max(low, rfind(buf, low, n, _EQUALS) + 1)
-    about = rfind(buf, low, n, _ABOUT)
-    low = about + 7 if about >= 0 else low
-    for k in range(len(_LATEX_STEPS)):
-        n = replace(buf, low, n, _LATEX_STEPS[k, 0], _LATEX_STEPS[k, 1], spare)
-    if low < n and buf[low] == 0x2E:
-        low -= 1
-        buf[low] = 0x30
-    about = rfind(buf, low, n, _ABOUT)
-    if about >= 0 and find(buf, low, n, _ABOUT) == about:
-        low = about + 7
-    while low < n and buf[n - 1] == 0x2E:
-        n -= 1
-    while low < n and buf[low] == 0x3A:
-        low += 1
-    return strip(buf, low, n)
+@cache
+def lower_table() -> NDArray[np.int32]:
+    """[code points] what to add to a code point for its lower case.
 
-
-@helper
-def short(kind, buf, low, n):  # type: ignore[no-untyped-def]
-    """(what buf[low:n] says: a number, MISS if nothing of the asked sort, UNSURE; for the plain code)."""
-    size = n - low
-    if kind == TRUE_FALSE:
-        if size == 3 and matches(buf, low, n, _YES):
-            return 1
-        return 0 if size == 2 and matches(buf, low, n, _NO) else MISS
-    if kind == CHOICE:
-        letter = buf[low] - 0x61 if size == 1 else 4
-        return letter if 0 <= letter < 4 else MISS
-    value = 0
-    digits = 0
-    negative = False
-    for i in range(low, n):
-        c = buf[i]
-        if c >= 0x80 or c == 0x5F or digits > 17:
-            return UNSURE
-        if i == low and (c == 0x2D or c == 0x2B):
-            negative = c == 0x2D
-        elif 0x30 <= c <= 0x39:
-            value = value * 10 + (c - 0x30)
-            digits += 1
-        else:
-            return MISS
-    if digits == 0:
-        return MISS
-    return UNSURE if negative else value
+    ``NOT_SIMPLE`` where lower case is longer (capital dotted I) or depends on its neighbours (capital sigma).
+    """
+    table = np.zeros(_CASED, dtype=np.int32)
+    for point in range(0x80, _CASED):
+        low = chr(point).lower()
+        table[point] = ord(low) - point if len(low) == 1 else NOT_SIMPLE
+    table[ord("Σ")] = NOT_SIMPLE
+    return table

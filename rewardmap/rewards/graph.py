@@ -11,21 +11,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from rewardmap.rewards.score import CHOICES, FAILURE_CODE, Outcome
-from rewardmap.rewards.topology import Topology, line_key, station_key
+from rewardmap.rewards.topology import LONGEST_NAME, Topology, fold, line_key, station_key
 from rewardmap.types import Problem
 
 DETAIL = 10.0
 PARTIAL = 0.8
 """Share of ``DETAIL`` that a wrong route can reach at most."""
 
-_LABEL = re.compile(r"(route[ \t]*name|departure[ \t]*stop|arrival[ \t]*stop)[*_ \t]*[:：][*_ \t]*", re.IGNORECASE)
-_LISTED = re.compile(r"\b(?:stops|lines)[*_ \t]*[:：][*_ \t]*\[([^\[\]]*)\]", re.IGNORECASE)
+_FLAGS = re.IGNORECASE | re.ASCII
+_LABEL = re.compile(r"(route[ \t]*name|departure[ \t]*stop|arrival[ \t]*stop)[*_ \t]*[:：][*_ \t]*", _FLAGS)
+_LISTED = re.compile(r"\b(?:stops|lines)[*_ \t]*[:：][*_ \t]*\[([^\[\]]*)\]", _FLAGS)
 _ORDER = ("r", "d", "a")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,9}")
+_WRAPPING = re.compile(r"\\(?:textbf|mathrm|mbox|text)\s*|[\s{}()*$]")
 
 
 _Costs = dict[int, tuple[int, int]]
@@ -50,8 +52,7 @@ def _score_route(problem: Problem, answer: str, topology: Topology) -> Outcome:
     legs = read_legs(answer)
     if not legs:
         return Outcome(False, 0.0, False, FAILURE_CODE["bad_format"])
-    starts = topology.stations[station_key(problem.station_1)]
-    goals = topology.stations[station_key(problem.station_2)]
+    starts, goals = topology.ends(problem.station_1), topology.ends(problem.station_2)
     costs = topology.costs(goals)
     ridden = _ride(legs, starts, costs, topology)
     arrived = [state.travelled for state in ridden.ends if state.stop in goals]
@@ -62,7 +63,7 @@ def _score_route(problem: Problem, answer: str, topology: Topology) -> Outcome:
         return Outcome(True, DETAIL / (1.0 + max(excess, 0.0)), True, FAILURE_CODE[failure])
     failure = "endpoint" if ridden.failure == "none" else ridden.failure
     before = min(_distance(costs, stop) for stop in starts)
-    progress = max(0.0, 1.0 - ridden.nearest / before)
+    progress = max(0.0, 1.0 - ridden.nearest / before) if before else 0.0
     return Outcome(False, PARTIAL * DETAIL * progress, True, FAILURE_CODE[failure])
 
 
@@ -101,12 +102,9 @@ def _ride(legs: Sequence[_Leg], starts: Sequence[int], costs: _Costs, topology: 
     for leg in legs:
         named = topology.stops_named(leg.departure)
         moved: set[_State] = set()
-        failure = "broken_transfer"
-        for state in here:
-            if state.stop in named:
-                failure = _move(leg, state, topology, moved)
+        failures = [_move(leg, state, topology, moved) for state in here if state.stop in named]
         if not moved:
-            return _Ridden(ends, nearest, failure)
+            return _Ridden(ends, nearest, _furthest(failures) if failures else "broken_transfer")
         here = ends = moved
         nearest = min(nearest, *(_distance(costs, state.stop) for state in moved))
     return _Ridden(ends, nearest, "none")
@@ -117,17 +115,22 @@ def _move(leg: _Leg, state: _State, topology: Topology, moved: set[_State]) -> s
     lines = topology.lines_named(leg.line)
     if not lines:
         return "unknown_line"
-    failure = "stop_not_on_line"
+    failures = ["stop_not_on_line"]
     for line in lines:
         for end in topology.stops_named(leg.arrival):
             if not (topology.on_line(state.stop, line) and topology.on_line(end, line)):
                 continue
             rides = topology.rides(line, state.stop, end)
-            failure = "repeated_stop" if rides else "wrong_branch"
+            failures.append("repeated_stop" if rides else "wrong_branch")
             for stops, passed in rides:
                 if end not in state.visited and not passed & state.visited:
                     moved.add(_State(end, state.travelled + stops, state.visited | passed | {end}))
-    return failure
+    return _furthest(failures)
+
+
+def _furthest(failures: Sequence[str]) -> str:
+    """Of several ways to read a leg, the one that came furthest tells what is wrong."""
+    return max(failures, key=FAILURE_CODE.__getitem__)
 
 
 def read_legs(answer: str) -> list[_Leg]:
@@ -179,13 +182,21 @@ def _said(kind: str, answer: str) -> tuple[int | None, bool]:
 
 
 def _value(kind: str, text: str) -> int | None:
-    """What a short text says: bare or wrapped in \\text{}, $, brackets or bold, perhaps with a full stop."""
-    bare = re.sub(r"\\(?:text|mathrm|textbf|mbox)\s*|[\s{}()*$]", "", text).rstrip(".,").casefold()
+    """What a short text says: bare or wrapped in \\text{}, $, brackets or bold, perhaps with a full stop.
+
+    Letters and digits of any script that mean an ASCII one (full-width, superscript, circled) are read as it.
+    """
+    bare = "".join(map(_plain_letter, _WRAPPING.sub("", text))).rstrip(".,")
     if kind in ("TorF1", "TorF2"):
         return {"yes": 1, "no": 0}.get(bare)
     if kind == "Counting1":
         return CHOICES.get(bare)
     return int(bare) if _NUMBER.fullmatch(bare) else None
+
+
+def _plain_letter(letter: str) -> str:
+    folded = fold(letter)
+    return folded if len(folded) == 1 and folded.isascii() else letter
 
 
 def _listing(problem: Problem, answer: str) -> float:
@@ -194,15 +205,26 @@ def _listing(problem: Problem, answer: str) -> float:
 
     Repeats count as wrong entries; of several lists the last counts.
     """
+    lists = _LISTED.findall(answer)
+    want = gold_keys(problem)
+    if not lists or not want:
+        return 0.0
+    key = list_key(problem.kind)
+    listed = [entry.strip() for entry in lists[-1].split(",") if entry.strip()]
+    have = {key(entry) for entry in listed if len(entry) <= LONGEST_NAME}
+    return 2 * len(want & have) / (len(want) + len(listed)) if listed else 0.0
+
+
+def list_key(kind: str) -> Callable[[str], str]:
+    """How the entries of a list in an answer of that kind are compared."""
+    return station_key if kind == "Counting1" else line_key
+
+
+def gold_keys(problem: Problem) -> frozenset[str]:
+    """Keys of the stops or lines that a full answer lists; empty where the problem does not carry them."""
     gold = problem.fine_grained_answer
     if isinstance(gold, dict):
         gold = [entry for entries in gold.values() for entry in entries]
-    lists = _LISTED.findall(answer)
-    if not lists or not isinstance(gold, list) or not all(isinstance(entry, str) for entry in gold):
-        return 0.0
-    key = station_key if problem.kind == "Counting1" else line_key
-    want = {key(entry) for entry in gold}
-    have = [key(entry.strip()[:500]) for entry in lists[-1].split(",") if entry.strip()]
-    if not want or not have:
-        return 0.0
-    return 2 * len(want & set(have)) / (len(want) + len(have))
+    if not isinstance(gold, list) or not all(isinstance(entry, str) for entry in gold):
+        return frozenset()
+    return frozenset(map(list_key(problem.kind), gold)) - {""}

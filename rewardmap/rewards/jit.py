@@ -1,4 +1,4 @@
-"""How the compiled scorer is compiled and where its machine code is kept between processes."""
+"""How the compiled scorers are compiled and where their machine code is kept between processes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from typing import Any
 
 import numba
 
-_SOURCES = ("jit.py", "compiled_text.py", "compiled.py")
-
 
 @cache
 def cache_folder() -> Path:
@@ -26,8 +24,8 @@ def cache_folder() -> Path:
     if not base:
         base = str(Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rewardmap" / "numba")
     digest = hashlib.sha256()
-    for source in _SOURCES:
-        digest.update(Path(__file__).with_name(source).read_bytes())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
     return Path(base) / digest.hexdigest()[:16]
 
 
@@ -65,7 +63,7 @@ def _helper(function: Callable[..., Any], *, forceinline: bool) -> Any:
 
 
 @cache
-def announce() -> None:
-    """Say once per process, on stderr, when the first call has to compile."""
-    if not any(cache_folder().rglob("*score_rows*.nbi")):
-        print("rewardmap: compiling the scorer (once; some seconds)", file=sys.stderr, flush=True)
+def announce(name: str) -> None:
+    """Say once per process, on stderr, when the first call of an ``entry`` has to compile it."""
+    if not any(cache_folder().rglob(f"*.{name}-*.nbi")):
+        print(f"rewardmap: compiling {name} (once; a few seconds)", file=sys.stderr, flush=True)

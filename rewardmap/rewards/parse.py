@@ -83,6 +83,11 @@ def strip_markers(name: str) -> str:
     return name
 
 
+def unbracketed(name: str) -> str:
+    """The name without bracketed text, ASCII or full-width."""
+    return _BRACKETED.sub("", name)
+
+
 def clean(name: str) -> str:
     """One pass of the reference's normaliser; not idempotent. Answers get two, gold names and lists one."""
     for old, new in _REWRITES:

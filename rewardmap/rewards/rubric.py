@@ -5,20 +5,18 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rewardmap.rewards.batch import empty_results, score_texts
-from rewardmap.rewards.compiled import HAND_BACK, Results
-from rewardmap.rewards.graph import DETAIL, score_graph
-from rewardmap.rewards.intern import Names, network_of
-from rewardmap.rewards.parse import clean
-from rewardmap.rewards.score import score_paper, score_reference
-from rewardmap.rewards.topology import Topology, station_key, topology
-from rewardmap.transit.graph import Network
-from rewardmap.types import KINDS, LEVELS, DataError, MetroData, Problem
+from rewardmap.rewards.batch import score_texts
+from rewardmap.rewards.graph import DETAIL
+from rewardmap.rewards.graph_intern import Verified
+from rewardmap.rewards.intern import Published
+from rewardmap.rewards.scorer import Networks, Reader, Results
+from rewardmap.types import KINDS, LEVELS, DataError, Problem
 
 Mode = Literal["reference", "paper", "graph"]
 MODES: tuple[Mode, ...] = ("reference", "paper", "graph")
@@ -73,19 +71,15 @@ class Rubric:
     format_reward: float | None = None
     """For ``paper`` mode: what an answer of the asked form earns. The paper does not state it; None is 1."""
     threads: int = 1
-    """Threads that score a batch in ``reference`` and ``paper`` mode."""
-    _names: Names = field(default_factory=Names, init=False, repr=False, compare=False, hash=False)
-    _topologies: dict[str, tuple[MetroData | Network, Topology]] = field(
-        default_factory=dict, init=False, repr=False, compare=False, hash=False
-    )
+    """Threads that score a batch."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode {self.mode!r}: choose one of {', '.join(MODES)}")
         if self.weight_on not in ("reward", "advantage"):
             raise ValueError(f"weight_on {self.weight_on!r}: choose 'reward' or 'advantage'")
-        if self.threads < 1 or (self.mode == "graph" and self.threads > 1):
-            raise ValueError(f"threads {self.threads}: at least 1, and in graph mode only 1")
+        if self.threads < 1:
+            raise ValueError(f"threads {self.threads}: at least 1")
         if self.mode != "paper" and self.format_reward is not None:
             raise ValueError(f"format_reward {self.format_reward}: only paper mode has one, not {self.mode!r}")
         if self.mode == "graph" and not 0 <= self.alpha * DETAIL < self.correct_reward:
@@ -100,7 +94,7 @@ class Rubric:
         self,
         problems: Sequence[Problem],
         responses: Sequence[str],
-        networks: Mapping[str, MetroData | Network],
+        networks: Networks,
     ) -> RewardBatch:
         """Score ``responses[i]`` as an answer to ``problems[i]``.
 
@@ -117,10 +111,10 @@ class Rubric:
         if len(problems) != len(responses):
             raise ValueError(f"{len(problems)} problems but {len(responses)} responses: give one each")
         asked, distinct = distinct_problems(problems)
-        for problem in distinct:
-            check_problem(problem)
+        scorer = self._reader.scorer(distinct, networks)
+        results = score_texts(scorer, distinct, asked, responses, self.threads, check_problem)
         weights = np.array([self.weight(problem) for problem in distinct], dtype=np.float64)[asked]
-        return self._batch(self._results(asked, distinct, responses, networks), weights)
+        return self._batch(results, weights)
 
     def weight(self, problem: Problem) -> float:
         """W = W_map + W_question of a problem."""
@@ -128,62 +122,9 @@ class Rubric:
         transfers = problem.kind == "planning" and problem.transfers_required > 0
         return weight + self.transfer_weight if transfers else weight
 
-    def _results(
-        self,
-        asked: NDArray[np.int64],
-        distinct: Sequence[Problem],
-        responses: Sequence[str],
-        networks: Mapping[str, MetroData | Network],
-    ) -> Results:
-        if self.mode == "graph":
-            return self._verified(asked, distinct, responses, networks)
-        numbers = [self._names.number(problem, networks) for problem in distinct]
-        questions = self._names.questions(distinct, numbers)
-        bank = self._names.bank()
-        paper = self.mode == "paper"
-        results = score_texts(responses, asked, questions, bank, paper=paper, threads=self.threads)
-        plain = score_paper if paper else score_reference
-        for row in np.flatnonzero(results.failure == HAND_BACK).tolist():
-            problem = distinct[asked[row]]
-            outcome = plain(
-                problem.kind,
-                responses[row],
-                problem.answer,
-                clean(problem.station_1),
-                clean(problem.station_2),
-                problem.transfers_required,
-                self._names.lines(numbers[asked[row]]),
-            )
-            results.correct[row], results.detail[row] = outcome.correct, outcome.detail
-            results.format_valid[row], results.failure[row] = outcome.format_valid, outcome.failure
-        return results
-
-    def _verified(
-        self,
-        asked: NDArray[np.int64],
-        distinct: Sequence[Problem],
-        responses: Sequence[str],
-        networks: Mapping[str, MetroData | Network],
-    ) -> Results:
-        known = [self._topology(problem, networks) for problem in distinct]
-        for problem, network in zip(distinct, known, strict=True):
-            check_stations(problem, network)
-        results = empty_results(len(responses))
-        for row, (number, response) in enumerate(zip(asked.tolist(), responses, strict=True)):
-            if not isinstance(response, str):
-                raise ValueError(f"response {row} is {type(response).__name__}, not text")
-            outcome = score_graph(distinct[number], response, known[number])
-            results.correct[row], results.detail[row] = outcome.correct, outcome.detail
-            results.format_valid[row], results.failure[row] = outcome.format_valid, outcome.failure
-        return results
-
-    def _topology(self, problem: Problem, networks: Mapping[str, MetroData | Network]) -> Topology:
-        network = network_of(problem, networks)
-        known = self._topologies.get(problem.network_id)
-        if known is None or known[0] is not network:
-            known = (network, topology(problem.network_id, network))
-            self._topologies[problem.network_id] = known
-        return known[1]
+    @cached_property
+    def _reader(self) -> Reader:
+        return Reader(Verified() if self.mode == "graph" else Published(self.mode == "paper"))
 
     def _batch(self, results: Results, weights: NDArray[np.float64]) -> RewardBatch:
         # In the order of the published code, so that equal means equal to the last bit.
@@ -232,20 +173,6 @@ def check_problem(problem: Problem) -> None:
         raise bad("station_1", problem.station_1, "a station's name")
     if not isinstance(problem.station_2, str):
         raise bad("station_2", problem.station_2, "a station's name")
-
-
-def check_stations(problem: Problem, network: Topology) -> None:
-    """Raise DataError naming uid and field where a route's ends are no stops of the network, or one stop."""
-    if problem.kind != "planning":
-        return
-    for name in ("station_1", "station_2"):
-        station = getattr(problem, name)
-        if station_key(station) not in network.stations:
-            raise DataError(
-                f"row {problem.uid!r}, field {name!r}: {station!r} is not in network {problem.network_id!r}"
-            )
-    if station_key(problem.station_1) == station_key(problem.station_2):
-        raise DataError(f"row {problem.uid!r}, field 'station_2': {problem.station_2!r} is where the route starts")
 
 
 def _is_int(value: object) -> bool:

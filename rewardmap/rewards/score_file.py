@@ -14,7 +14,10 @@ from typing import Any
 from rewardmap.rewards.parse import clean, strip_markers
 from rewardmap.rewards.rubric import Mode, RewardBatch, Rubric
 from rewardmap.rewards.score import FAILURES
+from rewardmap.rewards.scorer import AnyNetwork
 from rewardmap.rewards.topology import station_key
+from rewardmap.transit.graph import Network
+from rewardmap.transit.topology import read_network
 from rewardmap.types import KINDS, LEVELS, DataError, MetroData, Problem
 
 ADDED = ("score", "correct", "detail", "weight", "format_valid", "failure")
@@ -82,17 +85,17 @@ def score_file(
     in_path = Path(in_path)
     began = time.perf_counter()
     rubric = Rubric(mode=mode)
-    stations = _Stations(in_path, Path(stations_root) if stations_root is not None else None)
+    stations = _Stations(in_path, Path(stations_root) if stations_root is not None else None, exact=mode == "graph")
     totals: dict[str, KindTotals] = defaultdict(KindTotals)
     groups: dict[Any, tuple[int, float, float]] = {}
     partial = None if out_path is None else Path(f"{out_path}.partial")
-    out = None if partial is None else partial.open("w", encoding="utf-8", errors="surrogatepass")
+    out = None if partial is None else partial.open("wb")
     try:
         for rows, problems in _chunks(in_path, stations):
             batch = rubric.score(problems, [row["response"] for row in rows], stations.networks)
             _add(rows, batch, totals, groups)
             if out is not None:
-                out.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                out.writelines(map(_line, rows))
     except BaseException:
         if out is not None and partial is not None:
             out.close()
@@ -109,6 +112,14 @@ def score_file(
         zero_variance_groups=sum(low == high for low, high in shared),
         seconds=time.perf_counter() - began,
     )
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    """UTF-8; a lone surrogate, which has none, makes the row all ASCII escapes."""
+    try:
+        return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(row).encode() + b"\n"
 
 
 def _add(
@@ -228,10 +239,14 @@ def _integer(row: dict[str, Any], name: str, where: str, least: int | None = Non
 class _Stations:
     """The stations files that rows name, each read once."""
 
-    def __init__(self, in_path: Path, root: Path | None) -> None:
+    def __init__(self, in_path: Path, root: Path | None, exact: bool) -> None:
         self._folders = [folder for folder in (root, in_path.parent, Path()) if folder is not None]
-        self.networks: dict[str, MetroData] = {}
+        self._exact = exact
+        self.networks: dict[str, AnyNetwork] = {}
+        """As published or, if ``exact``, with branches and rings, which training takes for ``graph`` too."""
         self._names: dict[str, frozenset[str]] = {}
+        self._seen: set[tuple[str, str]] = set()
+        """(network, station) that rows have named before."""
 
     def read(self, path: str, where: str) -> str:
         """The network's id, which is the path as the row gives it."""
@@ -246,14 +261,25 @@ class _Stations:
                 raise DataError(f"{where}, field 'json': {found} is not JSON ({error})") from error
             if not isinstance(metro, dict) or not all(_is_list_of_text(names) for names in metro.values()):
                 raise DataError(f"{where}, field 'json': {found} is not an object of line -> list of stations")
-            self.networks[path] = metro
+            self.networks[path] = _exact(found, metro, where) if self._exact else metro
             spelled = {station for stations in metro.values() for station in stations}
             self._names[path] = frozenset(key for station in spelled for key in _keys(station))
         return path
 
     def has(self, network_id: str, station: str) -> bool:
         """Whether the network has a station of that name, in the sense of any mode."""
-        return not self._names[network_id].isdisjoint(_keys(station))
+        known = (network_id, station) in self._seen or not self._names[network_id].isdisjoint(_keys(station))
+        if known:
+            self._seen.add((network_id, station))
+        return known
+
+
+def _exact(path: Path, metro: MetroData, where: str) -> Network:
+    path = path.absolute()
+    try:
+        return read_network(path.parents[min(2, len(path.parents) - 1)], f"{path.parent.name}/{path.stem}", metro)
+    except DataError as error:
+        raise DataError(f"{where}, field 'json': {error}") from error
 
 
 def _keys(station: str) -> tuple[str, str]:

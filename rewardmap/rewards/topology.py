@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import heapq
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
+from rewardmap.rewards.parse import strip_markers, unbracketed
 from rewardmap.transit.graph import Network
 from rewardmap.types import DataError, MetroData
 
@@ -19,7 +20,7 @@ _SUFFIXES = (
     *("地铁站", "站", "駅", "역"),
     *("stasjon", "allomas", "stazione", "estacao", "estacion", "stesen", "bahnhof"),
 )
-_LINE_WORDS = (
+NAME_WORDS = (
     "metrorail",
     "route",
     "linha",
@@ -32,7 +33,8 @@ _LINE_WORDS = (
     "号线",
     "线",
 )
-_LONGEST_NAME = 500
+LONGEST_NAME = 500
+"""Letters; a longer name is none."""
 _LETTERS = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "æ": "ae", "œ": "oe", "ı": "i"})
 
 
@@ -46,7 +48,7 @@ def fold(text: str) -> str:
     return text
 
 
-_FOLDED_SUFFIXES = tuple(fold(suffix) for suffix in _SUFFIXES)
+NAME_ENDINGS = tuple(fold(suffix) for suffix in _SUFFIXES)
 
 
 @lru_cache(maxsize=65_536)
@@ -54,7 +56,7 @@ def station_key(name: str) -> str:
     """A stop's name for comparison: folded, without what languages append for "station"; idempotent."""
     key = fold(name)
     while True:
-        suffix = next((suffix for suffix in _FOLDED_SUFFIXES if key.endswith(suffix) and key != suffix), None)
+        suffix = next((suffix for suffix in NAME_ENDINGS if key.endswith(suffix) and key != suffix), None)
         if suffix is None:
             return key
         key = key.removesuffix(suffix)
@@ -65,7 +67,7 @@ def line_key(name: str) -> str:
     """A line's name for comparison: folded, without words for "line": Line 1, Route 1, 1号线 and 1 agree."""
     key = fold(name)
     while True:
-        rests = (rest for word in _LINE_WORDS for rest in (key.removeprefix(word), key.removesuffix(word)))
+        rests = (rest for word in NAME_WORDS for rest in (key.removeprefix(word), key.removesuffix(word)))
         shorter = next((rest for rest in rests if rest not in ("", key)), None)
         if shorter is None:
             return key
@@ -100,9 +102,14 @@ class Topology:
 
     services: tuple[Service, ...]
     stations: dict[str, tuple[int, ...]]
-    """Station key -> the stops of that name."""
+    """Station key -> the stops of that name. Each stop is in one group, which several keys may name."""
     lines: dict[str, tuple[int, ...]]
     """Line key -> the lines of that name."""
+    stop_names: tuple[str, ...] = ()
+    """The stops as the network spells them, with and without markers."""
+    line_names: tuple[str, ...] = ()
+    stops: dict[str, int] = field(default_factory=dict)
+    """Name, as the network spells it -> its stop, where spelling tells stops apart."""
     _costs: dict[frozenset[int], dict[int, tuple[int, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,11 +120,21 @@ class Topology:
 
     def stops_named(self, name: str) -> tuple[int, ...]:
         """The stops of that name, spelt in any way; empty for unknown and for absurdly long ones."""
-        return self.stations.get(station_key(name), ()) if len(name) <= _LONGEST_NAME else ()
+        return self._named(name) if len(name) <= LONGEST_NAME else ()
+
+    def ends(self, name: str) -> tuple[int, ...]:
+        """The stops that a question means by a name: the one so spelt, else all of that name; empty if unknown."""
+        stop = self.stops.get(name)
+        return self._named(name) if stop is None else (stop,)
+
+    def _named(self, name: str) -> tuple[int, ...]:
+        """Bracketed text is dropped where the whole is no name."""
+        found = self.stations.get(station_key(name))
+        return self.stations.get(station_key(unbracketed(name)), ()) if found is None else found
 
     def lines_named(self, name: str) -> tuple[int, ...]:
         """The lines of that name, spelt in any way; empty for unknown and for absurdly long ones."""
-        return self.lines.get(line_key(name), ()) if len(name) <= _LONGEST_NAME else ()
+        return self.lines.get(line_key(name), ()) if len(name) <= LONGEST_NAME else ()
 
     def on_line(self, stop: int, line: int) -> bool:
         """Whether the line calls at the stop."""
@@ -184,37 +201,64 @@ def topology(network_id: str, network: MetroData | Network) -> Topology:
     """The topology of a network, exact from a ``Network``, cautious from flat lists.
 
     A flat list hides where a branch begins, and loops are mostly stored open. So a line is then a set of
-    stops that one train serves, routes differ in their legs only, and spellings with one key are one stop.
+    stops that one train serves, and routes differ in their legs only. In released lists, read as they are or
+    into a ``Network``, spellings of one name are one stop: they spell one station in several ways.
     Raises DataError where a list is not one of names.
     """
     number: dict[str, int] = {}
     services = []
-    names: list[str]
     if isinstance(network, Network):
         names = [line.name for line in network.lines]
+        released = network.extras.get("lists")
+        key = str if released is None else _one_key
         for i, line in enumerate(network.lines):
             for stops in line.services():
                 closed = len(stops) > 2 and stops[0] == stops[-1]
-                services.append(Service(i, _numbered(stops, number), closed, True, line.one_way))
+                services.append(Service(i, _numbered(map(key, stops), number), closed, True, line.one_way))
+        lists = released if isinstance(released, Mapping) else {"": network.stations}
     else:
         names = list(network)
+        key = _one_key
         for i, (name, stations) in enumerate(network.items()):
             if isinstance(stations, str) or not all(isinstance(station, str) for station in stations):
                 raise DataError(f"network {network_id!r}, line {name!r}: {stations!r} is not a list of names")
-            stops = tuple(dict.fromkeys(map(station_key, stations)))
-            services.append(Service(i, _numbered(stops, number), False, False))
-    stations_by_key: dict[str, list[int]] = {}
-    for name, stop in number.items():
-        stations_by_key.setdefault(station_key(name), []).append(stop)
+            services.append(Service(i, _numbered(dict.fromkeys(map(_one_key, stations)), number), False, False))
+        lists = network
+    spelled = dict.fromkeys(name for stations in lists.values() for name in stations)
     lines_by_key: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         lines_by_key.setdefault(line_key(name), []).append(i)
     return Topology(
         tuple(services),
-        {key: tuple(stops) for key, stops in stations_by_key.items()},
+        _by_key({name: number[key(name)] for name in spelled}),
         {key: tuple(lines) for key, lines in lines_by_key.items()},
+        tuple(dict.fromkeys(shown for name in spelled for shown in (name, strip_markers(name)))),
+        tuple(names),
+        number if key is str else {},
     )
 
 
-def _numbered(stops: Sequence[str], number: dict[str, int]) -> tuple[int, ...]:
+def _one_key(name: str) -> str:
+    return station_key(unbracketed(name)) or station_key(name)
+
+
+def _by_key(stops: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Key -> group of stops. Whole names first; without their brackets where that says which stop is meant."""
+    groups: dict[str, dict[int, None]] = {}
+    whole: dict[int, str] = {}
+    for name, stop in stops.items():
+        # A stop that is spelt in several ways belongs to the group of its first.
+        groups.setdefault(whole.setdefault(stop, station_key(name)), {})[stop] = None
+    by_key = {key: tuple(group) for key, group in groups.items()}
+    for shorten in (station_key, _one_key):
+        meant: dict[str, set[str]] = {}
+        for name, stop in stops.items():
+            meant.setdefault(shorten(name), set()).add(whole[stop])
+        for key, wholes in meant.items():
+            if len(wholes) == 1:
+                by_key.setdefault(key, by_key[wholes.pop()])
+    return by_key
+
+
+def _numbered(stops: Iterable[str], number: dict[str, int]) -> tuple[int, ...]:
     return tuple(number.setdefault(stop, len(number)) for stop in stops)

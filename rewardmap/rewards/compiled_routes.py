@@ -1,4 +1,4 @@
-"""The published reward over UTF-8 bytes, compiled by Numba: text in, numbers out, no interpreter in the loop.
+"""The published reward of routes over UTF-8 bytes, compiled by Numba: text in, numbers out, no interpreter in the loop.
 
 Equal to ``score.score_reference`` (and ``score.score_paper``) on every input. The few answers that need more
 of Unicode than a table can give come back as ``HAND_BACK`` and are scored there.
@@ -16,36 +16,30 @@ from rewardmap.rewards.compiled_text import (
     ALIAS_1,
     ALIAS_4,
     ARRIVAL,
-    BOXED,
-    BY_HAND,
     DEPARTURE,
-    MISS,
     OFFSETS,
-    PLANNING,
-    RIGHT,
     ROUTE,
     TEXT,
-    TRUE_FALSE,
     UNSURE,
     ZERO,
     clean,
-    extract,
     find,
-    rfind,
-    short,
     strip,
 )
+from rewardmap.rewards.hashing import MISS, lookup
 from rewardmap.rewards.jit import entry, helper, inlined
+from rewardmap.rewards.score import FAILURE_CODE
+from rewardmap.rewards.scorer import HAND_BACK
 
-HAND_BACK = -1
-"""In place of a failure code: this answer is the plain code's."""
 LINE, CLEAN_NAME, RAW_NAME = range(3)
 """Sorts of interned names; a name's space is ``3 * network + sort``."""
 LINE_1, LINE_4, MISSING_LINE, MISSING_STOP, STOPS, MEMBERS_AT = range(6)
 """Columns of ``Bank.about``: the lines that the two aliases mean, the line and stop that an unreadable leg
 names (-1: none), the number of stops, and where the network's part of ``Bank.members`` begins."""
 
-_NONE, _NO_ANSWER, _BAD_FORMAT, _WRONG, _ENDPOINT, _UNKNOWN_LINE, _NOT_ON_LINE, _BROKEN = range(8)
+_NONE, _NO_ANSWER, _BAD_FORMAT = (np.int64(FAILURE_CODE[name]) for name in ("none", "no_answer", "bad_format"))
+_ENDPOINT, _UNKNOWN_LINE = np.int64(FAILURE_CODE["endpoint"]), np.int64(FAILURE_CODE["unknown_line"])
+_NOT_ON_LINE, _BROKEN = np.int64(FAILURE_CODE["stop_not_on_line"]), np.int64(FAILURE_CODE["broken_transfer"])
 
 
 class Bank(NamedTuple):
@@ -54,8 +48,8 @@ class Bank(NamedTuple):
     text: NDArray[np.uint8]
     """All names' bytes, end to end."""
     table: NDArray[np.int32]
-    """[power of two, 4] open addressing by name: space (-1 is empty), begin and end in ``text``, value.
-    The value numbers the line, or the cleaned stop, within its network; -1: no stop of the network."""
+    """[power of two, 4] see ``hashing.make_table``. The value numbers the line, or the cleaned stop, within its
+    network; -1: no stop of the network."""
     about: NDArray[np.int64]
     """[networks, 6] see ``LINE_1``."""
     members: NDArray[np.bool_]
@@ -64,63 +58,13 @@ class Bank(NamedTuple):
     """[code points] what to add for lower case, or ``NOT_SIMPLE``."""
 
 
-class Questions(NamedTuple):
-    """Problems as columns. ``start`` and ``goal`` are stops by number, -1 for kinds other than planning."""
+class Routes(NamedTuple):
+    """Planning problems as columns. ``start`` and ``goal`` are stops by number."""
 
-    kind: NDArray[np.int64]
     network: NDArray[np.int64]
     start: NDArray[np.int64]
     goal: NDArray[np.int64]
     required: NDArray[np.int64]
-    gold: NDArray[np.int64]
-
-
-class Results(NamedTuple):
-    """Filled by ``score_rows``, one value per answer."""
-
-    correct: NDArray[np.bool_]
-    detail: NDArray[np.float64]
-    format_valid: NDArray[np.bool_]
-    failure: NDArray[np.int8]
-
-
-@inlined
-def _hash(buf, start, end, space):  # type: ignore[no-untyped-def]
-    """FNV-1a, 64 bits."""
-    h = np.uint64(0xCBF29CE484222325) ^ np.uint64(space)
-    prime = np.uint64(0x100000001B3)
-    for i in range(start, end):
-        h = (h ^ np.uint64(buf[i])) * prime
-    return np.int64((h ^ (h >> np.uint64(29))) >> np.uint64(1))
-
-
-@entry
-def fill_table(text, names, table):  # type: ignore[no-untyped-def]
-    """Enter the rows of ``names`` [names, 4] into an empty ``Bank.table``."""
-    mask = len(table) - 1
-    for name in range(len(names)):
-        at = _hash(text, names[name, 1], names[name, 2], names[name, 0]) & mask
-        while table[at, 0] >= 0:
-            at = (at + 1) & mask
-        for k in range(4):
-            table[at, k] = names[name, k]
-
-
-@inlined
-def _lookup(text, table, space, buf, start, end):  # type: ignore[no-untyped-def]
-    size = end - start
-    mask = len(table) - 1
-    at = _hash(buf, start, end, space) & mask
-    while table[at, 0] >= 0:
-        low = table[at, 1]
-        if table[at, 0] == space and table[at, 2] - low == size:
-            k = 0
-            while k < size and text[low + k] == buf[start + k]:
-                k += 1
-            if k == size:
-                return np.int64(table[at, 3])
-        at = (at + 1) & mask
-    return MISS
 
 
 @helper
@@ -134,13 +78,14 @@ def _cleaned_stop(text, table, lower, space, data, start, end, buf, spare):  # t
         n = clean(buf, n, spare, lower)
     if n < 0:
         return UNSURE, True
-    return max(_lookup(text, table, space, buf, ZERO, n), ABSENT), n > 0
+    known = lookup(text, table, space, buf, ZERO, n)
+    return (ABSENT if known == MISS else known), n > 0
 
 
 @inlined
 def _stop(bank, network, data, start, end, buf, spare):  # type: ignore[no-untyped-def]
     """As ``_cleaned_stop``, which only names that are not spelled as in the network need."""
-    known = _lookup(bank.text, bank.table, 3 * network + RAW_NAME, data, start, end)
+    known = lookup(bank.text, bank.table, 3 * network + RAW_NAME, data, start, end)
     if known != MISS:
         return known, True
     space = 3 * network + CLEAN_NAME
@@ -150,7 +95,7 @@ def _stop(bank, network, data, start, end, buf, spare):  # type: ignore[no-untyp
 @inlined
 def _line(bank, network, data, start, end):  # type: ignore[no-untyped-def]
     """Number of the line that data[start:end] names, aliases included; -1 if none."""
-    known = _lookup(bank.text, bank.table, 3 * network + LINE, data, start, end)
+    known = lookup(bank.text, bank.table, 3 * network + LINE, data, start, end)
     if known != MISS:
         return known
     if find(data, start, end, ALIAS_1) >= 0:
@@ -330,59 +275,37 @@ def _exact_only(legs, count):  # type: ignore[no-untyped-def]
 
 
 @entry
-def score_rows(data, starts, asked, questions, bank, paper, results):  # type: ignore[no-untyped-def]
-    """Score the answers data[starts[i]:starts[i + 1]] (UTF-8) to the questions asked[i].
+def score_routes(data, starts, rows, asked, questions, bank, paper, results):  # type: ignore[no-untyped-def]
+    """Score those of the answers data[starts[i]:starts[i + 1]] (UTF-8) to the questions asked[i] whose i is
+    in ``rows``.
 
-    Time is linear in the bytes. A row with more Unicode than ``Bank.lower`` knows gets failure ``HAND_BACK``.
+    Time is linear in the bytes. An answer with more Unicode than ``Bank.lower`` knows gets ``HAND_BACK``.
     """
-    longest = 0
-    for row in range(len(asked)):
+    longest = ZERO
+    for row in rows:
         longest = max(longest, starts[row + 1] - starts[row])
     # "Univ" grows fourfold when it is cleaned, and a lower-cased letter by half at most.
     buf = np.empty(5 * longest + 64, np.uint8)
     spare = np.empty(5 * longest + 64, np.uint8)
     legs = np.empty((longest // 30 + 2, 4), np.int64)
-    for row in range(len(asked)):
+    for row in rows:
         start, end, question = starts[row], starts[row + 1], asked[row]
-        kind = questions.kind[question]
-        low, high = strip(data, start, end)
-        blank = low == high
-        failure = _NONE
-        detail = 0.0
-        valid = False
-        if kind == BY_HAND:
-            failure = HAND_BACK
-        elif kind == PLANNING:
-            network = questions.network[question]
-            count, flawed = _route(data, start, end, network, bank, legs, buf, spare)
-            if count < 0:
-                failure = HAND_BACK
-            else:
-                stops = bank.about[network, STOPS]
-                members = bank.members[bank.about[network, MEMBERS_AT] :]
-                first, last = questions.start[question], questions.goal[question]
-                failure = _judge(legs, count, first, last, members, stops)
-                if paper:
-                    count = _exact_only(legs, count)
-                required = questions.required[question]
-                detail = _detail(legs, count, first, last, required, members, stops, paper)
-                valid = count > 0 and not flawed
-        else:
-            low, high = extract(data, start, end, bank.lower, buf, spare)
-            said = short(kind, buf, low, high) if low >= 0 else UNSURE
-            if said == UNSURE:
-                failure = HAND_BACK
-            elif said == MISS:
-                failure = _BAD_FORMAT
-            else:
-                gold = questions.gold[question]
-                right = said == (gold == 1) if kind == TRUE_FALSE else said == gold
-                failure = _NONE if right else _WRONG
-                box = rfind(data, start, end, BOXED)
-                valid = box >= 0 and find(data, box, end, RIGHT) >= 0
-        if failure == _BAD_FORMAT and blank:
-            failure = _NO_ANSWER
+        network = questions.network[question]
+        count, flawed = _route(data, start, end, network, bank, legs, buf, spare)
+        if count < 0:
+            results.failure[row] = HAND_BACK
+            continue
+        stops = bank.about[network, STOPS]
+        members = bank.members[bank.about[network, MEMBERS_AT] :]
+        first, last = questions.start[question], questions.goal[question]
+        failure = _judge(legs, count, first, last, members, stops)
+        if failure == _BAD_FORMAT:
+            low, high = strip(data, start, end)
+            failure = _NO_ANSWER if low == high else _BAD_FORMAT
         results.correct[row] = failure == _NONE
-        results.detail[row] = detail
-        results.format_valid[row] = valid
         results.failure[row] = failure
+        results.format_valid[row] = count > 0 and not flawed
+        if paper:
+            count = _exact_only(legs, count)
+        required = questions.required[question]
+        results.detail[row] = _detail(legs, count, first, last, required, members, stops, paper)
