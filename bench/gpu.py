@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,8 +68,8 @@ def main() -> int:
     arguments = _arguments()
     deadline = time.monotonic() + arguments.deadline
     try:
-        items = STAGE_ITEMS[arguments.stage](arguments.device)
         machine = probe(arguments.device)
+        items = STAGE_ITEMS[arguments.stage](arguments.device)
     except CannotRunError as reason:
         print(f"stage {arguments.stage}: {reason}", file=sys.stderr)
         return IMPOSSIBLE
@@ -112,7 +113,7 @@ def run_child(command: Sequence[str], seconds: float) -> tuple[str, int | None]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(
-            [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+            [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
         ),
         "PYTHONSAFEPATH": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
@@ -219,14 +220,79 @@ def read_pytest(output: str, code: int) -> Row:
 
 
 def step_items(device: str) -> list[Item]:
-    """One training step of the tiny model, by dtype."""
+    """One training step of the tiny model, by dtype; on a GPU also the 3B shape beside TRL, arm by arm."""
     need("transformers", "pydantic", "tomli_w", "numba", "PIL", "pyarrow", "safetensors")
-    script = str(ROOT / "bench" / "step.py")
+    script = str(ROOT / "bench" / "step_tiny.py")
     dtypes = ("float32", "bfloat16") if device == "cuda" else ("float32",)
-    return [
+    items = [
         Item(f"tiny-{dtype}", (sys.executable, script, "--device", device, "--dtype", dtype), read_json)
         for dtype in dtypes
     ]
+    if device == "cuda":
+        need("trl", "accelerate", "datasets")
+        sys.path[:0] = [str(ROOT / folder) for folder in ("bench", ".", "kernels")]
+        from step_cases import ARMS, CASES
+
+        run = (sys.executable, str(ROOT / "bench" / "step_run.py"), "--device", "cuda", "--threads", "8")
+        first = next(iter(CASES["cuda"]))
+        items += [
+            Item(f"{case}: {arm}", (*run, "--case", case, "--arm", arm), read_json)
+            for case in CASES["cuda"]
+            for arm in ARMS
+            if case == first or arm in ("ours", "without shared prefixes", "TRL")
+        ]
+    return items
+
+
+def kernel_items(device: str) -> list[Item]:
+    """Each case of the kernel bench beside its peers."""
+    sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels")]
+    import kernel_cases
+
+    script = str(ROOT / "bench" / "kernel_run.py")
+    return [
+        Item(name, (sys.executable, script, name, "--device", device), read_json)
+        for name in kernel_cases.cases(device)
+    ]
+
+
+def rollout_items(device: str) -> list[Item]:
+    """The local engine beside transformers; with ``REWARDMAP_SGLANG_PYTHON``, the interpreter of an environment that
+    holds SGLang, its servers too."""
+    need("transformers", "pydantic", "tomli_w", "numba", "PIL", "pyarrow", "safetensors")
+    python = os.environ.get("REWARDMAP_SGLANG_PYTHON")
+    if python:
+        need("aiohttp")
+    command = (sys.executable, str(ROOT / "bench" / "bench_rollout.py"), "--device", device, "--print")
+    size = ("--problems", "2", "--tokens", "8") if device == "cpu" else ()  # a dry run
+    if python:
+        return [Item("tiny-local-sglang", (*command, *size, "--python", python), read_json)]
+    return [Item("tiny-local", (*command, *size), read_json)]
+
+
+def csrc_items(device: str) -> list[Item]:
+    """The Hopper kernel: its results, the same under compute-sanitizer on the smallest vocabulary, then its time."""
+    if device != "cuda":
+        raise CannotRunError("the Hopper kernel needs a GPU")
+    need("pytest")
+    tests = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/test_native_cuda.py")
+    items = [Item("results", tests, read_pytest)]
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if sanitizer is None:
+        print("  compute-sanitizer is not on PATH: memcheck and racecheck are left out", flush=True)
+    else:
+        for tool in ("memcheck", "racecheck"):
+            command = (sanitizer, "--tool", tool, "--error-exitcode", "9", *tests, "-k", "dapo-64 or grpo-64")
+            items.append(Item(tool, command, read_sanitizer))
+    script = str(ROOT / "bench" / "hopper.py")
+    vocabularies = (32_768, 65_536, 151_936, 152_064, 262_144)
+    return items + [Item(f"time-{v}", (sys.executable, script, str(v)), read_json) for v in vocabularies]
+
+
+def read_sanitizer(output: str, code: int) -> Row:
+    """pytest's counts, from among the sanitizer's own lines; any finding is a failure."""
+    lines = [line for line in output.splitlines() if not line.startswith("=========")]
+    return read_pytest("\n".join(lines), code)
 
 
 def read_json(output: str, code: int) -> Row:
@@ -247,14 +313,12 @@ def need(*modules: str) -> None:
         )
 
 
-def nothing_yet(device: str) -> list[Item]:
-    raise CannotRunError("has nothing to measure yet")
-
-
 STAGE_ITEMS: dict[str, Callable[[str], list[Item]]] = {
     "tests": test_items,
+    "kernels": kernel_items,
     "step": step_items,
-    **dict.fromkeys(("kernels", "csrc", "rollout"), nothing_yet),
+    "rollout": rollout_items,
+    "csrc": csrc_items,
 }
 
 

@@ -42,7 +42,8 @@ SEQUENCE_LEVEL = [o for o in cases.OBJECTIVES if o.needs_sequence]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(triton_launch, "BLOCK_BYTES", 128)
+    for name in ("STATISTICS", "EXPONENTIALS", "GRADIENT", "SCALE", "POLICY_ROW"):
+        monkeypatch.setattr(triton_launch, name, (32, 4))
     with use_implementation("triton"):
         yield
 
@@ -62,6 +63,12 @@ def tensors(dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, Ten
     hidden = (torch.randn(N, H, generator=g) * scale).to(dtype).requires_grad_()
     weight = torch.randn(V, H, generator=g).to(dtype).requires_grad_()
     return hidden, weight, torch.randint(0, V, (N,), generator=g)
+
+
+def kernels_of(objective: PolicyObjective) -> tuple[str, ...]:
+    """What the head launches for several chunks: one pass over a row where its coefficient needs no other row."""
+    two = objective.needs_sequence or objective.entropy_coef
+    return ("statistics_kernel", "gradient_kernel") if two else ("exponentials_kernel",)
 
 
 def error(got: Tensor, exact: Tensor) -> float:
@@ -96,8 +103,7 @@ def test_linear_policy_loss(objective: PolicyObjective, on_policy: bool) -> None
     got = linear_policy_loss(
         hidden, weight, targets, objective=objective, temperature=temperature, chunk_rows=5, **rows
     )
-    kernel = ("statistics_kernel", "gradient_kernel") if objective.needs_sequence else ("policy_row_kernel",)
-    assert last_path("linear_policy_loss") == ("triton", kernel)
+    assert last_path("linear_policy_loss") == ("triton", kernels_of(objective))
     grads = torch.autograd.grad(got.loss, (hidden, weight))
     torch.testing.assert_close(got.loss.double(), loss, rtol=2e-5, atol=1e-6)
     assert error(grads[0], d_hidden) < 3e-6 and error(grads[1], d_weight) < 3e-6
@@ -117,7 +123,7 @@ def test_the_coefficient_is_policy_loss_s(objective: PolicyObjective) -> None:
     choose("logits_policy_loss", logits)
     for old in (rows["old_logprobs"], None):
         inputs["old_logprobs"] = old
-        done = triton_launch.fused("logits_policy_loss", logits, targets, 1.0, mask, inputs, None, torch.float32, False)
+        done = triton_launch.fused("logits_policy_loss", logits, targets, 1.0, mask, inputs, None, False)
         wanted = policy_loss(done.logprobs, entropy=done.entropy, loss_mask=mask, **inputs)
         torch.testing.assert_close(done.d_logprob, wanted.d_logprob, rtol=1e-5, atol=1e-8)
 
@@ -141,7 +147,7 @@ def test_logits_policy_loss_in_place_and_not(objective: PolicyObjective, dtype: 
         got = logits_policy_loss(view, targets, objective=objective, temperature=0.9, inplace=inplace, **rows)
         (grad,) = torch.autograd.grad(got.loss * 0.5, leaf)
         grad = grad[:, 2 : V + 2] if inplace else grad
-        assert "scale_kernel" in last_path("logits_policy_loss")[1]  # type: ignore[index]
+        assert last_path("scale") == ("triton", ("scale_kernel",))
         torch.testing.assert_close(got.loss.double(), loss.detach(), rtol=1e-4, atol=1e-6)
         assert error(grad, 0.5 * exact) < (2e-3 if dtype == torch.float16 else 2e-6)
         assert (grad[off] == 0).all()
@@ -162,7 +168,7 @@ def test_float16_heads_write_the_gradient_over_the_logits() -> None:
     eager_grads = torch.autograd.grad(eager, (hidden, weight))
     got = linear_policy_loss(hidden, weight, targets, objective=objective, chunk_rows=6, **rows)
     grads = torch.autograd.grad(got.loss * 20000, (hidden, weight))
-    assert last_path("linear_policy_loss") == ("triton", ("policy_row_kernel",))
+    assert last_path("linear_policy_loss") == ("triton", ("statistics_kernel", "gradient_kernel"))
     assert error(got.loss, loss) <= 2 * error(eager / 20000, loss) + 1e-6
     for mine, theirs, exact in zip(grads, eager_grads, (d_hidden * 20000, d_weight * 20000), strict=True):
         assert mine.dtype == torch.float16
@@ -216,6 +222,42 @@ def test_a_target_of_another_rank_has_no_column() -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["random", "growing", "falling", "peaked", "closed columns"])
+def test_exponentials_in_one_pass(kind: str) -> None:
+    g = torch.Generator().manual_seed(7)
+    logits, targets = torch.randn(N, V, generator=g) * 3, torch.randint(0, V, (N,), generator=g)
+    if kind in ("growing", "falling"):  # far beyond the first block's maximum, several times: the pivot moves
+        logits += torch.linspace(-80, 80, V) * (1 if kind == "growing" else -1)
+        targets[:4] = torch.tensor([0, 20, 40, V - 1])
+    elif kind == "peaked":
+        logits[torch.arange(N), targets] += 25.0
+    elif kind == "closed columns":
+        logits[:, :40] = float("-inf")
+        targets = targets.clamp(min=40)
+    temperature, keep = torch.linspace(0.5, 1.5, N), torch.arange(N) != 3
+    logprobs, entropy = reference.selective_log_softmax(logits.double(), targets, temperature.double())
+    p = torch.softmax(logits.double() / temperature.double()[:, None], 1)
+    wanted = p - torch.nn.functional.one_hot(targets, V)
+    choose("linear_policy_loss", logits)
+    for dtype in (torch.float32, torch.float16) if kind == "random" else (torch.float32,):
+        wide = torch.full((N, V + 3), 7.0)  # row strides other than V, as the head's padded buffer has
+        wide[:, :V] = logits
+        got = triton_launch.exponentials("linear_policy_loss", wide[:, :V], targets, temperature, keep, dtype, None)
+        assert got.values.untyped_storage().data_ptr() == wide.untyped_storage().data_ptr()
+        direction = got.values.double() / got.total.double()[:, None]
+        assert (got.values[3] == 0).all() and got.total[3] == 1 and got.rows.logprobs[3] == 0
+        assert error(direction[keep], wanted[keep]) < (2e-6 if dtype == torch.float32 else 1e-3)
+        torch.testing.assert_close(got.rows.logprobs[keep].double(), logprobs[keep], rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(got.rows.entropy[keep].double(), entropy[keep], rtol=1e-5, atol=2e-5)
+    if kind == "peaked":  # p - 1 keeps its relative accuracy where p is near 1
+        ours = direction[torch.arange(N), targets]
+        exact = -(wanted * (wanted > 0)).sum(1)
+        torch.testing.assert_close(ours[keep], exact[keep], rtol=1e-5, atol=0)
+    out = torch.empty(N, V)
+    apart = triton_launch.exponentials("linear_policy_loss", logits, targets, temperature, keep, torch.float32, out)
+    assert apart.values is out and error(out[keep] / apart.total[keep, None], wanted[keep]) < 2e-6
+
+
 def test_masked_rows_are_exactly_zero_and_others_do_not_see_them() -> None:
     hidden, weight, targets = tensors(torch.float32)
     rows = cases.row_inputs(N, dtype=torch.float32)
@@ -265,7 +307,7 @@ def test_runs_are_bitwise_equal_and_no_rows_is_fine() -> None:
 
 
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "batch_mean", "none"])
-@pytest.mark.parametrize("scale", ["group", "batch", "none", "max_min"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "max_min", "mad"])
 def test_group_advantage(scale: str, baseline: str) -> None:
     g = torch.Generator().manual_seed(3)
     offsets = [0, 5, 6, 6, 46, 49]
@@ -291,8 +333,28 @@ def test_group_advantage(scale: str, baseline: str) -> None:
     rewards[2] = float("nan")
     got = group_advantage(rewards, torch.tensor(offsets), **options)
     assert got.advantages[:5].isnan().any() and not got.degenerate[0]
-    with pytest.raises(ValueError, match="cannot run by triton: the median"):
-        group_advantage(rewards, torch.tensor(offsets), scale="mad")
+
+
+@pytest.mark.parametrize("combine", ["sum_then_normalize", "normalize_then_sum"])
+def test_group_advantage_of_components_dropped_groups_and_tokens(combine: str) -> None:
+    g = torch.Generator().manual_seed(3)
+    rewards, offsets, parts = torch.rand(49, 3, generator=g), [0, 5, 6, 6, 46, 49], torch.tensor([1.0, 0.5, 2.0])
+    rewards[46:, :2] = 0.1
+    rewards[7, 1] = float("nan")
+    lengths = torch.randint(0, 300, (49,), generator=g)
+    tokens = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    options: dict[str, Any] = {
+        "component_weights": parts, "combine": combine, "non_finite": "drop_group", "token_offsets": tokens,
+        "weights": torch.rand(49, generator=g),
+    }  # fmt: skip
+    got = group_advantage(rewards, torch.tensor(offsets), **options)
+    assert last_path("group_advantage") == ("triton", ("group_advantage_kernel",))
+    with use_implementation("torch"):
+        wanted = group_advantage(rewards, torch.tensor(offsets), **options)
+    assert (got.advantages[6:46] == 0).all() and got.degenerate[3]
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine is not None and theirs is not None
+        torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-6, equal_nan=True)
 
 
 def test_float64_refuses_rather_than_falls_back() -> None:

@@ -24,8 +24,9 @@ from rewardmap_kernels import triton_advantage, triton_launch, triton_rows
 TABLE = Path(__file__).with_suffix(".json")
 CAPABILITIES = (80, 90, 100)
 STRIDES = {"vocab", "logits_stride", "out_stride", "stride", "columns_total"}
-INTEGERS = STRIDES | {"normalizer_stride", "total", "groups", "ddof"}
-POINTERS = {"targets_ptr": "*i64", "offsets_ptr": "*i64", "mask_ptr": "*u8", "degenerate_ptr": "*i8"}
+INTEGERS = STRIDES | {"normalizer_stride", "total", "groups", "tokens_total", "ddof"}
+POINTERS = dict.fromkeys(("targets_ptr", "offsets_ptr", "token_offsets_ptr"), "*i64")
+POINTERS |= {"mask_ptr": "*u8", "degenerate_ptr": "*i8"}
 
 
 class Build(NamedTuple):
@@ -63,18 +64,22 @@ def builds() -> Iterator[Build]:
         "KL": "none",
         "KL_BIAS": False,
     }
-    rows, warps = triton_rows, triton_launch.WARPS
-    for logits, size in (("fp32", 4), ("bf16", 2)):
+    rows, launch = triton_rows, triton_launch
+    for logits in ("fp32", "bf16"):
         dtypes = {"logits_ptr": f"*{logits}", "out_ptr": "*bf16", "values_ptr": f"*{logits}"}
-        block = {"BLOCK": triton_launch.BLOCK_BYTES // size}
-        yield Build(f"policy_row_kernel.{logits}", rows.policy_row_kernel, dtypes, {**objective, **block}, warps)
-        yield Build(f"policy_row_kernel.{logits}.sapo", rows.policy_row_kernel, dtypes, {**sapo, **block}, warps)
-        masks = {"HAS_MASK": True, "HAS_TEMPERATURE": True, **block}
-        yield Build(f"statistics_kernel.{logits}", rows.statistics_kernel, dtypes, masks, warps)
-        place = {"IN_PLACE": True, "HAS_TEMPERATURE": True, **block}
-        yield Build(f"gradient_kernel.{logits}", rows.gradient_kernel, dtypes, place, warps)
-        yield Build(f"scale_kernel.{logits}", rows.scale_kernel, dtypes, block, warps)
-    for scale in ("group", "batch"):
+        # The policy row writes over logits of its own dtype.
+        same = {**dtypes, "out_ptr": f"*{logits}"}
+        for suffix, options in ("", objective), (".sapo", sapo):
+            name = f"policy_row_kernel.{logits}{suffix}"
+            yield _build(name, rows.policy_row_kernel, same, options, launch.POLICY_ROW)
+        masks = {"HAS_MASK": True, "HAS_TEMPERATURE": True}
+        yield _build(f"statistics_kernel.{logits}", rows.statistics_kernel, dtypes, masks, launch.STATISTICS)
+        place = {**masks, "IN_PLACE": True}
+        yield _build(f"exponentials_kernel.{logits}", rows.exponentials_kernel, dtypes, place, launch.EXPONENTIALS)
+        place.pop("HAS_MASK")
+        yield _build(f"gradient_kernel.{logits}", rows.gradient_kernel, dtypes, place, launch.GRADIENT)
+        yield _build(f"scale_kernel.{logits}", rows.scale_kernel, dtypes, {}, launch.SCALE)
+    for scale in ("group", "batch", "mad"):
         constants = {
             "SCALE": scale,
             "BASELINE": "leave_one_out",
@@ -82,8 +87,42 @@ def builds() -> Iterator[Build]:
             "HAS_WEIGHTS": True,
             "BLOCK": triton_advantage.GROUP_BLOCK,
             "BATCH": triton_advantage.BATCH_BLOCK,
+            "TOKENS": triton_advantage.TOKEN_BLOCK,
+            "COMPONENTS": 2 if scale == "mad" else 0,
+            "EACH": scale == "mad",
+            "DROP": False,
+            "HAS_TOKENS": True,
         }
         yield Build(f"group_advantage_kernel.{scale}", triton_advantage.group_advantage_kernel, {}, constants, 1)
+
+
+def variants() -> Iterator[Build]:
+    """Builds that take the branches the table's do not: what the interpreter accepts, the compiler may not."""
+    of = {build.name: build for build in builds()}
+
+    def other(name: str, **constants: Any) -> Build:
+        return of[name]._replace(constants={**of[name].constants, **constants})
+
+    row = "policy_row_kernel.bf16"
+    plain: dict[str, Any] = {name: False for name, value in of[row].constants.items() if value is True}
+    plain |= {"KL": "none", "IMPORTANCE": "none"}
+    yield other(row, **plain)
+    yield other(
+        row, **{**plain, "OBJECTIVE": "cispo", "KL": "k1", "KL_BIAS": True, "IMPORTANCE": "mask", "HAS_OLD": True}
+    )
+    yield other(row, **{**plain, "OBJECTIVE": "reinforce", "KL": "k2", "ENTROPY": True})
+    for name in ("statistics_kernel.bf16", "exponentials_kernel.fp32", "gradient_kernel.bf16"):
+        yield other(name, **{switch: False for switch, value in of[name].constants.items() if value is True})
+    groups = "group_advantage_kernel.group"
+    yield other(groups, SCALE="none", BASELINE="none", DROP=True, HAS_WEIGHTS=False, HAS_TOKENS=False)
+    yield other(groups, SCALE="max_min", BASELINE="batch_mean", COMPONENTS=3)
+    yield other(groups, SCALE="batch", BASELINE="batch_mean", COMPONENTS=2, EACH=True)
+    yield other(groups, SCALE="mad", BASELINE="mean", COMPONENTS=1, EACH=True, DROP=True)
+    yield other(groups, SCALE="group", BASELINE="mean", EPS_INSIDE=True, COMPONENTS=2, DROP=True)
+
+
+def _build(name: str, function: Any, dtypes: dict[str, str], options: dict[str, Any], config: tuple[int, int]) -> Build:
+    return Build(name, function, dtypes, {**options, "BLOCK": config[0]}, config[1])
 
 
 def _type(build: Build, argument: str) -> str:
@@ -96,9 +135,8 @@ def _type(build: Build, argument: str) -> str:
     return "fp32"
 
 
-def resources(build: Build, capability: int) -> dict[str, int]:
-    """{registers, spilled, shared} of one kernel: registers per thread, bytes spilled, bytes of shared
-    memory."""
+def compiled(build: Build, capability: int) -> Any:
+    """Triton's compiled kernel of one build."""
     # In the interpreter's process the kernel is wrapped; its Python function compiles all the same.
     function = build.function if isinstance(build.function, JITFunction) else JITFunction(build.function.fn)
     signature = {name: _type(build, name) for name in function.arg_names}
@@ -108,13 +146,19 @@ def resources(build: Build, capability: int) -> dict[str, int]:
         if kind.startswith("*") or name in STRIDES
     }
     source = ASTSource(fn=function, signature=signature, constexprs=build.constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": build.warps})
-    found = re.search(r"\.target (\w+)", compiled.asm["ptx"])
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": build.warps})
+
+
+def resources(build: Build, capability: int) -> dict[str, int]:
+    """{registers, spilled, shared} of one kernel: registers per thread, bytes spilled, bytes of shared
+    memory."""
+    kernel = compiled(build, capability)
+    found = re.search(r"\.target (\w+)", kernel.asm["ptx"])
     assert found
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(compiled.asm["ptx"])
+        ptx.write_text(kernel.asm["ptx"])
         report = subprocess.run(
             [
                 tools / ("ptxas-blackwell" if capability >= 100 else "ptxas"),
@@ -138,7 +182,7 @@ def resources(build: Build, capability: int) -> dict[str, int]:
     return {
         "registers": number(r"Used (\d+) registers"),
         "spilled": spilled,
-        "shared": int(compiled.metadata.shared),
+        "shared": int(kernel.metadata.shared),
     }
 
 

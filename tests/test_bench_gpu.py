@@ -132,13 +132,13 @@ def test_what_is_missing_is_named(gpu: ModuleType) -> None:
         gpu.need("json", "no_such_module_1", "no_such_module_2")
 
 
-@pytest.mark.parametrize("stage", ["kernels", "csrc", "rollout"])
-def test_a_stage_without_content_says_so(gpu: ModuleType, stage: str) -> None:
-    if gpu.STAGE_ITEMS[stage] is not gpu.nothing_yet:
-        pytest.skip(f"stage {stage} has content")
-    result = call("--stage", stage, "--device", "cpu")
+def test_the_hopper_stage_has_no_dry_run_and_reads_what_the_sanitizer_says(gpu: ModuleType) -> None:
+    result = call("--stage", "csrc", "--device", "cpu")
     assert result.returncode == gpu.IMPOSSIBLE
-    assert "nothing to measure" in result.stderr and not result.stdout
+    assert "needs a GPU" in result.stderr and not result.stdout
+    said = "========= COMPUTE-SANITIZER\n2 passed, 21 deselected in 9.00s\n========= ERROR SUMMARY: 0 errors\n"
+    assert gpu.read_sanitizer(said, 0) == {"passed": 2, "failed": 0, "skipped": 0, "ok": True}
+    assert not gpu.read_sanitizer(said, 9)["ok"]
 
 
 def test_without_a_gpu_it_says_so(gpu: ModuleType) -> None:
@@ -158,3 +158,25 @@ def test_dry_run_of_a_training_step(tmp_path: Path) -> None:
     assert row["ok"] and row["gradient_error"] <= row["gradient_tolerance"]
     assert row["step_seconds"] > 0 and row["rollout_tokens"] > 0 and row["answers_per_step"] == 128
     assert row["gpu"] is None and row["torch"] and len(row["sources"]) == 16
+
+
+def test_the_kernel_stage_measures_a_case_beside_its_peers(gpu: ModuleType, tmp_path: Path) -> None:
+    items = gpu.kernel_items("cpu")
+    assert [item.name for item in items] == [
+        "linear", "linear.frozen", "linear.response-50", "linear.zero-50", "logits", "log_softmax", "advantage"
+    ]  # fmt: skip
+    assert gpu.run([items[-1]], tmp_path / "kernels.jsonl", PROVENANCE, time.monotonic() + 240) == gpu.PASSED
+    (row,) = rows(tmp_path / "kernels.jsonl")
+    assert row["ok"] and row["failed"] == {}
+    assert set(row["times_faster_than"]) == {"torch eager", "loop per prompt", "floor"}
+    assert row["error"]["ours"] <= row["allowed_error"]
+
+
+def test_a_dry_run_of_the_rollout_stage(tmp_path: Path) -> None:
+    result = call("--stage", "rollout", "--device", "cpu", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (row,) = rows(tmp_path / "rollout-cpu.jsonl")
+    assert row["ok"] and row["item"] == "tiny-local"
+    speeds = row["local"]
+    fastest = max(speeds["generate_batch_tokens_per_second"], speeds["generate_single_tokens_per_second"])
+    assert fastest > 0 and speeds["times_generate"] * fastest == pytest.approx(speeds["tokens_per_second"])

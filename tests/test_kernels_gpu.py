@@ -71,11 +71,39 @@ def test_the_head_s_error_is_at_most_twice_eager_s(objective: PolicyObjective) -
     eager = reference.policy_row_loss(logprobs, entropy=entropy, objective=objective, **rows).sum()
     theirs = (eager, *torch.autograd.grad(eager, (hidden, weight)))
     got = linear_policy_loss(hidden, weight, targets, objective=objective, chunk_rows=128, **rows)
-    kernels = ("statistics_kernel", "gradient_kernel") if objective.needs_sequence else ("policy_row_kernel",)
+    two = objective.needs_sequence or objective.entropy_coef
+    kernels = ("statistics_kernel", "gradient_kernel") if two else ("exponentials_kernel",)
     assert last_path("linear_policy_loss") == ("triton", kernels)
     mine = (got.loss, *torch.autograd.grad(got.loss, (hidden, weight)))
     for a, b, c in zip(mine, theirs, wanted, strict=True):
         assert error(a, c) <= 2 * error(b, c) + 1e-5
+
+
+@pytest.mark.parametrize("objective", [PLAIN, DAPO, PolicyObjective("gspo")], ids=cases.objective_id)
+def test_the_error_from_logits_is_at_most_twice_eager_s(objective: PolicyObjective) -> None:
+    hidden, weight, targets, rows = problem(200, 1031, 128)
+    logits = (hidden @ weight.t()).detach().requires_grad_()
+    z = logits.detach().double().requires_grad_()
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in rows.items()}
+    results = []
+    for leaf, inputs in ((z, wide), (logits, rows)):
+        source = leaf if leaf is z else leaf.float()
+        logprobs, entropy = reference.selective_log_softmax(source, targets)
+        loss = reference.policy_row_loss(logprobs, entropy=entropy, objective=objective, **inputs).sum()
+        results.append((loss.detach(), logprobs.detach(), torch.autograd.grad(loss, leaf)[0]))
+    wanted, theirs = results
+    on = rows["loss_mask"]
+    for inplace in (False, True):
+        source = logits * 1.0
+        got = logits_policy_loss(source, targets, objective=objective, inplace=inplace, **rows)
+        two = objective.needs_sequence
+        kernels = ("statistics_kernel", "gradient_kernel") if two else ("policy_row_kernel",)
+        assert last_path("logits_policy_loss") == ("triton", kernels)
+        (gradient,) = torch.autograd.grad(got.loss, logits)
+        assert error(got.loss, wanted[0]) <= 2 * error(theirs[0], wanted[0]) + 1e-5
+        assert error(got.logprobs[on], wanted[1][on]) <= 2 * error(theirs[1][on], wanted[1][on]) + 1e-5
+        assert error(gradient, wanted[2]) <= 2 * error(theirs[2], wanted[2]) + 1e-5
+        assert (gradient[~on] == 0).all()
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -121,7 +149,7 @@ def test_nothing_waits_for_the_gpu() -> None:
 
 
 def test_memory_is_a_chunk_of_logits_and_the_gradients() -> None:
-    n, v, h, chunk = 4096, 32_000, 512, 512
+    n, v, h, chunk = 4096, 32_003, 512, 512  # odd: a product that copied its padded output would show
     hidden, weight, targets, rows = problem(n, v, h)
     linear_policy_loss(hidden, weight, targets, objective=DAPO, chunk_rows=chunk, **rows)
     torch.cuda.synchronize()
@@ -169,3 +197,59 @@ def test_group_advantage_is_one_launch_and_bad_offsets_show() -> None:
     spoilt = offsets.clone()
     spoilt[-1] = 9000
     assert group_advantage(rewards.cuda(), spoilt.cuda()).advantages[-8:].isnan().all()
+
+
+@pytest.mark.parametrize("objective", [PLAIN, DAPO, PolicyObjective("gspo")], ids=cases.objective_id)
+def test_a_cuda_graph_replays_the_whole_step(objective: PolicyObjective) -> None:
+    hidden, weight, targets, rows = problem(256, 1031, 128)
+    other = problem(256, 1031, 128)[0].detach().flip(0)
+    logits = (hidden @ weight.t()).detach().requires_grad_()
+    rewards, offsets = torch.rand(64, device="cuda"), torch.arange(0, 65, 8, device="cuda")
+    outputs: list[Tensor] = []
+
+    def step() -> None:
+        made = group_advantage(rewards, offsets).advantages[:, None].expand(-1, 4).reshape(-1)
+        inputs = {**rows, "advantages": made, "normalizer": loss_normalizer(PLAIN, rows["loss_mask"])}
+        head = linear_policy_loss(hidden, weight, targets, objective=objective, chunk_rows=128, **inputs)
+        direct = logits_policy_loss(logits, targets, objective=objective, **inputs)
+        pair = linear_logprobs(hidden, weight, targets)
+        gradients = torch.autograd.grad(head.loss + pair[0].sum() + pair[1].mean(), (hidden, weight))
+        outputs[:] = [head.loss, head.metrics["ratio_max"], direct.loss, *gradients, made]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    captured = list(outputs)
+    for values in (hidden.detach().clone(), other):
+        with torch.no_grad():
+            hidden.copy_(values)
+            rewards.copy_(torch.rand_like(rewards))
+        graph.replay()
+        replayed = [t.clone() for t in captured]
+        step()
+        for mine, theirs in zip(replayed, outputs, strict=True):
+            assert error(mine, theirs.double()) < 1e-3
+    assert last_path("linear_policy_loss") is not None
+
+
+def test_other_streams_and_lengths_never_compile_again() -> None:
+    from rewardmap_kernels import triton_rows
+
+    def entries() -> int:
+        return sum(len(cache[0]) for cache in triton_rows.exponentials_kernel.device_caches.values())
+
+    hidden, weight, targets, rows = problem(300, 1031, 128)
+    counts = []
+    for n in (300, 299, 128, 17, 1):
+        part = {k: t[:n] for k, t in rows.items()}
+        with torch.cuda.stream(torch.cuda.Stream()):
+            linear_policy_loss(hidden[:n], weight, targets[:n], objective=PLAIN, **part)
+        torch.cuda.synchronize()
+        counts.append(entries())
+    assert counts[0] >= 1 and counts == counts[:1] * len(counts)

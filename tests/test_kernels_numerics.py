@@ -4,6 +4,7 @@ definition."""
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +15,23 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from rewardmap_kernels import (
     PolicyObjective,
     contributing_rows,
     last_path,
+    linear_logprob,
     linear_logprobs,
+    linear_loss,
     linear_policy_loss,
     logits_policy_loss,
     loss_normalizer,
+    native,
     policy_loss,
     reference,
     selective_log_softmax,
+    use_implementation,
 )
 
 sys.path.append(str(Path(__file__).parent))
@@ -71,6 +77,7 @@ def exact(
 
 def error(got: Tensor, wanted: Tensor) -> tuple[float, float]:
     """(largest absolute error, relative Frobenius error)"""
+    wanted = wanted.detach()
     gap = got.detach().double() - wanted
     return float(gap.abs().max()), float(gap.norm() / wanted.norm())
 
@@ -91,6 +98,49 @@ def test_bfloat16_error_is_at_most_twice_eager_s(kind: str) -> None:
         keep = on if name in ("logprobs", "entropy") else slice(None) if a.dim() else ...
         for measured, allowed in zip(error(a[keep], c[keep]), error(b[keep], c[keep]), strict=True):
             assert measured <= 2 * allowed + 1e-6, (name, measured, allowed)
+
+
+@pytest.mark.parametrize("kind", ["random", "peaked", "flat", "high", "low"])
+def test_bfloat16_logits_error_is_at_most_twice_eager_s(kind: str) -> None:
+    hidden, weight, targets, rows = problem(96, 513, 64, torch.bfloat16, kind)
+    logits = (hidden @ weight.t()).detach().requires_grad_()
+    z = logits.detach().double().requires_grad_()
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in rows.items()}
+
+    def of(logprobs: Tensor, entropy: Tensor, inputs: dict[str, Any], leaf: Tensor) -> tuple[Tensor, ...]:
+        loss = reference.policy_row_loss(logprobs, entropy=entropy, objective=DAPO, **inputs).sum()
+        return loss, logprobs, entropy, torch.autograd.grad(loss, leaf)[0]
+
+    wanted = of(*reference.selective_log_softmax(z, targets), wide, z)
+    theirs = of(*reference.selective_log_softmax(logits.float(), targets), rows, logits)
+    pair = of(*selective_log_softmax(logits, targets), rows, logits)
+    got = logits_policy_loss(logits, targets, objective=DAPO, **rows)
+    mine = (*got[:3], torch.autograd.grad(got.loss, logits)[0])
+    on = rows["loss_mask"]
+    for result in (pair, mine):
+        for name, a, b, c in zip(("loss", "logprobs", "entropy", "gradient"), result, theirs, wanted, strict=True):
+            keep = on if name in ("logprobs", "entropy") else slice(None) if a.dim() else ...
+            for measured, allowed in zip(error(a[keep], c[keep]), error(b[keep], c[keep]), strict=True):
+                assert measured <= 2 * allowed + 1e-6, (name, measured, allowed)
+
+
+@pytest.mark.parametrize("objective", cases.OBJECTIVES, ids=cases.objective_id)
+def test_a_batch_without_a_live_row_is_exactly_zero(objective: PolicyObjective) -> None:
+    hidden, weight, targets, rows = problem(20, 31, 8)
+    rows["loss_mask"] = torch.zeros(20, dtype=torch.bool)
+    rows["normalizer"] = loss_normalizer(PolicyObjective("dapo"), rows["loss_mask"])
+    spoilt = torch.full_like(hidden, float("nan")).requires_grad_()
+    out = linear_policy_loss(spoilt, weight, targets, objective=objective, chunk_rows=7, **rows)
+    gradients = torch.autograd.grad(out.loss, (spoilt, weight))
+    logits = (spoilt @ weight.t()).detach().requires_grad_()
+    direct = logits_policy_loss(logits, targets, objective=objective, **rows)
+    gradients += torch.autograd.grad(direct.loss, logits)
+    assert out.loss == 0 and direct.loss == 0 and all((g == 0).all() for g in gradients)
+    assert (out.logprobs == 0).all() and (out.entropy == 0).all()
+    assert all(value.isfinite() for value in out.metrics.values())
+    none = torch.zeros(0, dtype=torch.int64)
+    left_out = linear_policy_loss(hidden, weight, targets, objective=objective, rows=none, **rows)
+    assert left_out.loss == 0 and all((g == 0).all() for g in torch.autograd.grad(left_out.loss, (hidden, weight)))
 
 
 @pytest.mark.parametrize("vocab", [151_936, 152_064, 50_257])
@@ -148,8 +198,16 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("objective", [DAPO, PolicyObjective("gspo")], ids=lambda o: o.name)
-def test_the_logits_of_all_rows_never_exist(objective: PolicyObjective) -> None:
+@pytest.fixture
+def transparent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The custom operators as plain functions, so that dispatch modes see what is done inside."""
+    monkeypatch.setattr(linear_loss, "_forward", linear_loss._forward._init_fn)
+    for name in ("_forward", "_recompute", "_weight_from_kept"):
+        monkeypatch.setattr(linear_logprob, name, getattr(linear_logprob, name)._init_fn)
+
+
+@pytest.mark.parametrize("objective", [DAPO, PolicyObjective("gspo"), PolicyObjective("dapo")], ids=cases.objective_id)
+def test_the_logits_of_all_rows_never_exist(objective: PolicyObjective, transparent: None) -> None:
     n, v, h, chunk = 96, 400, 8, 16
     hidden, weight, targets, rows = problem(n, v, h)
     with _Largest() as seen:
@@ -157,7 +215,75 @@ def test_the_logits_of_all_rows_never_exist(objective: PolicyObjective) -> None:
         out.loss.backward()
         logprobs, entropy = linear_logprobs(hidden, weight, targets, chunk_rows=chunk, keep_bytes=0)
         (logprobs.sum() + entropy.sum()).backward()
-    assert seen.numel <= max(chunk * v, v * h, n * h) * 1.05
+    assert chunk * v <= seen.numel <= max(chunk * v, v * h, n * h) * 1.05
+
+
+class _Products(TorchDispatchMode):
+    """Logits' memory: how many chunks of it are alive whenever one is multiplied into."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.alive, self.most = elements, [], 0  # type: ignore[var-annotated]
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.mm:
+            buffers = {t.untyped_storage().data_ptr() for ref in self.alive if (t := ref()) is not None}
+            self.most = max(self.most, len(buffers))
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor) and value.numel() >= self.elements:
+                self.alive.append(weakref.ref(value))
+        return out
+
+
+def test_one_chunk_s_logits_are_alive_at_a_time(transparent: None) -> None:
+    hidden, weight, targets, rows = problem(96, 400, 8)
+    for objective in (PolicyObjective("dapo"), DAPO, PolicyObjective("gspo")):
+        with _Products(16 * 400) as seen:
+            linear_policy_loss(hidden, weight, targets, objective=objective, chunk_rows=16, **rows)
+        # The buffer, and plain torch's own copy of the chunk that is multiplied back.
+        assert 1 <= seen.most <= 2
+
+
+def flop(run: Callable[[], Any], n: int, v: int, h: int) -> float:
+    """Arithmetic of the matrix products in units of NVH."""
+    with FlopCounterMode(display=False) as counted:
+        run()
+    return counted.get_total_flops() / (n * v * h)
+
+
+@pytest.mark.parametrize("chunk_rows", [64, 16])
+@pytest.mark.parametrize("objective", [DAPO, PolicyObjective("dapo"), PolicyObjective("gspo")], ids=cases.objective_id)
+def test_the_head_s_arithmetic(objective: PolicyObjective, chunk_rows: int, transparent: None) -> None:
+    n, v, h = 64, 50, 16
+    hidden, weight, targets, rows = problem(n, v, h)
+
+    def loss(x: Tensor, w: Tensor, **more: Any) -> Tensor:
+        return linear_policy_loss(x, w, targets, objective=objective, chunk_rows=chunk_rows, **rows, **more).loss
+
+    again = 2 if objective.needs_sequence and chunk_rows < n else 0
+    assert flop(lambda: loss(hidden, weight).backward(), n, v, h) == 6 + again
+    assert flop(lambda: loss(hidden.detach(), weight).backward(), n, v, h) == 4 + again
+    assert flop(lambda: loss(hidden, weight.detach()).backward(), n, v, h) == 4  # no second pass even then
+    with torch.no_grad():
+        assert flop(lambda: loss(hidden, weight), n, v, h) == 2
+    some = torch.arange(0, n, 4)
+    assert flop(lambda: loss(hidden, weight, rows=some).backward(), n, v, h) == 6 / 4
+
+
+def test_log_probabilities_arithmetic(transparent: None) -> None:
+    n, v, h = 64, 50, 16
+    hidden, weight, targets, _ = problem(n, v, h)
+
+    def run(x: Tensor, w: Tensor, bonus: bool, keep_bytes: int = 1 << 30) -> None:
+        out = linear_logprobs(x, w, targets, entropy_gradient=bonus, chunk_rows=16, keep_bytes=keep_bytes)
+        (out[0].sum() + (out[1].sum() if bonus else 0)).backward()
+
+    frozen = weight.detach()
+    assert [flop(lambda b=b: run(hidden, frozen, b), n, v, h) for b in (False, True)] == [4, 6]
+    assert [flop(lambda b=b: run(hidden, weight, b), n, v, h) for b in (False, True)] == [6, 8]
+    assert flop(lambda: run(hidden, weight, False, 0), n, v, h) == 8
+    assert flop(lambda: run(hidden.detach(), weight, False), n, v, h) == 4
 
 
 def test_rows_that_cannot_contribute_leave_the_products() -> None:
@@ -317,13 +443,20 @@ def test_logits_gradients_are_handed_over_once_and_overwritten_logits_are_notice
         logits_policy_loss(leaf, targets, objective=DAPO, inplace=True, **rows)
 
 
-def test_on_the_cpu_everything_says_that_it_runs_by_torch() -> None:
+def test_every_operation_says_what_it_runs_by() -> None:
     hidden, weight, targets, rows = problem(5, 31, 8)
-    linear_policy_loss(hidden, weight, targets, objective=DAPO, **rows)
-    selective_log_softmax(hidden @ weight.t(), targets)
-    linear_logprobs(hidden, weight, targets)
-    for operation in ("linear_policy_loss", "selective_log_softmax", "linear_logprobs"):
-        assert last_path(operation) == ("torch", ())
+    operations = ("linear_policy_loss", "selective_log_softmax", "linear_logprobs")
+
+    def run() -> list[str]:
+        linear_policy_loss(hidden, weight, targets, objective=DAPO, **rows)
+        selective_log_softmax(hidden @ weight.t(), targets)
+        linear_logprobs(hidden, weight, targets)
+        return [last_path(operation)[0] for operation in operations]
+
+    assert run() == ["torch" if native.unavailable_reason() else "native"] * 3
+    with use_implementation("torch"):
+        assert run() == ["torch"] * 3
+        assert last_path("linear_policy_loss") == ("torch", ())
 
 
 def test_policy_loss_alone_accepts_narrow_advantages() -> None:

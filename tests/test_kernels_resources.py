@@ -38,3 +38,8 @@ def test_resources_stay_within_the_table(name: str, capability: int) -> None:
     slack = 0 if triton.__version__ == MEASURED["triton"] else 32
     assert got["registers"] <= wanted["registers"] + slack
     assert got["shared"] <= wanted["shared"] + 32 * slack
+
+
+def test_every_branch_compiles() -> None:
+    for build in kernels_resources.variants():
+        assert kernels_resources.compiled(build, 90).asm["ptx"], build

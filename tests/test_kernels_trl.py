@@ -4,7 +4,9 @@ installed."""
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +56,8 @@ def distinct(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(text.split()))) for text in completions]
 
 
-def run(folder: Path, fused: str | None, **options: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Two optimizer steps; the final parameters and the log. The seed makes both runs sample the same
-    completions."""
+def build(folder: Path, **options: Any) -> Any:
+    """A trainer of the tiny model for two steps; the seed makes every run sample the same completions."""
     settings = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,
@@ -81,17 +82,114 @@ def run(folder: Path, fused: str | None, **options: Any) -> tuple[dict[str, torc
     model().save_pretrained(folder / "model")
     policy = Qwen2ForCausalLM.from_pretrained(folder / "model")
     rows = Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(8)]})
-    trainer = trl.GRPOTrainer(
+    return trl.GRPOTrainer(
         model=policy,
         reward_funcs=distinct,
         args=trl.GRPOConfig(**{**settings, **options}),
         train_dataset=rows,
         processing_class=tokenizer(),
     )
+
+
+def run(folder: Path, fused: str | None, **options: Any) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Two optimizer steps; the final parameters and the log."""
+    trainer = build(folder, **options)
     if fused is not None:
         fuse_grpo(trainer, fused_loss=fused == "loss")
     trainer.train()
     return {k: v.detach().clone() for k, v in trainer.model.named_parameters()}, trainer.state.log_history
+
+
+def combinations(kind: str) -> Iterator[dict[str, Any]]:
+    """Every combination of options that TRL's loss and ours both have for a loss type. At sequence level ours wants one
+    factor a sequence; the others raise."""
+    clipped = kind not in ("cispo", "sapo")
+    for level, beta, bias, delta, engine, old, tools, per_token in itertools.product(
+        ("token", "sequence") if clipped else ("token",), (0.0, 0.1), (False, True),
+        (None, 1.5) if clipped else (None,),
+        (None, "token", "sequence"), (True, False), (False, True), (False, True),
+    ):  # fmt: skip
+        by_token = per_token or engine == "token"
+        if not (bias and beta == 0.0) and not (level == "sequence" and (bias or by_token)):
+            yield {
+                "level": level, "beta": beta, "bias": bias, "delta": delta, "engine": engine, "old": old,
+                "tools": tools, "per_token": per_token,
+            }  # fmt: skip
+
+
+def batch(trainer: Any, choice: dict[str, Any]) -> dict[str, Any]:
+    """Four answers to prompts of different lengths, log-ratios of about 0.3, some tokens masked."""
+    g = torch.Generator().manual_seed(5)
+    size, prompt, length = 4, 3, 7
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    mask = (torch.arange(length) < torch.tensor([7, 4, 1, 6])[:, None]).long()
+    inputs = {
+        "prompt_ids": torch.randint(2, 32, (size, prompt), generator=g),
+        "prompt_mask": (torch.arange(prompt) >= torch.tensor([0, 1, 2, 0])[:, None]).long(),
+        "completion_ids": torch.randint(2, 32, (size, length), generator=g),
+        "completion_mask": mask,
+        "advantages": normal(size, length) if choice["per_token"] else normal(size),
+        "num_items_in_batch": torch.tensor(31.0),
+    }
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    on = torch.cat([inputs["prompt_mask"], mask], 1)
+    if not hasattr(trainer, "first_scores"):  # the weights do not change
+        with torch.no_grad():
+            trainer.first_scores = trainer._get_per_token_logps_and_entropies(trainer.model, ids, on, length)[0]
+    current = trainer.first_scores
+    inputs["ref_per_token_logps"] = current + 0.3 * normal(size, length)
+    if choice["old"]:
+        inputs["old_per_token_logps"] = current + 0.3 * normal(size, length)
+    if choice["tools"]:
+        inputs["tool_mask"] = (torch.rand(size, length, generator=g) > 0.3).long()
+    if choice["engine"]:
+        inputs["importance_sampling_ratio"] = normal(size, length if choice["engine"] == "token" else 1).exp()
+    return inputs
+
+
+def loss_and_gradients(trainer: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    loss = trainer._compute_loss(trainer.model, inputs)
+    return loss.detach(), *torch.autograd.grad(loss, list(trainer.model.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"])
+def test_every_combination_has_trl_s_loss_and_gradients(kind: str, tmp_path: Path) -> None:
+    trainer = build(tmp_path, loss_type=kind, epsilon_high=2.0 if kind == "cispo" else 0.28, beta=0.1)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+    count = 0
+    for choice in combinations(kind):
+        trainer.importance_sampling_level, trainer.beta = choice["level"], choice["beta"]
+        trainer.args.delta, trainer.args.use_bias_correction_kl = choice["delta"], choice["bias"]
+        trainer.use_vllm = trainer.vllm_importance_sampling_correction = choice["engine"] is not None
+        trainer.vllm_importance_sampling_mode = f"{choice['engine']}_truncate"
+        inputs = batch(trainer, choice)
+        expected = loss_and_gradients(trainer, inputs)
+        fuse_grpo(trainer)
+        got = loss_and_gradients(trainer, inputs)
+        del trainer._compute_loss, trainer._get_per_token_logps_and_entropies  # TRL's own again
+        for mine, theirs in zip(got, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-6, msg=lambda m, c=choice: f"{c}: {m}")
+        count += 1
+    assert count == (176 if kind not in ("cispo", "sapo") else 72)
+
+
+def test_factors_by_token_at_sequence_level_raise(tmp_path: Path) -> None:
+    trainer = build(tmp_path, loss_type="grpo", importance_sampling_level="sequence")
+    choice = {"per_token": True, "old": True, "tools": False, "engine": None}
+    inputs = batch(trainer, choice)
+    fuse_grpo(trainer)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    with pytest.raises(ValueError, match=r"advantages by token, \(4, 7\), at importance_sampling_level='sequence'"):
+        trainer._compute_loss(trainer.model, inputs)
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    trainer.vllm_importance_sampling_mode = "token_mask"
+    with pytest.raises(ValueError, match="token-level vllm_importance_sampling_mode"):
+        fuse_grpo(trainer)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -118,6 +216,18 @@ def test_a_fused_trainer_takes_trl_s_steps(options: dict[str, Any], tmp_path: Pa
     for a, b in zip(plain_log, fused_log, strict=True):
         for key in a.keys() & {"loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "reward"}:
             assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-5), key
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", ["dapo", "gspo", "grpo, reference"])
+def test_a_fused_trainer_takes_trl_s_steps_on_a_gpu(name: str, tmp_path: Path) -> None:
+    plain, _ = run(tmp_path / "a", None, use_cpu=False, **CASES[name])
+    fused, _ = run(tmp_path / "b", "loss", use_cpu=False, **CASES[name])
+    path = last_path("linear_policy_loss")
+    assert path is not None and path[0] == "triton"
+    for key, value in plain.items():
+        torch.testing.assert_close(fused[key], value, rtol=2e-4, atol=2e-5)
 
 
 def test_the_head_alone_serves_an_entropy_bonus(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from rewardmap_kernels import last_path, use_implementation
 from rewardmap_kernels.tree_attention import tree_attention, tree_mask
+from rewardmap_kernels.tree_blocks import build_blocks
 from rewardmap_kernels.tree_tiles import build_tiles
 
 sys.path.append(str(Path(__file__).parent))
@@ -94,9 +95,45 @@ def test_plain_torch_equals_the_definition(ends: list[int], heads: tuple[int, in
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
 
 
+@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@given(cases.forests() | st.sampled_from(list(cases.SHAPES.values())), st.sampled_from([1, 5, 16, 64]))
+def test_a_block_meets_the_keys_that_one_of_its_queries_sees(ends: list[int], size: int) -> None:
+    mask = tree_mask(torch.tensor(ends))
+    blocks = build_blocks(mask.subtree_end, mask.trees, size)
+    seen = cases.visible(mask.subtree_end)
+    queries, at = [], 0
+    for first, last, begin, end in blocks.bounds.tolist():
+        queries += range(first, last)
+        assert last - first <= size
+        keys = blocks.keys[begin:end]
+        assert keys.tolist() == seen[first:last].any(0).nonzero().squeeze(1).tolist()
+        pairs = (last - first) * (end - begin)
+        assert torch.equal(blocks.visible[at : at + pairs].view(last - first, -1), seen[first:last][:, keys])
+        at += pairs
+    assert queries == list(range(len(ends))) and at == len(blocks.visible) and end == len(blocks.keys)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3)])
+def test_half_precision_on_the_cpu(dtype: torch.dtype, heads: tuple[int, int]) -> None:
+    """At most twice eager's error, output and gradients."""
+    ends = cases.pack([(150, [(40, [(33, []), (20, [])]), (30, [])]), (29, [(7, []), (1, [])])])
+    rounded = cases.Inputs(torch.tensor(ends), *(x.to(dtype) for x in cases.inputs(ends, *heads, 40)[1:]))
+    exact = cases.definition(cases.Inputs(rounded.ends, *(x.double() for x in rounded[1:])))
+    q, k, v = (x.clone().requires_grad_() for x in rounded[1:4])
+    with use_implementation("torch"):
+        out = tree_attention(q, k, v, tree_mask(rounded.ends))
+    found = (out, *torch.autograd.grad(out, (q, k, v), rounded.dout))
+    for name, got, eager, wanted in zip(
+        ("out", "dq", "dk", "dv"), found, cases.definition(rounded), exact, strict=True
+    ):
+        assert got.dtype == dtype
+        assert (got.double() - wanted).norm() <= 2 * (eager.double() - wanted).norm(), name
+
+
 def test_one_mask_serves_every_layer() -> None:
     mask = tree_mask(torch.tensor(cases.SHAPES["answers"]))
-    assert mask.visible is mask.visible
+    assert mask.visible is mask.visible and mask.blocks is mask.blocks
     cpu = torch.device("cpu")
     assert mask.tiles((16, 16), (16, 16), cpu) is mask.tiles((16, 16), (16, 16), cpu)
 

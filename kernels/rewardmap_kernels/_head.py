@@ -7,28 +7,49 @@ where torch has no such product, they are widened.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import torch_rows
 from ._checks import compute_dtype
 
-CHUNK_BYTES = 5 << 29
-"""Budget of a chunk's float32 logits: 4,352 rows of a 152,064-token vocabulary. Below 4,096 rows the traffic
-of the weight gradient, read and written once per chunk, starts to show."""
+CHUNK_BYTES = 5 << 30
+"""Budget of a chunk's float32 logits: 8,704 rows of a 152,064-token vocabulary. A chunk that holds all rows needs no
+float32 weight gradient. With several, it is read and written once per chunk, which shows below 4,096 rows."""
+CPU_CHUNK_BYTES = 48 << 20
+"""The same on the CPU: 384 rows of a 32,768-token vocabulary, which keeps a step at H = 256 and N = 1,024 under a
+quarter of torch eager's peak memory (bench/bench_native.py)."""
+
+ALIGNMENT = 16
+"""Elements that a row of the logits' memory is a multiple of, so that the products read whole vectors at any V."""
 
 
 def full_weight(weight: Tensor) -> Tensor:
-    """A sharded DTensor gathered (differentiably), once per call; a plain tensor as it is."""
-    gather = getattr(weight, "full_tensor", None)
-    return weight if gather is None else gather()
+    """A sharded DTensor gathered, once per call; a plain tensor as it is.
+
+    Its gradient is the mean over the mesh's ranks, as FSDP averages: right where each rank has rows of its own, and
+    where all have the same.
+    """
+    if not hasattr(weight, "full_tensor"):
+        return weight
+    from torch.distributed.tensor import Partial
+
+    mesh: Any = weight.device_mesh  # type: ignore[attr-defined]
+    if weight.device.type == "cuda":
+        gathered: Tensor = weight.full_tensor(grad_placements=[Partial("avg")] * mesh.ndim)
+        return gathered
+    gathered = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)  # gloo has no mean
+    if gathered.requires_grad:
+        gathered.register_hook(lambda grad: grad / mesh.size())
+    return gathered
 
 
 def operand_dtype(hidden: Tensor, weight: Tensor, implementation: ModuleType) -> torch.dtype:
-    """What the products read. Plain torch on the CPU widens once; otherwise the wider of the two dtypes."""
+    """What the products read. On the CPU they are widened once (but for Triton's interpreter); otherwise the wider
+    of the two dtypes."""
     wider = torch.promote_types(hidden.dtype, weight.dtype)
-    if hidden.device.type == "cpu" and implementation is torch_rows and wider != torch.float64:
+    if hidden.device.type == "cpu" and implementation.WIDENS_ON_CPU and wider != torch.float64:
         return torch.float32
     return wider
 
@@ -37,23 +58,31 @@ def _narrow(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
-def logits_product(x: Tensor, head: Tensor, logits_dtype: torch.dtype) -> Tensor:
-    """x [C, H] @ head [V, H].T, accumulated and kept in float32, or rounded to bfloat16 where asked."""
-    if not _narrow(x):
-        logits = x @ head.t()
-    elif x.device.type == "cuda":
-        if logits_dtype == x.dtype:
-            return x @ head.t()
-        logits = torch.mm(x, head.t(), out_dtype=torch.float32)
+def logits_into(out: Tensor, x: Tensor, head: Tensor) -> None:
+    """out [C, V] = x [C, H] @ head [V, H].T, accumulated in float32 and rounded where ``out`` is narrower."""
+    if out.dtype == x.dtype:
+        torch.mm(x, head.t(), out=out)
+    elif x.device.type != "cuda" or not _narrow(x):
+        out.copy_(x.float() @ head.float().t())
+    elif out.dtype == torch.float32:
+        torch.mm(x, head.t(), out_dtype=torch.float32, out=out)
     else:
-        logits = x.float() @ head.float().t()
-    return logits if logits_dtype == torch.float32 else logits.to(logits_dtype)
+        out.copy_(torch.mm(x, head.t(), out_dtype=torch.float32))
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, accumulated and kept in float32 (float64 operands: float64)."""
+    if not _narrow(a):
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a @ b, accumulated in float32 and rounded once to out's dtype."""
-    if _narrow(a) and a.device.type != "cuda":
-        out.copy_(a.float() @ b.float())
+    if out.dtype != a.dtype or (_narrow(a) and a.device.type != "cuda"):
+        out.copy_(wide_product(a, b))
     else:
         torch.mm(a, b, out=out)
 
@@ -61,51 +90,82 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total (float32 or float64) += a @ b."""
     if not _narrow(a):
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, out=total)
     elif a.device.type == "cuda":
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
-        total.addmm_(a.float(), b.float())
+        torch.addmm(total, a.float(), b.float(), out=total)
 
 
-def row_chunks(rows: int, vocab: int, chunk_rows: int | None) -> list[slice]:
-    """Chunks of ``chunk_rows``, or of equal size, a multiple of 128, whose float32 logits fill at most
-    CHUNK_BYTES."""
-    if chunk_rows is None:
-        most = max(128, CHUNK_BYTES // (4 * vocab) // 128 * 128)
-        count = -(-rows // most)
-        chunk_rows = most if count == 0 else -(-rows // (128 * count)) * 128
-    elif chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be >= 1, got {chunk_rows}")
-    return [slice(start, min(start + chunk_rows, rows)) for start in range(0, rows, chunk_rows)]
+def chunk_size(rows: int, vocab: int, chunk_rows: int | None, device: torch.device) -> int:
+    """Rows of a chunk: as given, or all chunks of equal size, a multiple of 128, whose float32 logits fill at most
+    the device's budget. Raises ValueError below 1."""
+    if chunk_rows is not None:
+        if chunk_rows < 1:
+            raise ValueError(f"chunk_rows must be >= 1, got {chunk_rows}")
+        return chunk_rows
+    budget = CPU_CHUNK_BYTES if device.type == "cpu" else CHUNK_BYTES
+    most = max(128, budget // (4 * vocab) // 128 * 128)
+    count = max(1, -(-rows // most))
+    return max(128, -(-rows // (128 * count)) * 128)
+
+
+def row_chunks(rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
 class Head:
-    """One call's operands: gives chunks of logits, and takes their gradients into the products."""
+    """One call's operands: gives chunks of logits, and takes their gradients into the products.
+
+    All chunks share one buffer: a chunk's logits are gone when the next one's are made.
+    """
 
     def __init__(
         self, rows: ModuleType, hidden: Tensor, weight: Tensor, keep: Tensor | None, logits_dtype: torch.dtype,
-        need_hidden: bool, need_weight: bool, weight_grad: Tensor | None,
+        need_hidden: bool, need_weight: bool, weight_grad: Tensor | None, chunk_rows: int,
     ) -> None:  # fmt: skip
         self.dtype = operand_dtype(hidden, weight, rows)
-        self.logits_dtype = logits_dtype
+        wide = compute_dtype(hidden)
+        n, vocab = hidden.shape[0], weight.shape[0]
+        self.chunks = row_chunks(n, chunk_rows)
+        self.logits_dtype = logits_dtype if wide == torch.float32 else wide
         self.hidden, self.keep, self.weight = hidden, keep, weight.to(self.dtype)
         self.d_hidden = torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device) if need_hidden else None
-        self.d_weight = None
-        if need_weight:
-            wide = compute_dtype(self.weight)
-            self.d_weight = torch.zeros_like(weight, dtype=wide) if weight_grad is None else weight_grad
+        self.d_weight = weight_grad if need_weight else None
+        if need_weight and weight_grad is None:
+            # One chunk: one product, rounded once. Several: float32 in between. None: zero.
+            made = torch.empty if self.chunks else torch.zeros
+            dtype = self.dtype if len(self.chunks) <= 1 else wide
+            self.d_weight = made(weight.shape, dtype=dtype, device=weight.device)
+        self.adds = weight_grad is not None
+        columns = -(-vocab // ALIGNMENT) * ALIGNMENT
+        self._buffer = torch.empty(min(chunk_rows, n), columns, dtype=self.logits_dtype, device=hidden.device)
 
     def logits(self, rows: slice) -> tuple[Tensor, Tensor]:
         """(the chunk's hidden rows, masked ones zeroed; their logits)."""
         x = self.hidden[rows].to(self.dtype)
         if self.keep is not None:
             x = torch.where(self.keep[rows, None], x, 0.0)
-        return x, logits_product(x, self.weight, self.logits_dtype)
+        logits = self._buffer[: x.shape[0], : self.weight.shape[0]]
+        logits_into(logits, x, self.weight)
+        return x, logits
 
-    def backward(self, rows: slice, x: Tensor, gradient: Tensor) -> None:
-        """Products of a chunk's logit gradient."""
+    def direction(self, gradient: Tensor) -> Tensor:
+        """gradient [C, V] @ weight, for hidden [C, H], in float32."""
+        return wide_product(gradient, self.weight)
+
+    def backward(self, rows: slice, x: Tensor, gradient: Tensor, factor: Tensor | None = None) -> None:
+        """Products of a chunk's logit gradient [C, V], or of factor [C, 1] times it."""
         if self.d_hidden is not None:
-            product_into(self.d_hidden[rows], gradient, self.weight)
+            if factor is None:
+                product_into(self.d_hidden[rows], gradient, self.weight)
+            else:
+                torch.mul(wide_product(gradient, self.weight), factor, out=self.d_hidden[rows])
         if self.d_weight is not None:
-            accumulate_product(self.d_weight, gradient.t(), x)
+            if factor is not None:
+                x = (x * factor).to(x.dtype)
+            if self.adds:
+                accumulate_product(self.d_weight, gradient.t(), x)
+            else:
+                product_into(self.d_weight, gradient.t(), x)
+                self.adds = True

@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 
 from . import torch_rows
-from ._checks import check_normalizer, check_rows, check_temperature
+from ._checks import check_normalizer, check_range, check_rows, check_temperature
 from .dispatch import choose
 from .policy_loss import require_inputs
 
 
 def implementation(operation: str, tensor: Tensor) -> ModuleType:
-    """``triton_launch`` or ``torch_rows``, as ``dispatch`` decides."""
-    if choose(operation, tensor) == "torch":
+    """``triton_launch``, ``native_rows`` or ``torch_rows``, as ``dispatch`` decides."""
+    name = choose(operation, tensor)
+    if name == "torch":
         return torch_rows
+    if name == "native":
+        from . import native_rows
+
+        return native_rows
     from . import triton_launch
 
     return triton_launch
@@ -59,6 +64,9 @@ def check_policy_inputs(inputs: dict[str, Any], mask: Tensor | None, temperature
         inputs["objective"], entropy=True, ref_logprobs=inputs["ref_logprobs"],
         rollout_logprobs=inputs["rollout_logprobs"], sequence=inputs["sequence"],
     )  # fmt: skip
+    if inputs["objective"].needs_sequence:
+        count = inputs["num_sequences"]
+        check_range("sequence", inputs["sequence"], 0, n if count is None else count)
 
 
 def row_slice(value: Any, rows: slice) -> Any:

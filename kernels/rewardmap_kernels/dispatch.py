@@ -1,8 +1,8 @@
-"""Which implementation runs: Triton kernels or plain torch. Decided per call, said once, never silent.
+"""Which implementation runs: Triton kernels, C++ or plain torch. Decided per call, said once, never silent.
 
 Triton runs for CUDA tensors when the ``triton`` package is there, and for CPU tensors under its interpreter
-(``TRITON_INTERPRET=1``, for tests). float64 always runs in plain torch. Every decision is kept for
-``last_path``.
+(``TRITON_INTERPRET=1``, for tests). C++ ("native") runs for float32 and bfloat16 CPU tensors where it can be
+compiled. float64 always runs in plain torch. Every decision is kept for ``last_path``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Implementation = Literal["triton", "torch"]
+Implementation = Literal["triton", "native", "torch"]
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "native", "torch")
+NATIVE_OPERATIONS = (
+    "group_advantage", "linear_logprobs", "linear_policy_loss", "logits_policy_loss", "scale", "selective_log_softmax",
+)  # fmt: skip
 
 _LOGGER = logging.getLogger("rewardmap_kernels")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -28,9 +32,9 @@ _said: set[str] = set()
 
 @contextlib.contextmanager
 def use_implementation(name: Implementation) -> Iterator[None]:
-    """Run every operation inside the block by ``name``; "triton" where it cannot run raises ValueError."""
-    if name not in ("triton", "torch"):
-        raise ValueError(f"implementation = {name!r} is not one of triton, torch")
+    """Run every operation inside the block by ``name``; "triton" or "native" where it cannot run raises ValueError."""
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation = {name!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     _forced.append(name)
     try:
         yield
@@ -50,35 +54,65 @@ def _why_not_triton(tensor: Tensor) -> str | None:
     return "Triton's interpreter is wrong in bfloat16" if tensor.dtype == torch.bfloat16 else None
 
 
+@torch.compiler.assume_constant_result
+def _native_unavailable() -> str | None:
+    from . import native  # late, so that ``python -m rewardmap_kernels.native`` is not imported before it runs
+
+    return native.unavailable_reason()
+
+
+def _why_not_native(operation: str, tensor: Tensor) -> str | None:
+    if operation not in NATIVE_OPERATIONS:
+        return f"{operation} has no C++ kernel"
+    if tensor.device.type != "cpu":
+        return f"the tensors are on {tensor.device.type}"
+    if tensor.dtype not in (torch.float32, torch.bfloat16):
+        return f"{tensor.dtype} has no C++ kernel"
+    return _native_unavailable()
+
+
 def choose(operation: str, tensor: Tensor, refusal: str | None = None) -> Implementation:
     """The implementation that ``operation`` runs by for tensors like ``tensor``; recorded and said once.
 
     ``refusal``: why this call has no Triton kernel, None where it has one.
     """
-    reason = refusal or _why_not_triton(tensor)
-    if _forced and _forced[-1] == "triton" and reason is not None:
-        raise ValueError(f"{operation} cannot run by triton: {reason}")
-    if _forced and _forced[-1] == "torch":
-        reason = "use_implementation asked for it"
-    name: Implementation = "triton" if reason is None else "torch"
-    _last[operation] = (name, [])
-    if torch.compiler.is_compiling():
-        return name
-    line = f"{operation} runs by {name}" + (f": {reason}" if reason else "")
-    if line not in _said:
-        _said.add(line)
-        _LOGGER.info(line)
+    forced = _forced[-1] if _forced else None
+    reasons: dict[Implementation, str | None] = {"torch": None}
+    name: Implementation = "torch"
+    for candidate in IMPLEMENTATIONS[:-1]:
+        if forced not in (None, candidate):
+            reasons[candidate] = f"use_implementation asked for {forced}"
+            continue
+        reasons[candidate] = (
+            refusal or _why_not_triton(tensor) if candidate == "triton" else _why_not_native(operation, tensor)
+        )
+        if reasons[candidate] is None:
+            name = candidate
+            break
+    if forced not in (None, name):
+        raise ValueError(f"{operation} cannot run by {forced}: {reasons[forced]}")
+    if not torch.compiler.is_compiling():  # a traced record would become a guard that every call breaks
+        _last[operation] = (name, [])
+        _say(operation, name, reasons)
     return name
 
 
+def _say(operation: str, name: Implementation, reasons: dict[Implementation, str | None]) -> None:
+    why = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items() if reason is not None)
+    line = f"{operation} runs by {name}" + (f" ({why})" if why else "")
+    if line not in _said:
+        _said.add(line)
+        _LOGGER.info(line)
+
+
 def launched(operation: str, kernel: str) -> None:
-    """Note that ``operation`` launched the Triton kernel of that name."""
+    """Note that ``operation`` launched the kernel of that name."""
     if kernel not in _last[operation][1]:
         _last[operation][1].append(kernel)
 
 
 def last_path(operation: str) -> tuple[Implementation, tuple[str, ...]] | None:
-    """How ``operation`` ran last: "torch" or "triton", and the kernels launched. None before the first
+    """How ``operation`` ran last: "triton", "native" or "torch", and the kernels launched. None before the first
     call."""
     found = _last.get(operation)
     return None if found is None else (found[0], tuple(found[1]))

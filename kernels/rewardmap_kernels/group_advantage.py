@@ -6,7 +6,8 @@ REINFORCE++ (2501.03262: batch baseline and batch scale), GDPO (2601.05242: norm
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,30 +23,30 @@ NON_FINITE = ("propagate", "raise", "drop_group")
 
 class GroupAdvantage(NamedTuple):
     """``advantages`` [B]; ``mean``, ``std`` [G] of each group's rewards; ``degenerate`` [G] bool: all of them
-    are equal."""
+    are equal; ``token_advantages`` [N], each answer's advantage at its tokens, None without ``token_offsets``."""
 
     advantages: Tensor
     mean: Tensor
     std: Tensor
     degenerate: Tensor
+    token_advantages: Tensor | None = None
 
 
-def _check_offsets(offsets: Tensor, rewards: Tensor) -> None:
-    total = rewards.shape[0]
+def _check_offsets(name: str, offsets: Tensor, rewards: Tensor, total: int, what: str) -> None:
     if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"offsets must be [G + 1] int32 or int64, got {tuple(offsets.shape)} {offsets.dtype}")
+        raise ValueError(f"{name} must be a vector of int32 or int64, got {tuple(offsets.shape)} {offsets.dtype}")
     if offsets.device.type != "cpu":
         if offsets.device != rewards.device:
-            raise ValueError(f"offsets is on {offsets.device}, expected {rewards.device} or the CPU")
+            raise ValueError(f"{name} is on {offsets.device}, expected {rewards.device} or the CPU")
         return
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0 or last != total:
-        raise ValueError(f"offsets must run from 0 to len(rewards) = {total}, got {first} to {last}")
+        raise ValueError(f"{name} must run from 0 to {what} = {total}, got {first} to {last}")
     falling = (offsets[1:] < offsets[:-1]).nonzero()
     if len(falling):
         g = int(falling[0, 0])
-        values = f"offsets[{g}] = {offsets[g]}, offsets[{g + 1}] = {offsets[g + 1]}"
-        raise ValueError(f"offsets must not fall, got {values}")
+        values = f"{name}[{g}] = {offsets[g]}, {name}[{g + 1}] = {offsets[g + 1]}"
+        raise ValueError(f"{name} must not fall, got {values}")
 
 
 def _check_options(
@@ -82,6 +83,8 @@ def group_advantage(
     component_weights: Tensor | None = None,
     combine: str = "sum_then_normalize",
     non_finite: str = "propagate",
+    token_offsets: Tensor | None = None,
+    num_tokens: int | None = None,
 ) -> GroupAdvantage:
     """(rewards - baseline) / (scale + eps) * weights, per group.
 
@@ -92,8 +95,11 @@ def group_advantage(
     ``baseline``: "mean" of the group, "leave_one_out" (mean of the others), "batch_mean", "none"; ``weights``
     [B] multiply the finished advantage, so that a difficulty weight does not cancel in the normalisation;
     ``combine`` K components before or after normalising each; ``non_finite`` rewards "propagate" within their
-    group (batch statistics: everywhere), "raise", or "drop_group": its advantages are 0 and it counts as
-    degenerate.
+    group (batch statistics: everywhere), "raise" (which waits for a GPU), or "drop_group": its advantages are
+    0 and it counts as degenerate.
+
+    ``token_offsets`` [B + 1]: answer b's tokens are [token_offsets[b], token_offsets[b + 1]) of ``num_tokens`` (needed
+    when the offsets are on a GPU); its advantage is written to each of them in the same launch.
 
     Degenerate groups (all rewards equal, compared as they are, so also a group of one) get advantage exactly
     0 under the group's own baselines. The standard deviation of fewer than ddof + 1 rewards is 0. mean and
@@ -112,26 +118,67 @@ def group_advantage(
     elif combine != "sum_then_normalize":
         raise ValueError(f"combine = {combine!r} needs rewards [B, K] and component_weights [K]")
     _check_options(scale, baseline, combine, non_finite, ddof, eps, eps_inside)
-    _check_offsets(offsets, rewards)
+    _check_offsets("offsets", offsets, rewards, rewards.shape[0], "len(rewards)")
+    tokens = _tokens(token_offsets, num_tokens, rewards)
     with torch.no_grad():
-        values = rewards.to(compute_dtype(rewards)) if rewards.dim() == 2 else rewards
         if non_finite == "raise":
             _raise_unless_finite(rewards)
         offsets = offsets.to(rewards.device, non_blocking=True)
-        options = (scale, ddof, eps, eps_inside, baseline)
-        if component_weights is None:
-            out = _one(values, offsets, *options, weights)
-        else:
-            parts = component_weights.to(values.dtype)
-            out = _one(values @ parts, offsets, *options, weights)
-            if combine == "normalize_then_sum":
-                columns = values.t().contiguous()
-                each = [_one(column, offsets, *options, weights) for column in columns]
-                out = out._replace(
-                    advantages=torch.stack([e.advantages for e in each], 1) @ parts,
-                    degenerate=torch.stack([e.degenerate for e in each]).all(0),
+        if token_offsets is not None:
+            token_offsets = token_offsets.to(rewards.device, non_blocking=True)
+        each, drop = combine == "normalize_then_sum", non_finite == "drop_group"
+        name = choose("group_advantage", rewards)
+        if name == "triton":
+            from . import triton_advantage
+
+            return GroupAdvantage(
+                *triton_advantage.evaluate(
+                    rewards, offsets, scale, ddof, eps, eps_inside, baseline, weights, component_weights, each, drop,
+                    token_offsets, tokens,
                 )
-        return _drop_bad_groups(out, offsets) if non_finite == "drop_group" else out
+            )  # fmt: skip
+        options = (scale, ddof, eps, eps_inside, baseline)
+        evaluate = _native if name == "native" else _evaluate
+        out = _components(evaluate, rewards, offsets.long(), component_weights, each, options, weights)
+        out = _drop_bad_groups(out, offsets) if drop else out
+        if token_offsets is None:
+            return out
+        lengths = token_offsets[1:] - token_offsets[:-1]
+        return out._replace(token_advantages=out.advantages.repeat_interleave(lengths, output_size=tokens))
+
+
+def _tokens(token_offsets: Tensor | None, num_tokens: int | None, rewards: Tensor) -> int:
+    """Number of tokens that the advantages go to. Raises ValueError for offsets that do not fit."""
+    if token_offsets is None:
+        if num_tokens is not None:
+            raise ValueError(f"num_tokens = {num_tokens} needs token_offsets ([B + 1]), got None")
+        return 0
+    if token_offsets.shape != (rewards.shape[0] + 1,):
+        raise ValueError(f"token_offsets must have shape ({rewards.shape[0] + 1},), got {tuple(token_offsets.shape)}")
+    if num_tokens is None:
+        if token_offsets.device.type != "cpu":
+            raise ValueError("token_offsets on a GPU need num_tokens, got None: reading them would wait for the GPU")
+        num_tokens = int(token_offsets[-1])
+    _check_offsets("token_offsets", token_offsets, rewards, num_tokens, "num_tokens")
+    return num_tokens
+
+
+def _components(
+    evaluate: Callable[..., GroupAdvantage], rewards: Tensor, offsets: Tensor, parts: Tensor | None, each: bool,
+    options: tuple[str, int, float, bool, str], weights: Tensor | None,
+) -> GroupAdvantage:  # fmt: skip
+    """One reward or several, by ``evaluate``."""
+    if parts is None:
+        return evaluate(rewards, offsets, *options, weights)
+    values, parts = rewards.to(compute_dtype(rewards)), parts.to(compute_dtype(rewards))
+    out = evaluate(values @ parts, offsets, *options, weights)
+    if not each:
+        return out
+    columns = [evaluate(column, offsets, *options, weights) for column in values.t().contiguous()]
+    return out._replace(
+        advantages=torch.stack([c.advantages for c in columns], 1) @ parts,
+        degenerate=torch.stack([c.degenerate for c in columns]).all(0),
+    )
 
 
 def _raise_unless_finite(rewards: Tensor) -> None:
@@ -156,21 +203,6 @@ def _group_of_rows(offsets: Tensor, total: int) -> Tensor:
     return torch.repeat_interleave(index, offsets[1:] - offsets[:-1], output_size=total)
 
 
-def _one(
-    rewards: Tensor, offsets: Tensor, scale: str, ddof: int, eps: float, eps_inside: bool, baseline: str,
-    weights: Tensor | None,
-) -> GroupAdvantage:  # fmt: skip
-    # The median needs a sort, which the one-launch kernel does not have.
-    refusal = "the median of scale 'mad' has no Triton kernel" if scale == "mad" else None
-    if choose("group_advantage", rewards, refusal) == "triton":
-        from . import triton_advantage
-
-        return GroupAdvantage(
-            *triton_advantage.evaluate(rewards, offsets, scale, ddof, eps, eps_inside, baseline, weights)
-        )
-    return _evaluate(rewards, offsets.long(), scale, ddof, eps, eps_inside, baseline, weights)
-
-
 def _group_median(values: Tensor, group: Tensor, offsets: Tensor, sizes: Tensor) -> Tensor:
     """[G] medians (the mean of the middle two for an even size); 0 for an empty group."""
     if values.numel() == 0:
@@ -181,6 +213,12 @@ def _group_median(values: Tensor, group: Tensor, offsets: Tensor, sizes: Tensor)
     low = (offsets[:-1] + (sizes - 1).clamp(min=0) // 2).clamp(max=last)
     high = (offsets[:-1] + sizes // 2).clamp(max=last)
     return torch.where(sizes > 0, (ordered[low] + ordered[high]) / 2, 0.0)
+
+
+def _native(rewards: Tensor, *rest: Any) -> GroupAdvantage:
+    from . import native_rows
+
+    return GroupAdvantage(*native_rows.group_advantage(rewards, *rest))
 
 
 def _evaluate(

@@ -3,14 +3,15 @@ loss.
 
 d logp_n / d hidden_n = (W[y_n] - sum_v p_nv W_v) / T holds no coefficient of the loss, so it is made in the
 forward, and backward multiplies it by the incoming gradient: 4NVH FLOP in all with a frozen head, where
-recomputing the logits takes 6. With a trainable head the direction D = (onehot - p) / T itself is kept when
-it fits a budget (6NVH: the weight's gradient is D^T (c x)), else the logits are made again (8NVH). An entropy
-gradient is a second direction.
+recomputing the logits takes 6. With a trainable head the exponentials E (E / total = p - onehot) are kept too when
+they fit a budget (6NVH: the weight's gradient is E^T (-c x / (total T))), else the logits are made again (8NVH). An
+entropy gradient is a second direction.
+
+Forward and backward are custom operators, opaque to torch.compile.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,124 +19,181 @@ from torch import Tensor
 
 from . import _rows
 from ._checks import check_linear, check_temperature, compute_dtype
-from ._head import Head, accumulate_product, full_weight, product_into, row_chunks
+from ._head import Head, accumulate_product, chunk_size, full_weight, operand_dtype, row_chunks
 from .torch_rows import RowStatistics
 
 OPERATION = "linear_logprobs"
 
 KEEP_BYTES = 4 << 30
-"""Budget for the kept directions [N, V] of a trainable head."""
+"""Budget for the kept exponentials [N, V] of a trainable head."""
 
 
-def _directions(
-    impl: ModuleType, logits: Tensor, targets: Tensor, temperature: Tensor | float, found: RowStatistics,
-    dtype: torch.dtype, entropy: bool,
+def _plan(
+    hidden: Tensor, weight: Tensor, entropy_gradient: bool, keep_bytes: int, need_hidden: bool, need_weight: bool
+) -> tuple[torch.dtype, bool, bool, bool]:  # fmt: skip
+    """(dtype of the products, whether directions are made in the forward, exponentials kept, logits made again)."""
+    dtype = operand_dtype(hidden, weight, _rows.implementation(OPERATION, hidden))
+    size = hidden.shape[0] * weight.shape[0] * dtype.itemsize
+    keep = need_weight and not entropy_gradient and dtype != torch.float16 and size <= keep_bytes
+    directions = need_hidden and (not need_weight or keep)
+    return dtype, directions, keep, need_weight and not keep
+
+
+def _ones_and_zeros(like: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ones_like(like), torch.zeros_like(like)
+
+
+@torch.library.custom_op("rewardmap_kernels::linear_logprobs", mutates_args=())
+def _forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, row_temperature: Tensor | None, temperature: float,
+    chunk_rows: int, entropy_gradient: bool, keep_bytes: int, need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """logprobs, entropy, and for the backward (empty where not made): log-sum-exp, total, d logprob / d hidden,
+    d entropy / d hidden, exponentials."""
+    impl = _rows.implementation(OPERATION, hidden)
+    divisor = temperature if row_temperature is None else row_temperature
+    dtype, directions, keep, _ = _plan(hidden, weight, entropy_gradient, keep_bytes, need_hidden, need_weight)
+    head = Head(impl, hidden, weight, None, torch.float32, directions, False, None, chunk_rows)
+    n, device = hidden.shape[0], hidden.device
+    whole = RowStatistics(*(torch.empty(n, dtype=compute_dtype(hidden), device=device) for _ in range(3)))
+    totals = torch.empty(n if keep else 0, dtype=compute_dtype(hidden), device=device)
+    kept = torch.empty((n, weight.shape[0]) if keep else (0, 0), dtype=dtype, device=device)
+    to_entropy = torch.empty(hidden.shape if directions and entropy_gradient else (0, 0), dtype=dtype, device=device)
+    # An entropy direction needs the logits after the first direction; float16 has too few exponents.
+    exponentials = keep or (directions and not entropy_gradient and dtype != torch.float16)
+    for rows in head.chunks:
+        x, logits = head.logits(rows)
+        per_row = _rows.row_slice(divisor, rows)
+        if exponentials:
+            out = kept[rows] if keep else None
+            found, total, made = impl.exponentials(OPERATION, logits, targets[rows], per_row, None, dtype, out)
+            head.backward(rows, x, made, (-1.0 / (total * per_row))[:, None])
+            if keep:
+                totals[rows] = total
+        else:
+            found = impl.statistics(OPERATION, logits, targets[rows], per_row, None)
+            if directions:
+                one, zero = _ones_and_zeros(found.lse)
+                arguments = (OPERATION, logits, targets[rows], per_row, found)
+                made = impl.gradient(*arguments, one, zero, None, dtype, not entropy_gradient)
+                head.backward(rows, x, made)
+                if entropy_gradient:
+                    made = impl.gradient(*arguments, zero, one, None, dtype, True)
+                    second = head.direction(made)
+                    to_entropy[rows] = second
+        for all_rows, these in zip(whole, found, strict=True):
+            all_rows[rows] = these
+    to_logprob = hidden.new_empty(0, 0, dtype=dtype) if head.d_hidden is None else head.d_hidden
+    return whole.logprobs, whole.entropy, whole.lse, totals, to_logprob, to_entropy, kept
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, targets: Tensor, row_temperature: Tensor | None, temperature: float,
+    chunk_rows: int, entropy_gradient: bool, keep_bytes: int, need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    dtype, directions, keep, _ = _plan(hidden, weight, entropy_gradient, keep_bytes, need_hidden, need_weight)
+    n, wide = hidden.shape[0], compute_dtype(hidden)
+    vectors = [hidden.new_empty(size, dtype=wide) for size in (n, n, n, n if keep else 0)]
+    second = directions and entropy_gradient
+    return (
+        *vectors, hidden.new_empty(hidden.shape if directions else (0, 0), dtype=dtype),
+        hidden.new_empty(hidden.shape if second else (0, 0), dtype=dtype),
+        hidden.new_empty((n, weight.shape[0]) if keep else (0, 0), dtype=dtype),
+    )  # fmt: skip
+
+
+@torch.library.custom_op("rewardmap_kernels::linear_logprobs_kept", mutates_args=())
+def _weight_from_kept(
+    hidden: Tensor, kept: Tensor, totals: Tensor, row_temperature: Tensor | None, temperature: float, grad: Tensor,
+    chunk_rows: int,
 ) -> Tensor:  # fmt: skip
-    """d logprob / d logits, or d entropy / d logits, [C, V]."""
-    one, zero = torch.ones_like(found.lse), torch.zeros_like(found.lse)
-    c, e = (zero, one) if entropy else (one, zero)
-    made: Tensor = impl.gradient(OPERATION, logits, targets, temperature, found, c, e, None, dtype, in_place=False)
+    """d_weight [V, H] in float32 (float64) from the kept exponentials."""
+    divisor = temperature if row_temperature is None else row_temperature
+    factor = torch.where(grad == 0, 0.0, -grad / (totals * divisor))[:, None]
+    made = torch.zeros(kept.shape[1], hidden.shape[1], dtype=compute_dtype(hidden), device=hidden.device)
+    with _rows.no_autocast(hidden):
+        for rows in row_chunks(hidden.shape[0], chunk_rows):
+            accumulate_product(made, kept[rows].t(), (hidden[rows] * factor[rows]).to(kept.dtype))
     return made
+
+
+@_weight_from_kept.register_fake
+def _(hidden: Tensor, kept: Tensor, *rest: Any) -> Tensor:
+    return hidden.new_empty(kept.shape[1], hidden.shape[1], dtype=compute_dtype(hidden))
+
+
+@torch.library.custom_op("rewardmap_kernels::linear_logprobs_recompute", mutates_args=())
+def _recompute(
+    hidden: Tensor, weight: Tensor, targets: Tensor, row_temperature: Tensor | None, temperature: float, lse: Tensor,
+    logprobs: Tensor, entropy: Tensor, d_logprobs: Tensor, d_entropy: Tensor, chunk_rows: int, need_hidden: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Both gradients from logits made a second time (an empty one for a frozen hidden)."""
+    impl = _rows.implementation(OPERATION, hidden)
+    divisor = temperature if row_temperature is None else row_temperature
+    whole = RowStatistics(lse, logprobs, entropy)
+    with _rows.no_autocast(hidden):
+        head = Head(impl, hidden, weight, None, torch.float32, need_hidden, True, None, chunk_rows)
+        for rows in head.chunks:
+            x, logits = head.logits(rows)
+            gradient = impl.gradient(
+                OPERATION, logits, targets[rows], _rows.row_slice(divisor, rows),
+                RowStatistics(*(values[rows] for values in whole)), d_logprobs[rows], d_entropy[rows], None,
+                head.dtype, in_place=True,
+            )  # fmt: skip
+            head.backward(rows, x, gradient)
+    assert head.d_weight is not None
+    return hidden.new_empty(0) if head.d_hidden is None else head.d_hidden, head.d_weight
+
+
+@_recompute.register_fake
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    dtype = operand_dtype(hidden, weight, _rows.implementation(OPERATION, hidden))
+    wide = dtype if hidden.shape[0] <= rest[8] else compute_dtype(hidden)
+    return hidden.new_empty(hidden.shape if rest[9] else (0,), dtype=dtype), weight.new_empty(weight.shape, dtype=wide)
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor | float, chunks: list[slice],
-        entropy_gradient: bool, keep_bytes: int,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, row_temperature: Tensor | None, temperature: float,
+        chunk_rows: int, entropy_gradient: bool, keep_bytes: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        impl = _rows.implementation(OPERATION, hidden)
-        head = Head(impl, hidden, weight, None, torch.float32, False, False, None)
-        n, vocab = hidden.shape[0], weight.shape[0]
-        whole = RowStatistics(
-            *(torch.empty(n, dtype=compute_dtype(head.weight), device=hidden.device) for _ in range(3))
+        need = ctx.needs_input_grad[:2]
+        logprobs, entropy, lse, *made = _forward(
+            hidden, weight, targets, row_temperature, temperature, chunk_rows, entropy_gradient, keep_bytes, *need
         )
-        keep = need_weight and not entropy_gradient and n * vocab * head.dtype.itemsize <= keep_bytes
-        factored = (need_hidden and not need_weight) or keep
-        kept = torch.empty(n, vocab, dtype=head.dtype, device=hidden.device) if keep else None
-
-        def direction(wanted: bool) -> Tensor | None:
-            return torch.empty(hidden.shape, dtype=head.dtype, device=hidden.device) if wanted else None
-
-        to_logprob = direction(factored and need_hidden)
-        to_entropy = direction(factored and need_hidden and entropy_gradient)
-        for rows in chunks:
-            _, logits = head.logits(rows)
-            divisor = _rows.row_slice(temperature, rows)
-            found: RowStatistics = impl.statistics(OPERATION, logits, targets[rows], divisor, None)
-            for all_rows, these in zip(whole, found, strict=True):
-                all_rows[rows] = these
-            if factored:
-                made = _directions(impl, logits, targets[rows], divisor, found, head.dtype, entropy=False)
-                if to_logprob is not None:
-                    product_into(to_logprob[rows], made, head.weight)
-                if kept is not None:
-                    kept[rows] = made
-            if to_entropy is not None:
-                made = _directions(impl, logits, targets[rows], divisor, found, head.dtype, entropy=True)
-                product_into(to_entropy[rows], made, head.weight)
-        per_row = temperature if isinstance(temperature, Tensor) else None
-        recompute = (need_hidden or need_weight) and not factored
-        ctx.save_for_backward(
-            hidden,
-            weight,
-            targets,
-            per_row,
-            *(whole if recompute else (None, None, None)),
-            to_logprob,
-            to_entropy,
-            kept,
-        )
-        ctx.temperature, ctx.chunks, ctx.impl = temperature if per_row is None else None, chunks, impl
+        _, ctx.directions, ctx.keep, ctx.again = _plan(hidden, weight, entropy_gradient, keep_bytes, *need)
+        ctx.temperature, ctx.chunk_rows, ctx.entropy_gradient = temperature, chunk_rows, entropy_gradient
+        ctx.save_for_backward(hidden, weight, targets, row_temperature, lse, logprobs, entropy, *made)
         if not entropy_gradient:
-            ctx.mark_non_differentiable(whole.entropy)
-        return whole.logprobs, whole.entropy
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, per_row, lse, logprobs, entropy, to_logprob, to_entropy, kept = ctx.saved_tensors
-        need_hidden = ctx.needs_input_grad[0]
-        with _rows.no_autocast(hidden):
-            if lse is not None:
-                temperature = per_row if per_row is not None else ctx.temperature
-                return _recompute(
-                    ctx, hidden, weight, targets, temperature, RowStatistics(lse, logprobs, entropy), grads
-                )
-            d_hidden = d_weight = None
-            if need_hidden:
+        hidden, weight, targets, row_temperature, lse, logprobs, entropy, *made = ctx.saved_tensors
+        totals, to_logprob, to_entropy, kept = made
+        d_hidden = d_weight = None
+        if ctx.again:
+            second = grads[1] if ctx.entropy_gradient else torch.zeros_like(grads[0])
+            d_hidden, d_weight = _recompute(
+                hidden, weight, targets, row_temperature, ctx.temperature, lse, logprobs, entropy, grads[0], second,
+                ctx.chunk_rows, ctx.needs_input_grad[0],
+            )  # fmt: skip
+        else:
+            if ctx.directions:
                 d_hidden = to_logprob * grads[0][:, None]
-                if to_entropy is not None:
-                    d_hidden += to_entropy * grads[1][:, None]
-                d_hidden = d_hidden.to(hidden.dtype)
-            if kept is not None:
-                d_weight = torch.zeros(weight.shape, dtype=compute_dtype(kept), device=weight.device)
-                for rows in ctx.chunks:
-                    x = (hidden[rows] * grads[0][rows, None]).to(kept.dtype)
-                    accumulate_product(d_weight, kept[rows].t(), x)
-                d_weight = d_weight.to(weight.dtype)
-        return d_hidden, d_weight, *([None] * 5)
-
-
-def _recompute(
-    ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor | float, whole: RowStatistics,
-    grads: tuple[Tensor, ...],
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Both gradients from logits made a second time."""
-    need_hidden, need_weight = ctx.needs_input_grad[:2]
-    head = Head(ctx.impl, hidden, weight, None, torch.float32, need_hidden, need_weight, None)
-    d_entropy = grads[1] if grads[1] is not None else torch.zeros_like(grads[0])
-    for rows in ctx.chunks:
-        x, logits = head.logits(rows)
-        gradient = ctx.impl.gradient(
-            OPERATION, logits, targets[rows], _rows.row_slice(temperature, rows),
-            RowStatistics(*(values[rows] for values in whole)), grads[0][rows], d_entropy[rows], None,
-            head.dtype, in_place=True,
+                if ctx.entropy_gradient:
+                    d_hidden = d_hidden + to_entropy * grads[1][:, None]
+            if ctx.keep:
+                d_weight = _weight_from_kept(
+                    hidden, kept, totals, row_temperature, ctx.temperature, grads[0], ctx.chunk_rows
+                )
+        return (
+            d_hidden.to(hidden.dtype) if d_hidden is not None and ctx.needs_input_grad[0] else None,
+            None if d_weight is None else d_weight.to(weight.dtype), *([None] * 6),
         )  # fmt: skip
-        head.backward(rows, x, gradient)
-    to_hidden = None if head.d_hidden is None else head.d_hidden.to(hidden.dtype)
-    to_weight = None if head.d_weight is None else head.d_weight.to(weight.dtype)
-    return to_hidden, to_weight, *([None] * 5)
 
 
 def linear_logprobs(
@@ -165,9 +223,11 @@ def linear_logprobs(
     check_temperature(temperature, hidden, hidden.shape[0])
     hidden = _rows.differentiable(_rows.autocast_operand(hidden))
     weight = _rows.differentiable(_rows.autocast_operand(weight))
-    chunks = row_chunks(hidden.shape[0], weight.shape[0], chunk_rows)
+    per_row = temperature if isinstance(temperature, Tensor) else None
+    chunk = chunk_size(hidden.shape[0], weight.shape[0], chunk_rows, hidden.device)
     with _rows.no_autocast(hidden):
         result: tuple[Tensor, Tensor] = _LinearLogprobs.apply(
-            hidden, weight, targets, temperature, chunks, entropy_gradient, keep_bytes
-        )
+            hidden, weight, targets, per_row, 1.0 if isinstance(temperature, Tensor) else float(temperature), chunk,
+            entropy_gradient, keep_bytes,
+        )  # fmt: skip
     return result

@@ -3,7 +3,9 @@
 The logits of a chunk live only while the chunk is worked on; [N, V] never exists. A row's coefficient dL/dlogprob
 depends on its own log-probability and on numbers known beforehand, so the gradient is formed at once, over the logits:
 6NVH FLOP with a trainable head, 4NVH when weight or hidden is frozen. Sequence-level objectives make a pass for the
-log-probabilities first (2NVH more), unless one chunk holds every row.
+log-probabilities first (2NVH more), unless one chunk holds every row or the head is frozen.
+
+The work is one custom operator, opaque to torch.compile; autograd and the checks stand around it.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from torch import Tensor
 
 from . import _rows
 from ._checks import check_linear, check_range, compute_dtype
-from ._head import Head, full_weight, row_chunks
+from ._head import Head, chunk_size, full_weight, operand_dtype
+from ._scale import scaled, taken
 from ._shard import VocabShard
-from .policy_loss import PolicyObjective, policy_loss
+from .policy_loss import PolicyObjective, from_key, metric_names, policy_loss
 from .torch_rows import RowStatistics
 
 OPERATION = "linear_policy_loss"
@@ -34,85 +37,158 @@ class LinearPolicyLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@torch.library.custom_op("rewardmap_kernels::linear_policy_loss", mutates_args=("weight_grad",))
+def _forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, row_temperature: Tensor | None, temperature: float,
+    advantages: Tensor, normalizer: Tensor, old_logprobs: Tensor | None, ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None, sequence: Tensor | None, num_sequences: int, loss_mask: Tensor | None,
+    weight_grad: Tensor | None, objective: str, chunk_rows: int, logits_dtype: torch.dtype, group: str,
+    need_hidden: bool, need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """loss, logprobs, entropy, metrics [M], d_hidden, d_weight (empty where not made here), their scale."""
+    impl = _rows.implementation(OPERATION, hidden)
+    inputs: dict[str, Any] = {
+        "advantages": advantages, "normalizer": normalizer, "objective": from_key(objective),
+        "old_logprobs": old_logprobs, "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs,
+        "sequence": sequence, "num_sequences": num_sequences,
+    }  # fmt: skip
+    divisor = temperature if row_temperature is None else row_temperature
+    keep = None if loss_mask is None else loss_mask != 0
+    head = Head(impl, hidden, weight, keep, logits_dtype, need_hidden, need_weight, weight_grad, chunk_rows)
+    shard = None if not group else VocabShard.of(group, weight.shape[0])
+    targets = targets if shard is None else shard.local(targets)
+    with _rows.no_autocast(hidden):
+        whole, out, scale = _run(impl, head, shard, targets, divisor, inputs, keep)
+    if shard is not None:
+        shard.add_up(head.d_hidden)
+    return (
+        out.row_loss.sum(), whole.logprobs, whole.entropy, torch.stack(list(out.metrics.values())),
+        hidden.new_empty(0) if head.d_hidden is None else head.d_hidden,
+        hidden.new_empty(0) if head.d_weight is None or weight_grad is not None else head.d_weight,
+        hidden.new_ones((), dtype=compute_dtype(hidden)) if scale is None else scale,
+    )  # fmt: skip
+
+
+def _run(
+    impl: Any, head: Head, shard: VocabShard | None, targets: Tensor, divisor: Tensor | float, inputs: dict[str, Any],
+    keep: Tensor | None,
+) -> tuple[RowStatistics, Any, Tensor | None]:  # fmt: skip
+    """The loop over chunks: all rows' statistics, ``policy_loss``'s output, and what the gradients are scaled by."""
+    objective: PolicyObjective = inputs["objective"]
+    n, device = head.hidden.shape[0], head.hidden.device
+    scale = _rows.float16_scale(head.dtype, inputs["normalizer"], head.hidden)
+    whole = RowStatistics(*(torch.zeros(n, dtype=compute_dtype(head.hidden), device=device) for _ in range(3)))
+    training = head.d_hidden is not None or head.d_weight is not None
+    # An entropy gradient is no multiple of p - onehot; float16 has too few exponents for exponentials.
+    factored = training and not objective.entropy_coef and head.dtype != torch.float16
+    one, late = len(head.chunks) == 1, objective.needs_sequence
+    # A frozen head's product needs no coefficient: the rows of its result are multiplied afterwards.
+    directions = late and not one and factored and head.d_weight is None
+    second_pass = training and late and not one and not directions
+    output = None
+    for rows in head.chunks:
+        x, logits = head.logits(rows)
+        per_row, on = _rows.row_slice(divisor, rows), _rows.row_slice(keep, rows)
+        if factored and not second_pass:
+            found, total, gradient = impl.exponentials(OPERATION, logits, targets[rows], per_row, on, head.dtype, None)
+        else:
+            found = impl.statistics(OPERATION, logits, targets[rows].clamp(min=0), per_row, on)
+            total = gradient = None
+        if shard is not None:
+            found, total = shard.combine(found, targets[rows], on, impl.NATS_PER_UNIT, total, gradient)
+        for all_rows, these in zip(whole, found, strict=True):
+            all_rows[rows] = these
+        if not training or second_pass:
+            continue
+        if directions:
+            head.backward(rows, x, gradient, (-1.0 / (total * per_row))[:, None])
+            continue
+        part = {name: _rows.row_slice(value, rows) for name, value in inputs.items()}
+        out = policy_loss(found.logprobs, entropy=found.entropy, loss_mask=on, **part)
+        output = out if one else None
+        if factored:
+            # Coefficients of 0 stay 0 beside an infinite quotient.
+            factor = torch.where(out.d_logprob == 0, 0.0, -out.d_logprob / (total * per_row))
+            head.backward(rows, x, gradient, factor[:, None])
+        else:
+            head.backward(rows, x, _gradient(impl, head, logits, targets[rows], per_row, found, out, rows, scale, True))
+    if output is None:
+        output = policy_loss(whole.logprobs, entropy=whole.entropy, loss_mask=keep, **inputs)
+    if directions and head.d_hidden is not None:
+        head.d_hidden.mul_(output.d_logprob[:, None])
+    if second_pass:
+        for rows in head.chunks:
+            x, logits = head.logits(rows)
+            these = RowStatistics(*(values[rows] for values in whole))
+            per_row = _rows.row_slice(divisor, rows)
+            head.backward(
+                rows, x, _gradient(impl, head, logits, targets[rows], per_row, these, output, rows, scale, False)
+            )
+    return whole, output, scale
+
+
+def _gradient(
+    impl: Any, head: Head, logits: Tensor, targets: Tensor, divisor: Tensor | float, found: RowStatistics, out: Any,
+    rows: slice, scale: Tensor | None, sliced: bool,
+) -> Tensor:  # fmt: skip
+    """d loss / d logits of a chunk, over the logits; ``sliced``: ``out`` is of the chunk alone."""
+    c, e = (out.d_logprob, out.d_entropy) if sliced else (out.d_logprob[rows], out.d_entropy[rows])
+    made: Tensor = impl.gradient(OPERATION, logits, targets, divisor, found, c, e, scale, head.dtype, in_place=True)
+    return made
+
+
+@_forward.register_fake
+def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    weight_grad, objective, need_hidden, need_weight = rest[11], rest[12], rest[16], rest[17]
+    wide = compute_dtype(hidden)
+    names = metric_names(from_key(objective), entropy=True, reference=rest[6] is not None)
+    rows = hidden.new_empty(hidden.shape[0], dtype=wide)
+    impl = _rows.implementation(OPERATION, hidden)
+    narrow = operand_dtype(hidden, weight, impl)
+    single = hidden.shape[0] <= rest[13]
+    return (
+        hidden.new_empty((), dtype=wide), rows, torch.empty_like(rows), hidden.new_empty(len(names), dtype=wide),
+        hidden.new_empty(hidden.shape, dtype=narrow) if need_hidden else hidden.new_empty(0),
+        weight.new_empty(weight.shape, dtype=narrow if single else wide) if need_weight and weight_grad is None
+        else hidden.new_empty(0),
+        hidden.new_empty((), dtype=wide),
+    )  # fmt: skip
+
+
 class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor | float,
-        inputs: dict[str, Any], mask: Tensor | None, chunks: list[slice], logits_dtype: torch.dtype,
-        weight_grad: Tensor | None, shard: VocabShard | None,
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        impl = _rows.implementation(OPERATION, hidden)
-        objective: PolicyObjective = inputs["objective"]
-        keep = None if mask is None else mask != 0
-        head = Head(impl, hidden, weight, keep, logits_dtype, need_hidden, need_weight, weight_grad)
-        scale = _rows.float16_scale(head.dtype, inputs["normalizer"], hidden)
-        n, wide = hidden.shape[0], compute_dtype(head.weight)
-        whole = RowStatistics(*(torch.zeros(n, dtype=wide, device=hidden.device) for _ in range(3)))
-        training = need_hidden or need_weight
-        # Coefficients that need no other row are known chunk by chunk.
-        at_once = training and not objective.needs_sequence
-        if shard is not None:
-            targets = shard.local(targets)
-        kept: tuple[Tensor, Tensor] | None = None
-        for rows in chunks:
-            x, logits = head.logits(rows)
-            per_row, on = _rows.row_slice(temperature, rows), _rows.row_slice(keep, rows)
-            part = {name: _rows.row_slice(value, rows) for name, value in inputs.items()} if at_once else {}
-            if at_once and shard is None:
-                done = impl.fused(OPERATION, logits, targets[rows], per_row, on, part, scale, head.dtype, in_place=True)
-                whole.logprobs[rows], whole.entropy[rows] = done.logprobs, done.entropy
-                head.backward(rows, x, done.gradient)
-                continue
-            found = impl.statistics(OPERATION, logits, targets[rows].clamp(min=0), per_row, on)
-            if shard is not None:
-                found = shard.combine(found, targets[rows], on, impl.NATS_PER_UNIT)
-            for all_rows, these in zip(whole, found, strict=True):
-                all_rows[rows] = these
-            if at_once:
-                out = policy_loss(found.logprobs, entropy=found.entropy, loss_mask=on, **part)
-                gradient = impl.gradient(
-                    OPERATION, logits, targets[rows], per_row, found, out.d_logprob, out.d_entropy, scale, head.dtype,
-                    in_place=True,
-                )  # fmt: skip
-                head.backward(rows, x, gradient)
-            elif len(chunks) == 1:
-                kept = (x, logits)
-        out = policy_loss(whole.logprobs, entropy=whole.entropy, loss_mask=keep, **inputs)
-        if training and not at_once:
-            for rows in chunks:
-                x, logits = kept if kept is not None else head.logits(rows)
-                gradient = impl.gradient(
-                    OPERATION, logits, targets[rows], _rows.row_slice(temperature, rows),
-                    RowStatistics(*(values[rows] for values in whole)), out.d_logprob[rows],
-                    out.d_entropy[rows], scale, head.dtype, in_place=True,
-                )  # fmt: skip
-                head.backward(rows, x, gradient)
-        if shard is not None:
-            shard.add_up(head.d_hidden)
-        ctx.save_for_backward(head.d_hidden, None if weight_grad is not None else head.d_weight, scale)
+        loss, logprobs, entropy, metrics, d_hidden, d_weight, scale = _forward(
+            hidden, weight, *rest, need_hidden, need_weight
+        )
+        ctx.save_for_backward(d_hidden, d_weight, scale)
         ctx.dtypes = (hidden.dtype, weight.dtype)
-        ctx.accumulated = need_weight and weight_grad is not None
-        ctx.mark_non_differentiable(whole.logprobs, whole.entropy)
-        return out.row_loss.sum(), whole.logprobs, whole.entropy, out.metrics
+        ctx.accumulated = need_weight and rest[11] is not None
+        ctx.arguments = len(rest)
+        ctx.mark_non_differentiable(logprobs, entropy, metrics)
+        return loss, logprobs, entropy, metrics
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight, scale = ctx.saved_tensors
-        grad = grads[0] if scale is None else grads[0] / scale
+        d_hidden, d_weight, scale = taken(ctx, OPERATION)
         if ctx.accumulated:
-            message = "weight_grad already holds the gradient: backward from this loss itself, with gradient 1"
-            if grads[0].device.type == "cpu":
-                if float(grads[0]) != 1.0:
-                    raise ValueError(f"{message}, got {float(grads[0])}")
-            else:
-                torch._assert_async(grads[0] == 1.0, message)
+            check_gradient_is_one(grads[0])
+        grad = grads[0] / scale
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        to_hidden = scaled(d_hidden, grad, ctx.dtypes[0]) if need_hidden else None
+        to_weight = scaled(d_weight, grad, ctx.dtypes[1]) if need_weight and not ctx.accumulated else None
+        return to_hidden, to_weight, *([None] * ctx.arguments)
 
-        def scaled(values: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-            # One pass: multiplied in the wider dtype, rounded once.
-            return None if values is None else torch.mul(values, grad, out=torch.empty_like(values, dtype=dtype))
 
-        return scaled(d_hidden, ctx.dtypes[0]), scaled(d_weight, ctx.dtypes[1]), *([None] * 8)
+def check_gradient_is_one(grad: Tensor) -> None:
+    """Raise (on a GPU: assert there) unless the incoming gradient is 1, as a gradient already added elsewhere needs."""
+    message = "weight_grad already holds the gradient: backward from this loss itself, with gradient 1"
+    if grad.device.type == "cpu" and not torch.compiler.is_compiling():
+        if float(grad) != 1.0:
+            raise ValueError(f"{message}, got {float(grad)}")
+    else:
+        torch._assert_async(grad == 1.0, message)
 
 
 def contributing_rows(objective: PolicyObjective, advantages: Tensor, loss_mask: Tensor | None = None) -> Tensor:
@@ -167,7 +243,7 @@ def linear_policy_loss(
     """Policy loss of softmax(hidden @ weight.T / temperature), without the [N, V] logits.
 
     Args: ``hidden`` [N, H] and ``weight`` [V, H], floating point; a frozen one skips its product. ``targets``
-    [N] int64 token ids. ``temperature`` a positive number or [N]. ``chunk_rows`` rows per chunk (None: 2.5
+    [N] int64 token ids. ``temperature`` a positive number or [N]. ``chunk_rows`` rows per chunk (None: 5
     GiB of logits). ``rows`` int64 [M], distinct: only these rows enter the products, the others count as
     masked (they must not be able to contribute: see ``contributing_rows``; a sequence-level objective must
     see whole sequences). ``weight_grad`` [V, H] float32: the weight's gradient is added to it in this call
@@ -184,8 +260,7 @@ def linear_policy_loss(
     the objective needs and that is None, before any work.
     """
     weight = full_weight(weight)
-    shard = None if group is None else VocabShard(group, weight.shape[0])
-    check_linear(hidden, weight, targets, slices=1 if shard is None else shard.size)
+    check_linear(hidden, weight, targets, slices=1 if group is None else dist.get_world_size(group))
     n = hidden.shape[0]
     inputs: dict[str, Any] = {
         "advantages": advantages, "normalizer": normalizer, "objective": objective, "old_logprobs": old_logprobs,
@@ -210,13 +285,19 @@ def linear_policy_loss(
         inputs = {k: v.index_select(0, rows) if _is_per_row(v) else v for k, v in inputs.items()}
         temperature = temperature.index_select(0, rows) if isinstance(temperature, Tensor) else temperature
         mask = None if loss_mask is None else loss_mask.index_select(0, rows)
-    chunks = row_chunks(hidden.shape[0], weight.shape[0], chunk_rows)
-    with _rows.no_autocast(hidden):
-        out = LinearPolicyLoss(
-            *_LinearPolicyLoss.apply(
-                hidden, weight, targets, temperature, inputs, mask, chunks, logits_dtype, weight_grad, shard
-            )
-        )
+    per_row = temperature if isinstance(temperature, Tensor) else None
+    divisor = inputs["normalizer"]
+    if not isinstance(divisor, Tensor):
+        divisor = torch.full((), float(divisor), dtype=compute_dtype(hidden), device=hidden.device)
+    loss, logprobs, entropy, metrics = _LinearPolicyLoss.apply(
+        hidden, weight, targets, per_row, 1.0 if isinstance(temperature, Tensor) else float(temperature),
+        inputs["advantages"], divisor.to(hidden.device), inputs["old_logprobs"], inputs["ref_logprobs"],
+        inputs["rollout_logprobs"], inputs["sequence"], inputs["num_sequences"], mask, weight_grad, objective.key,
+        chunk_size(hidden.shape[0], weight.shape[0], chunk_rows, hidden.device), logits_dtype,
+        "" if group is None else group.group_name,
+    )  # fmt: skip
+    names = metric_names(objective, entropy=True, reference=ref_logprobs is not None)
+    out = LinearPolicyLoss(loss, logprobs, entropy, dict(zip(names, metrics.unbind(), strict=True)))
     if rows is None:
         return out
     spread = [torch.zeros(n, dtype=v.dtype, device=v.device).index_copy_(0, rows, v) for v in out[1:3]]

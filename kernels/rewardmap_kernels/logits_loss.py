@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import _rows
-from ._checks import check_floating, check_targets, check_temperature
-from .policy_loss import PolicyObjective, policy_loss
+from ._checks import check_floating, check_targets, check_temperature, compute_dtype
+from ._scale import scale_, taken
+from .policy_loss import PolicyObjective, from_key, metric_names, policy_loss
 from .torch_rows import RowStatistics
 
 
@@ -24,25 +25,57 @@ class LogitsPolicyLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@torch.library.custom_op("rewardmap_kernels::selective_log_softmax", mutates_args=())
+def _statistics(
+    logits: Tensor, targets: Tensor, row_temperature: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log-sum-exp (in the implementation's base), logprobs, entropy."""
+    impl = _rows.implementation("selective_log_softmax", logits)
+    divisor = temperature if row_temperature is None else row_temperature
+    found: RowStatistics = impl.statistics("selective_log_softmax", logits, targets, divisor, None)
+    return found
+
+
+@_statistics.register_fake
+def _(logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    a, b, c = (logits.new_empty(logits.shape[0], dtype=compute_dtype(logits)) for _ in range(3))
+    return a, b, c
+
+
+@torch.library.custom_op("rewardmap_kernels::selective_log_softmax_gradient", mutates_args=())
+def _statistics_gradient(
+    logits: Tensor, targets: Tensor, row_temperature: Tensor | None, temperature: float, lse: Tensor, entropy: Tensor,
+    d_logprobs: Tensor, d_entropy: Tensor,
+) -> Tensor:  # fmt: skip
+    impl = _rows.implementation("selective_log_softmax", logits)
+    divisor = temperature if row_temperature is None else row_temperature
+    made: Tensor = impl.gradient(
+        "selective_log_softmax", logits, targets, divisor, RowStatistics(lse, lse, entropy), d_logprobs, d_entropy,
+        None, logits.dtype, in_place=False,
+    )  # fmt: skip
+    return made
+
+
+@_statistics_gradient.register_fake
+def _(logits: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
 class _SelectiveLogSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
-        impl = _rows.implementation("selective_log_softmax", logits)
-        rows: RowStatistics = impl.statistics("selective_log_softmax", logits, targets, temperature, None)
-        per_row = temperature if isinstance(temperature, Tensor) else None
-        ctx.save_for_backward(logits, targets, rows.lse, rows.entropy, per_row)
-        ctx.temperature, ctx.impl = temperature if per_row is None else None, impl
-        return rows.logprobs, rows.entropy
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, row_temperature: Tensor | None, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        lse, logprobs, entropy = _statistics(logits, targets, row_temperature, temperature)
+        ctx.save_for_backward(logits, targets, row_temperature, lse, entropy)
+        ctx.temperature = temperature
+        return logprobs, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits, targets, lse, entropy, per_row = ctx.saved_tensors
-        temperature = per_row if per_row is not None else ctx.temperature
-        gradient = ctx.impl.gradient(
-            "selective_log_softmax", logits, targets, temperature, RowStatistics(lse, lse, entropy), grads[0],
-            grads[1], None, logits.dtype, in_place=False,
-        )  # fmt: skip
-        return gradient, None, None
+        logits, targets, row_temperature, lse, entropy = ctx.saved_tensors
+        gradient = _statistics_gradient(logits, targets, row_temperature, ctx.temperature, lse, entropy, *grads)
+        return gradient, None, None, None
 
 
 def selective_log_softmax(logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
@@ -56,51 +89,83 @@ def selective_log_softmax(logits: Tensor, targets: Tensor, temperature: Tensor |
     check_floating("logits", logits, 2)
     check_targets(targets, logits, logits.shape[1])
     check_temperature(temperature, logits, logits.shape[0])
-    result: tuple[Tensor, Tensor] = _SelectiveLogSoftmax.apply(logits, targets, temperature)
+    per_row = temperature if isinstance(temperature, Tensor) else None
+    result: tuple[Tensor, Tensor] = _SelectiveLogSoftmax.apply(
+        logits, targets, per_row, 1.0 if isinstance(temperature, Tensor) else float(temperature)
+    )
     return result
+
+
+@torch.library.custom_op("rewardmap_kernels::logits_policy_loss", mutates_args=("over",))
+def _policy_forward(
+    logits: Tensor, over: Tensor | None, targets: Tensor, row_temperature: Tensor | None, temperature: float,
+    advantages: Tensor, normalizer: Tensor, old_logprobs: Tensor | None, ref_logprobs: Tensor | None,
+    rollout_logprobs: Tensor | None, sequence: Tensor | None, num_sequences: int, loss_mask: Tensor | None,
+    objective: str, training: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """loss, logprobs, entropy, metrics [M], gradient (empty where not made, or where it lies in ``over``, which is the
+    logits themselves), its scale."""
+    operation = "logits_policy_loss"
+    impl = _rows.implementation(operation, logits)
+    goal = from_key(objective)
+    inputs: dict[str, Any] = {
+        "advantages": advantages, "normalizer": normalizer, "objective": goal, "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs, "sequence": sequence,
+        "num_sequences": num_sequences,
+    }  # fmt: skip
+    divisor = temperature if row_temperature is None else row_temperature
+    keep = None if loss_mask is None else loss_mask != 0
+    scale = _rows.float16_scale(logits.dtype, normalizer, logits)
+    source, gradient = logits if over is None else over, None
+    if training and not goal.needs_sequence:
+        done = impl.fused(operation, source, targets, divisor, keep, inputs, scale, over is not None)
+        logprobs, entropy, gradient = done.logprobs, done.entropy, done.gradient
+        out = policy_loss(logprobs, entropy=entropy, loss_mask=keep, **inputs)
+    else:
+        rows = impl.statistics(operation, source, targets, divisor, keep)
+        logprobs, entropy = rows.logprobs, rows.entropy
+        out = policy_loss(logprobs, entropy=entropy, loss_mask=keep, **inputs)
+        if training:
+            gradient = impl.gradient(
+                operation, source, targets, divisor, rows, out.d_logprob, out.d_entropy, scale, logits.dtype,
+                over is not None,
+            )  # fmt: skip
+    return (
+        out.row_loss.sum(), logprobs, entropy, torch.stack(list(out.metrics.values())),
+        logits.new_empty(0, 0) if gradient is None or over is not None else gradient,
+        logits.new_ones((), dtype=compute_dtype(logits)) if scale is None else scale,
+    )  # fmt: skip
+
+
+@_policy_forward.register_fake
+def _(logits: Tensor, over: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    wide = compute_dtype(logits)
+    names = metric_names(from_key(rest[11]), entropy=True, reference=rest[6] is not None)
+    n = logits.shape[0]
+    shape = logits.shape if rest[12] and over is None else (0, 0)
+    return (
+        logits.new_empty((), dtype=wide), logits.new_empty(n, dtype=wide), logits.new_empty(n, dtype=wide),
+        logits.new_empty(len(names), dtype=wide), logits.new_empty(shape), logits.new_empty((), dtype=wide),
+    )  # fmt: skip
 
 
 class _LogitsPolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, temperature: Tensor | float, inputs: dict[str, Any],
-        mask: Tensor | None, inplace: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
-        operation = "logits_policy_loss"
-        impl = _rows.implementation(operation, logits)
-        keep = None if mask is None else mask != 0
-        scale = _rows.float16_scale(logits.dtype, inputs["normalizer"], logits)
+    def forward(ctx: Any, logits: Tensor, inplace: bool, *rest: Any) -> tuple[Tensor, ...]:
         training = ctx.needs_input_grad[0]
-        gradient = None
-        if training and not inputs["objective"].needs_sequence:
-            done = impl.fused(operation, logits, targets, temperature, keep, inputs, scale, logits.dtype, inplace)
-            logprobs, entropy, gradient = done.logprobs, done.entropy, done.gradient
-            out = policy_loss(logprobs, entropy=entropy, loss_mask=keep, **inputs)
-        else:
-            rows = impl.statistics(operation, logits, targets, temperature, keep)
-            logprobs, entropy = rows.logprobs, rows.entropy
-            out = policy_loss(logprobs, entropy=entropy, loss_mask=keep, **inputs)
-            if training:
-                gradient = impl.gradient(
-                    operation, logits, targets, temperature, rows, out.d_logprob, out.d_entropy, scale,
-                    logits.dtype, inplace,
-                )  # fmt: skip
-        if training and inplace:
-            # Whoever saved these logits for a backward of its own learns that they are gone.
-            torch.autograd.graph.increment_version(logits)
-        ctx.impl, ctx.gradient, ctx.scale = impl, gradient, scale
-        ctx.mark_non_differentiable(logprobs, entropy)
-        return out.row_loss.sum(), logprobs, entropy, out.metrics
+        over = logits.detach() if inplace and training else None
+        loss, logprobs, entropy, metrics, gradient, scale = _policy_forward(logits, over, *rest, training)
+        # In place: whoever saved these logits for a backward of its own learns that they are gone.
+        ctx.save_for_backward(gradient if over is None else over, scale)
+        ctx.arguments = len(rest)
+        ctx.mark_non_differentiable(logprobs, entropy, metrics)
+        return loss, logprobs, entropy, metrics
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
-            raise RuntimeError(
-                "the gradient of logits_policy_loss was handed over by an earlier backward; call it again"
-            )
-        factor = grads[0] if ctx.scale is None else grads[0] / ctx.scale
-        return ctx.impl.scale_("logits_policy_loss", gradient, factor), None, None, None, None, None
+        gradient, scale = taken(ctx, "logits_policy_loss")
+        scale_(gradient, grads[0] / scale)
+        return gradient, None, *([None] * ctx.arguments)
 
 
 def logits_policy_loss(
@@ -141,4 +206,14 @@ def logits_policy_loss(
     if inplace and logits.stride(1) != 1:
         raise ValueError(f"inplace = True needs rows of stride 1, got strides {logits.stride()}")
     logits = _rows.differentiable(logits)
-    return LogitsPolicyLoss(*_LogitsPolicyLoss.apply(logits, targets, temperature, inputs, loss_mask, inplace))
+    per_row = temperature if isinstance(temperature, Tensor) else None
+    divisor = normalizer
+    if not isinstance(divisor, Tensor):
+        divisor = torch.full((), float(divisor), dtype=compute_dtype(logits), device=logits.device)
+    loss, logprobs, entropy, metrics = _LogitsPolicyLoss.apply(
+        logits, inplace, targets, per_row, 1.0 if isinstance(temperature, Tensor) else float(temperature), advantages,
+        divisor.to(logits.device), old_logprobs, ref_logprobs, rollout_logprobs, sequence,
+        logits.shape[0] if num_sequences is None else num_sequences, loss_mask, objective.key,
+    )  # fmt: skip
+    names = metric_names(objective, entropy=True, reference=ref_logprobs is not None)
+    return LogitsPolicyLoss(loss, logprobs, entropy, dict(zip(names, metrics.unbind(), strict=True)))

@@ -8,9 +8,10 @@ Written once and called by every fused operation. One row is one response token.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -62,24 +63,28 @@ class PolicyObjective:
     importance_max: float = 2.0
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    key: str = field(init=False, repr=False, compare=False)
+    """All fields in order, as text: how an objective passes through a custom operator, which takes no objects."""
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for field, allowed in (
+        values = (getattr(self, one.name) for one in fields(self) if one.init)
+        object.__setattr__(self, "key", " ".join(map(str, values)))
+        for which, allowed in (
             ("name", OBJECTIVES),
             ("kl_estimator", ("k1", "k2", "k3")),
             ("importance_correction", ("none", "truncate", "mask")),
             ("importance_level", ("token", "sequence")),
         ):
-            if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} = {getattr(self, field)!r} is not one of {', '.join(allowed)}")
-        for field in ("clip_eps_low", "clip_eps_high", "kl_coef", "importance_min"):
-            value = getattr(self, field)
+            if getattr(self, which) not in allowed:
+                raise ValueError(f"{which} = {getattr(self, which)!r} is not one of {', '.join(allowed)}")
+        for which in ("clip_eps_low", "clip_eps_high", "kl_coef", "importance_min"):
+            value = getattr(self, which)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{field} must be finite and >= 0, got {value}")
-        for field in ("importance_max", "sapo_temperature_pos", "sapo_temperature_neg"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} must be > 0, got {getattr(self, field)}")
+                raise ValueError(f"{which} must be finite and >= 0, got {value}")
+        for which in ("importance_max", "sapo_temperature_pos", "sapo_temperature_neg"):
+            if not getattr(self, which) > 0:
+                raise ValueError(f"{which} must be > 0, got {getattr(self, which)}")
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"entropy_coef must be finite, got {self.entropy_coef}")
         if self.importance_min > self.importance_max:
@@ -106,6 +111,30 @@ class PolicyObjective:
     def needs_sequence(self) -> bool:
         """Whether a row's coefficient depends on the other rows of its sequence."""
         return self.name == "gspo" or (self.importance_correction != "none" and self.importance_level == "sequence")
+
+
+@functools.cache
+def from_key(key: str) -> PolicyObjective:
+    """The objective whose ``key`` this is."""
+
+    def value(word: str) -> Any:
+        constants = {"None": None, "True": True, "False": False}
+        if word in constants:
+            return constants[word]
+        try:
+            return float(word)
+        except ValueError:
+            return word
+
+    return PolicyObjective(*map(value, key.split(" ")))
+
+
+def metric_names(objective: PolicyObjective, *, entropy: bool, reference: bool) -> tuple[str, ...]:
+    """Keys of ``policy_loss``'s metrics, in order."""
+    names = ["clip_fraction_low", "clip_fraction_high", "approx_kl", "ratio_mean", "ratio_min", "ratio_max"]
+    if objective.importance_correction != "none":
+        names += ["importance_mean", "importance_rejected"]
+    return (*names, *(["kl_ref"] if reference else []), *(["entropy"] if entropy else []))
 
 
 class PolicyLossOutput(NamedTuple):

@@ -16,6 +16,8 @@ from .policy_loss import policy_loss
 
 NATS_PER_UNIT = 1.0
 """Of the log-sum-exp in this implementation."""
+WIDENS_ON_CPU = True
+"""Whether 16-bit operands of the head's products are made float32 on the CPU, where no product accumulates in it."""
 
 
 class RowStatistics(NamedTuple):
@@ -25,6 +27,16 @@ class RowStatistics(NamedTuple):
     lse: Tensor
     logprobs: Tensor
     entropy: Tensor
+
+
+class Exponentials(NamedTuple):
+    """``values`` E [N, V] with E / total = p - onehot, so that d logprob / d logits = -E / (total T); ``total`` [N] is
+    the sum of exponentials on E's scale, 1 where masked (E is 0 there). A target below 0 has no column here: it is
+    another rank's."""
+
+    rows: RowStatistics
+    total: Tensor
+    values: Tensor
 
 
 class FusedRows(NamedTuple):
@@ -113,9 +125,37 @@ def gradient(
     )
 
 
+def exponentials(
+    operation: str, logits: Tensor, targets: Tensor, temperature: Tensor | float, keep: Tensor | None,
+    dtype: torch.dtype, out: Tensor | None,
+) -> Exponentials:  # fmt: skip
+    """Statistics and exponentials (in ``dtype``, into ``out``, or over the logits where None) without a coefficient."""
+    scaled = _scaled(logits, temperature, keep)
+    top = scaled.amax(1)
+    gap = scaled - top[:, None]
+    values = gap.exp()
+    gap.clamp_(min=torch.finfo(gap.dtype).min)  # -inf: adds 0 below
+    has, column = targets >= 0, targets.long().clamp(min=0)[:, None]
+    own, own_gap = values.gather(1, column)[:, 0], gap.gather(1, column)[:, 0]
+    moment = torch.linalg.vecdot(values, gap)
+    values.scatter_(1, column, torch.where(has, 0.0, own)[:, None])
+    others = values.sum(1)
+    total = others + torch.where(has, own, 0.0)
+    values.scatter_(1, column, torch.where(has, -others, own)[:, None])
+    log_total = total.log()
+    rows = RowStatistics(top + log_total, own_gap - log_total, log_total - moment / total)
+    if keep is not None:
+        rows = RowStatistics(*(torch.where(keep, each, 0.0) for each in rows))
+        total = torch.where(keep, total, 1.0)
+        values.masked_fill_(~keep[:, None], 0.0)
+    if out is not None:
+        return Exponentials(rows, total, out.copy_(values))
+    return Exponentials(rows, total, _stored(values, logits, dtype, in_place=True))
+
+
 def fused(
     operation: str, logits: Tensor, targets: Tensor, temperature: Tensor | float, keep: Tensor | None,
-    inputs: dict[str, Any], scale: Tensor | None, dtype: torch.dtype, in_place: bool,
+    inputs: dict[str, Any], scale: Tensor | None, in_place: bool,
 ) -> FusedRows:  # fmt: skip
     """Statistics and gradient of a policy loss whose coefficients need no other row. ``inputs`` are policy_loss's."""
     log_probs = _log_probs(logits, temperature, keep)
@@ -127,7 +167,7 @@ def fused(
     d_entropy = out.d_entropy if inputs["objective"].entropy_coef else None
     result = _gradient(log_probs, probs, targets, temperature, entropy, out.d_logprob, d_entropy, scale)
     d_logprob = out.d_logprob if scale is None else out.d_logprob * scale
-    return FusedRows(logprobs, entropy, d_logprob, _stored(result, logits, dtype, in_place))
+    return FusedRows(logprobs, entropy, d_logprob, _stored(result, logits, logits.dtype, in_place))
 
 
 def scale_(operation: str, values: Tensor, scale: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from . import tree_blocks
 from .dispatch import choose
 from .tree_tiles import Tiles, build_tiles, to_device
 
@@ -29,17 +30,25 @@ class TreeMask:
     trees: tuple[tuple[int, int], ...]
     """Half-open token ranges of the trees; together they are 0..T. No pair of tokens of different trees is seen."""
     device: torch.device
-    """Where ``visible`` is made."""
+    """Where the row lies."""
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def visible(self) -> tuple[Tensor, ...]:
-        """Per tree [t, t] bool: query (row) sees key (column). For the plain torch path."""
+        """Per tree [t, t] bool: query (row) sees key (column). For float64 on a GPU."""
         if "visible" not in self._made:
             with torch.inference_mode(False):  # made under inference, they could not serve training
                 ends = self.subtree_end.to(self.device)
                 self._made["visible"] = tuple(_visible(ends[start:end], start) for start, end in self.trees)
         return self._made["visible"]
+
+    @property
+    def blocks(self) -> tree_blocks.Blocks:
+        """Blocks of queries with the keys they see. For the CPU."""
+        if "blocks" not in self._made:
+            with torch.inference_mode(False):
+                self._made["blocks"] = tree_blocks.build_blocks(self.subtree_end, self.trees)
+        return self._made["blocks"]
 
     def tiles(self, forward: tuple[int, int], backward: tuple[int, int], device: torch.device) -> Tiles:
         """Tile lists of the kernels for (query, key) block sizes of their passes, on ``device``."""
@@ -83,7 +92,8 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float
     """softmax(q kᵀ · scale) v over visible pairs only.
 
     CUDA tensors run by Triton kernels, which visit only tiles with a visible pair, accumulate in float32 and give the
-    same bits every run; CPU tensors and float64 run in plain torch. ``use_implementation`` overrides.
+    same bits every run. On the CPU torch's own flash attention runs block by block of queries, on the keys they see
+    (``tree_blocks``); float64 on a GPU runs by the mask as written. ``use_implementation`` overrides.
 
     Args:
         q: [1, Hq, T, D]. k, v: [1, Hkv, T, D]. One dtype: float32, float16 or bfloat16 (float64: plain torch).
@@ -100,6 +110,8 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, mask: TreeMask, scale: float
     _check(q, k, v, mask)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if choose("tree_attention", q) == "torch":
+        if q.device.type == "cpu":
+            return tree_blocks.tree_blocks_forward(q, k, v, *mask.blocks, scale)[0]
         return _plain(q, k, v, mask, scale)
     from . import tree_op
 

@@ -9,19 +9,24 @@ import torch
 import triton
 from torch import Tensor
 
+from . import native_cuda
 from . import triton_rows as kernels
 from .dispatch import launched
 from .policy_loss import CLIPPED, PolicyObjective
-from .torch_rows import FusedRows, RowStatistics
+from .torch_rows import Exponentials, FusedRows, RowStatistics
 
-BLOCK_BYTES = 16384
-"""Bytes of a row that a program holds at a time; 8 warps, 16 (float32) or 32 (16-bit) values per thread."""
-WARPS = 8
+# (values of a row that a program holds at a time, warps). docs/kernels.md says why; the bench's "tune" tries others.
+STATISTICS = EXPONENTIALS = (2048, 8)
+GRADIENT = SCALE = (4096, 8)
+POLICY_ROW = (8192, 32)
+"""1,024 threads of more than 32 registers: one row at a time on a multiprocessor, so that its second reading comes from
+the caches."""
 NATS_PER_UNIT = math.log(2.0)
+WIDENS_ON_CPU = False  # the interpreter stands for the GPU
 
 
-def _block(logits: Tensor) -> int:
-    return min(triton.next_power_of_2(logits.shape[1]), BLOCK_BYTES // logits.element_size())
+def _block(config: tuple[int, int], columns: int) -> dict[str, int]:
+    return {"BLOCK": min(triton.next_power_of_2(columns), config[0]), "num_warps": config[1]}
 
 
 def _per_row(values: Tensor | None, dummy: Tensor) -> Tensor:
@@ -35,15 +40,15 @@ def _unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _gradient_memory(logits: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-    """Where the gradient goes: new memory, the logits themselves, or the upper half of each wider row."""
-    if not in_place:
-        return torch.empty(logits.shape, dtype=dtype, device=logits.device)
+def _over(logits: Tensor, dtype: torch.dtype, upper: bool) -> Tensor:
+    """[N, V] of ``dtype`` in the memory of the logits: all of it, or a half of each row where they are twice as wide;
+    new memory where they are narrower."""
     if dtype == logits.dtype:
         return logits
-    if logits.element_size() != 2 * dtype.itemsize or not logits.is_contiguous():
-        raise ValueError(f"a {dtype} gradient does not fit over {logits.dtype} logits of strides {logits.stride()}")
-    return logits.view(dtype)[:, logits.shape[1] :]
+    if logits.element_size() != 2 * dtype.itemsize:
+        return torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    halves, stride = logits.view(dtype), logits.stride(0)
+    return halves.as_strided(logits.shape, (2 * stride, 1), halves.storage_offset() + (stride if upper else 0))
 
 
 def _one(scale: Tensor | None, like: Tensor) -> Tensor:
@@ -64,7 +69,7 @@ def statistics(
             logits, logits.stride(0), targets.contiguous(),
             _per_row(temperature if isinstance(temperature, Tensor) else None, lse2), _per_row(keep, lse2),
             lse2, logprobs, entropy, logits.shape[1], 1.0 if per_row else float(temperature), HAS_MASK=keep is
-            not None, HAS_TEMPERATURE=per_row, BLOCK=_block(logits), num_warps=WARPS,
+            not None, HAS_TEMPERATURE=per_row, **_block(STATISTICS, logits.shape[1]),
         )  # fmt: skip
     return RowStatistics(lse2, logprobs, entropy)
 
@@ -75,7 +80,7 @@ def gradient(
 ) -> Tensor:  # fmt: skip
     """See ``torch_rows.gradient``."""
     logits = _unit_stride(logits)
-    out = _gradient_memory(logits, dtype, in_place)
+    out = _over(logits, dtype, upper=True) if in_place else torch.empty(logits.shape, dtype=dtype, device=logits.device)
     n = logits.shape[0]
     per_row = isinstance(temperature, Tensor)
     launched(operation, "gradient_kernel")
@@ -85,20 +90,44 @@ def gradient(
             _per_row(temperature if isinstance(temperature, Tensor) else None, rows.lse), _one(scale, logits),
             rows.lse, rows.entropy, d_logprob.contiguous(), d_entropy.contiguous(), logits.shape[1],
             1.0 if per_row else float(temperature), HAS_TEMPERATURE=per_row, IN_PLACE=in_place,
-            BLOCK=_block(logits), num_warps=WARPS,
+            **_block(GRADIENT, logits.shape[1]),
         )  # fmt: skip
     return out
 
 
+def exponentials(
+    operation: str, logits: Tensor, targets: Tensor, temperature: Tensor | float, keep: Tensor | None,
+    dtype: torch.dtype, out: Tensor | None,
+) -> Exponentials:  # fmt: skip
+    """See ``torch_rows.exponentials``: one launch, one read and one write. The log-sum-exp is in base 2."""
+    n = logits.shape[0]
+    into = _over(logits, dtype, upper=False) if out is None else out
+    lse2, total, logprobs, entropy = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(4))
+    per_row = isinstance(temperature, Tensor)
+    launched(operation, "exponentials_kernel")
+    if n:
+        kernels.exponentials_kernel[(n,)](
+            logits, logits.stride(0), into, into.stride(0), targets.contiguous(),
+            _per_row(temperature if isinstance(temperature, Tensor) else None, lse2), _per_row(keep, lse2),
+            lse2, total, logprobs, entropy, logits.shape[1], 1.0 if per_row else float(temperature),
+            HAS_MASK=keep is not None, HAS_TEMPERATURE=per_row, IN_PLACE=out is None,
+            **_block(EXPONENTIALS, logits.shape[1]),
+        )  # fmt: skip
+    return Exponentials(RowStatistics(lse2, logprobs, entropy), total, into)
+
+
 def fused(
     operation: str, logits: Tensor, targets: Tensor, temperature: Tensor | float, keep: Tensor | None,
-    inputs: dict[str, Any], scale: Tensor | None, dtype: torch.dtype, in_place: bool,
+    inputs: dict[str, Any], scale: Tensor | None, in_place: bool,
 ) -> FusedRows:  # fmt: skip
     """See ``torch_rows.fused``: one launch."""
     objective: PolicyObjective = inputs["objective"]
     assert not objective.needs_sequence
     logits = _unit_stride(logits)
-    out = _gradient_memory(logits, dtype, in_place)
+    if native_cuda.wanted(logits, in_place):
+        launched(operation, "hopper")
+        return native_cuda.fused(logits, targets, temperature, keep, inputs)
+    out = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     n = logits.shape[0]
     logprobs, entropy, d_logprob = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3))
     normalizer = inputs["normalizer"]
@@ -121,10 +150,9 @@ def fused(
             OBJECTIVE="clipped" if objective.name in CLIPPED else objective.name,
             DUAL_CLIP=objective.dual_clip is not None, DELTA=objective.delta is not None,
             KL=objective.kl_estimator if objective.kl_coef else "none", KL_BIAS=objective.kl_bias_correction,
-           
             IMPORTANCE=objective.importance_correction, ENTROPY=objective.entropy_coef != 0.0,
             HAS_OLD=inputs["old_logprobs"] is not None, HAS_MASK=keep is not None, HAS_TEMPERATURE=per_row,
-            IN_PLACE=in_place, BLOCK=_block(logits), num_warps=WARPS,
+            IN_PLACE=in_place, **_block(POLICY_ROW, logits.shape[1]),
         )  # fmt: skip
     return FusedRows(logprobs, entropy, d_logprob, out)
 
@@ -134,5 +162,5 @@ def scale_(operation: str, values: Tensor, scale: Tensor) -> Tensor:
     n, columns = values.shape
     launched(operation, "scale_kernel")
     if n:
-        kernels.scale_kernel[(n,)](values, values.stride(0), columns, scale, BLOCK=_block(values), num_warps=WARPS)
+        kernels.scale_kernel[(n,)](values, values.stride(0), columns, scale, **_block(SCALE, columns))
     return values

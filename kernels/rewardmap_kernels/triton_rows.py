@@ -2,11 +2,12 @@
 """Triton kernels over the rows of logits [N, V]: statistics, policy coefficient and gradient. One program per
 row.
 
-A row is read once for its running maximum and sums (started at -inf and 0), and once more, backwards so that
-the part still in cache comes first, for the gradient. Row offsets are 64-bit; V, strides and every
-coefficient are run-time values, so varying lengths never recompile. Values are widened to float32 right after
-each load. Arithmetic is in base 2:
-y = z log2(e) / T, so that exp is one instruction.
+Row offsets are 64-bit; V, strides and every coefficient are run-time values, so varying lengths never recompile.
+Values are widened to float32 right after each load. Exponentials are base 2, one instruction each, and relative to a
+pivot that is known before the pass over the row: the larger of its first block's maximum and the target's logit. A
+block that exceeds the pivot by GUARD bits becomes the pivot and what was summed so far shrinks with it, which hardly
+ever happens: a block costs one reduction, sums are reduced once per row. Why each kernel reads and writes as often as
+it does: docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -17,31 +18,76 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG_RATIO_BOUND = tl.constexpr(20.0)
+GUARD = tl.constexpr(32.0)
+LOWEST = tl.constexpr(-1e30)
+"""A pivot is never below this, so that -inf minus the pivot is -inf."""
+
+
+@triton.jit
+def _factor(temperature_ptr, temperature, row, HAS_TEMPERATURE: tl.constexpr):
+    """log2(e) / T of the row."""
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + row).to(tl.float32)
+    return 1.0 / temperature * LOG2E
+
+
+@triton.jit
+def _first_pivot(first, picked):
+    return tl.maximum(tl.maximum(tl.max(first.to(tl.float32), 0), picked), LOWEST)
+
+
+@triton.jit
+def _add(z, columns, target, pivot, factor, rest, moment):
+    """(2^gap, sums of it and of 2^gap gap over the columns beside the target); gap = (z - pivot) log2(e) / T."""
+    gap = (z - pivot) * factor
+    weight = tl.exp2(gap)
+    other = tl.where(columns == target, 0.0, weight)
+    return weight, rest + other, moment + tl.where(other == 0.0, 0.0, other * gap)
+
+
+@triton.jit
+def _shrink(drop, rest, moment):
+    """The sums relative to a pivot that is -drop bits higher."""
+    ratio = tl.exp2(drop)
+    return ratio, ratio * rest, ratio * (moment + drop * rest)
+
+
+@triton.jit
+def _close(picked, target, pivot, factor, rest, moment):
+    """(log2-sum-exp, total, total without the target, log-probability and entropy in nats) of a row's sums. A target
+    below 0 is not in this row."""
+    others = tl.sum(rest, 0)
+    gap = (picked - pivot) * factor
+    own = tl.where(target >= 0, tl.exp2(gap), 0.0)
+    total = others + own
+    log_total = tl.log2(total)
+    mean_gap = (tl.sum(moment, 0) + tl.where(own == 0.0, 0.0, own * gap)) / total
+    return pivot * factor + log_total, total, others, (gap - log_total) * LN2, (log_total - mean_gap) * LN2
 
 
 @triton.jit
 def _row_statistics(row_ptr, target, factor, vocab, BLOCK: tl.constexpr):
-    """(log2-sum-exp, log-probability of the target in nats, entropy in nats) of one row; ``factor`` is
-    log2(e) / T."""
-    top = float("-inf")
-    total = 0.0  # sum of 2^(y - top)
-    moment = 0.0  # sum of 2^(y - top) (y - top): relative to the maximum, so that large logits cost no accuracy
+    """(log2-sum-exp, log-probability of the target in nats, entropy in nats) of one row. The next block is on its way
+    while one is summed."""
+    columns = tl.arange(0, BLOCK)
+    picked = tl.load(row_ptr + target).to(tl.float32)
+    block = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf"))
+    pivot = _first_pivot(block, picked)
+    rest = tl.zeros([BLOCK], tl.float32)
+    moment = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        y = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32) * factor
-        new_top = tl.maximum(top, tl.max(y, 0))
-        # While everything is -inf the reference point is 0: -inf minus -inf is not a number.
-        pivot = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shift = tl.where(top == float("-inf"), 0.0, top - pivot)
-        keep = tl.where(top == float("-inf"), 0.0, tl.exp2(shift))
-        gap = y - pivot
-        weight = tl.exp2(gap)
-        moment = keep * (moment + shift * total) + tl.sum(tl.where(weight == 0.0, 0.0, weight * gap), 0)
-        total = keep * total + tl.sum(weight, 0)
-        top = new_top
-    log_total = tl.log2(total)
-    picked = tl.load(row_ptr + target).to(tl.float32) * factor
-    return top + log_total, (picked - top - log_total) * LN2, (log_total - moment / total) * LN2
+        following = tl.load(row_ptr + columns + BLOCK, mask=columns + BLOCK < vocab, other=float("-inf"))
+        z = block.to(tl.float32)
+        top = tl.max(z, 0)
+        drop = (pivot - top) * factor
+        if drop < -GUARD:
+            _, rest, moment = _shrink(drop, rest, moment)
+            pivot = top
+        _, rest, moment = _add(z, columns, target, pivot, factor, rest, moment)
+        block = following
+    lse2, _, _, logprob, entropy = _close(picked, target, pivot, factor, rest, moment)
+    return lse2, logprob, entropy
 
 
 @triton.jit
@@ -49,7 +95,8 @@ def _write_gradient(
     row_ptr, out_ptr, target, factor, lse2, entropy, c, e, vocab,
     IN_PLACE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """d loss / d z = (c (onehot - p) - e p (log p + H)) / T, from the last block to the first.
+    """d loss / d z = (c (onehot - p) - e p (log p + H)) / T, from the last block, which is still in cache, to the
+    first; zeros unread where both coefficients are 0.
 
     In place, a block is stored over columns that every thread has read: hence the barrier between load and
     store. A narrower gradient goes to the upper half of the row's bytes, where the blocks still to be read
@@ -57,22 +104,26 @@ def _write_gradient(
     """
     inverse = factor * LN2  # 1 / T
     blocks = tl.cdiv(vocab, BLOCK)
-    for i in range(0, blocks):
-        columns = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-        inside = columns < vocab
-        if (c == 0.0) & (e == 0.0):
-            gradient = tl.zeros([BLOCK], tl.float32)
-        else:
-            y = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32) * factor
-            log2_p = y - lse2
+    if (c == 0.0) & (e == 0.0):
+        for start in range(0, vocab, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            tl.store(out_ptr + columns, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=columns < vocab)
+    else:
+        columns = (blocks - 1) * BLOCK + tl.arange(0, BLOCK)
+        block = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf"))
+        for i in range(0, blocks):
+            columns = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+            following = tl.load(row_ptr + columns - BLOCK, mask=columns >= BLOCK, other=float("-inf"))
+            log2_p = block.to(tl.float32) * factor - lse2
             p = tl.exp2(log2_p)
             slope = tl.zeros([BLOCK], tl.float32) + c
             if ENTROPY:
                 slope += e * (tl.where(p == 0.0, 0.0, log2_p) * LN2 + entropy)
             gradient = (tl.where(columns == target, c, 0.0) - p * slope) * inverse
-        if IN_PLACE:
-            tl.debug_barrier()
-        tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
+            if IN_PLACE:
+                tl.debug_barrier()
+            tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), mask=columns < vocab)
+            block = following
 
 
 @triton.jit
@@ -157,10 +208,7 @@ def policy_row_kernel(
     live = True
     if HAS_MASK:
         live = tl.load(mask_ptr + row) != 0
-    if HAS_TEMPERATURE:
-        factor = 1.0 / tl.load(temperature_ptr + row).to(tl.float32) * LOG2E
-    else:
-        factor = 1.0 / temperature * LOG2E
+    factor = _factor(temperature_ptr, temperature, row, HAS_TEMPERATURE)
     target = tl.load(targets_ptr + row).to(tl.int64)
     lse2 = 0.0
     logprob = 0.0
@@ -180,9 +228,9 @@ def policy_row_kernel(
     tl.store(logprob_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
     tl.store(d_logprob_ptr + row, c)
-    _write_gradient(row_ptr, out_ptr + row * out_stride, target, factor, lse2, entropy, c, e, vocab, IN_PLACE,
-    ENTROPY,
-                    BLOCK)  # fmt: skip
+    _write_gradient(
+        row_ptr, out_ptr + row * out_stride, target, factor, lse2, entropy, c, e, vocab, IN_PLACE, ENTROPY, BLOCK
+    )
 
 
 @triton.jit
@@ -195,10 +243,7 @@ def statistics_kernel(
     live = True
     if HAS_MASK:
         live = tl.load(mask_ptr + row) != 0
-    if HAS_TEMPERATURE:
-        factor = 1.0 / tl.load(temperature_ptr + row).to(tl.float32) * LOG2E
-    else:
-        factor = 1.0 / temperature * LOG2E
+    factor = _factor(temperature_ptr, temperature, row, HAS_TEMPERATURE)
     lse2 = 0.0
     logprob = 0.0
     entropy = 0.0
@@ -206,6 +251,66 @@ def statistics_kernel(
         target = tl.load(targets_ptr + row).to(tl.int64)
         lse2, logprob, entropy = _row_statistics(logits_ptr + row * logits_stride, target, factor, vocab, BLOCK)
     tl.store(lse2_ptr + row, lse2)
+    tl.store(logprob_ptr + row, logprob)
+    tl.store(entropy_ptr + row, entropy)
+
+
+@triton.jit
+def exponentials_kernel(
+    logits_ptr, logits_stride, out_ptr, out_stride, targets_ptr, temperature_ptr, mask_ptr, lse2_ptr, total_ptr,
+    logprob_ptr, entropy_ptr, vocab, temperature,
+    HAS_MASK: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One read and one write of a row: statistics, and E with E / total = p - onehot (masked rows: 0, total 1).
+
+    float32 and bfloat16 hold 127 bits, so E relative to the pivot does not overflow. The target's E is minus the sum
+    of the others: exact where p is near 1. A narrower E goes to the lower half of the row's bytes, over columns that
+    were read in the same block or an earlier one.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * logits_stride
+    to_ptr = out_ptr + row * out_stride
+    live = True
+    if HAS_MASK:
+        live = tl.load(mask_ptr + row) != 0
+    factor = _factor(temperature_ptr, temperature, row, HAS_TEMPERATURE)
+    target = tl.load(targets_ptr + row).to(tl.int64)
+    lse2 = 0.0
+    total = 1.0
+    logprob = 0.0
+    entropy = 0.0
+    if live:
+        columns = tl.arange(0, BLOCK)
+        picked = tl.load(row_ptr + tl.maximum(target, 0)).to(tl.float32)
+        pivot = _first_pivot(tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf")), picked)
+        rest = tl.zeros([BLOCK], tl.float32)
+        moment = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, vocab, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            z = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
+            top = tl.max(z, 0)
+            drop = (pivot - top) * factor
+            if drop < -GUARD:
+                ratio, rest, moment = _shrink(drop, rest, moment)
+                tl.debug_barrier()
+                for before in range(0, start, BLOCK):
+                    place = to_ptr + before + tl.arange(0, BLOCK)
+                    tl.store(place, (tl.load(place).to(tl.float32) * ratio).to(out_ptr.dtype.element_ty))
+                pivot = top
+            weight, rest, moment = _add(z, columns, target, pivot, factor, rest, moment)
+            if IN_PLACE:
+                tl.debug_barrier()
+            tl.store(to_ptr + columns, weight.to(out_ptr.dtype.element_ty), mask=columns < vocab)
+        lse2, total, others, logprob, entropy = _close(picked, target, pivot, factor, rest, moment)
+        tl.debug_barrier()
+        if target >= 0:
+            tl.store(to_ptr + target, (-others).to(out_ptr.dtype.element_ty))
+    else:
+        for start in range(0, vocab, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            tl.store(to_ptr + columns, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=columns < vocab)
+    tl.store(lse2_ptr + row, lse2)
+    tl.store(total_ptr + row, total)
     tl.store(logprob_ptr + row, logprob)
     tl.store(entropy_ptr + row, entropy)
 
@@ -219,10 +324,7 @@ def gradient_kernel(
     """Gradient of one row from its statistics and given coefficients; coefficients of 0 write zeros
     unread."""
     row = tl.program_id(0).to(tl.int64)
-    if HAS_TEMPERATURE:
-        factor = 1.0 / tl.load(temperature_ptr + row).to(tl.float32) * LOG2E
-    else:
-        factor = 1.0 / temperature * LOG2E
+    factor = _factor(temperature_ptr, temperature, row, HAS_TEMPERATURE)
     scale = tl.load(gradient_scale_ptr)
     target = tl.load(targets_ptr + row).to(tl.int64)
     c = scale * tl.load(d_logprob_ptr + row).to(tl.float32)

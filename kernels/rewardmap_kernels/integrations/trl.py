@@ -84,6 +84,12 @@ def _bias_correction(trainer: Any) -> bool:
     return bool(trainer.beta != 0.0 and trainer.args.use_bias_correction_kl)
 
 
+def _by_token(trainer: Any) -> bool:
+    """Whether the engine's correction differs from token to token."""
+    corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
+    return bool(corrected and trainer.vllm_importance_sampling_mode.startswith("token"))
+
+
 def _objective(trainer: Any) -> PolicyObjective:
     """The trainer's options as ours; ValueError for one that has no fused loss."""
     args, kind, level = trainer.args, trainer.loss_type, trainer.importance_sampling_level
@@ -93,6 +99,9 @@ def _objective(trainer: Any) -> PolicyObjective:
         "top_entropy_quantile": trainer.top_entropy_quantile < 1.0,
         "off_policy_mask_threshold": trainer.off_policy_mask_threshold is not None,
         "use_bias_correction_kl at sequence level": level != "token" and _bias_correction(trainer),
+        # Ours holds a sequence's ratio constant and each row has its own gradient (GSPO-token): TRL's only where every
+        # row of a sequence has the same factor.
+        "a token-level vllm_importance_sampling_mode at sequence level": level != "token" and _by_token(trainer),
         "an entropy bonus": getattr(trainer, "_entropy_bonus_enabled", False),
         "a router auxiliary loss": trainer.aux_loss_enabled,
     }
@@ -138,6 +147,11 @@ def _rows(trainer: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Tens
     mask = completion if "tool_mask" not in inputs else completion * inputs["tool_mask"]
     size, length = mask.shape
     advantages = inputs["advantages"]
+    if advantages.dim() == 2 and trainer.importance_sampling_level == "sequence":
+        raise ValueError(
+            f"no fused loss for advantages by token, {tuple(advantages.shape)}, at "
+            "importance_sampling_level='sequence'; fuse_grpo(trainer, fused_loss=False) fuses the head alone"
+        )
     advantages = (advantages[:, None] if advantages.dim() == 1 else advantages).expand(size, length)
     if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
         # A constant, non-negative factor of the policy term is a factor of the advantage.
@@ -178,8 +192,9 @@ def fuse_grpo(trainer: Any, *, fused_loss: bool = True) -> Any:
     Raises ValueError for an option of the trainer that the fused loss cannot honour (the message names it),
     and for a TRL without the function that is replaced.
     """
-    import trl.trainer.utils as utils
+    import trl.trainer.utils
 
+    utils: Any = trl.trainer.utils
     found = getattr(utils, "_ChunkedLogProbFunction", None)
     if found is None:
         raise ValueError("this TRL has no trl.trainer.utils._ChunkedLogProbFunction; fuse_grpo knows TRL 1.16")

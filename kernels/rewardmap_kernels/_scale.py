@@ -1,0 +1,40 @@
+"""Multiplying a gradient made in the forward by the one that comes in, without a pass where that is 1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _rows
+
+
+@torch.library.custom_op("rewardmap_kernels::scale_", mutates_args=("values",))
+def scale_(values: Tensor, scale: Tensor) -> None:
+    """values [R, C] *= scale (0-d), in place; costs no pass when the scale is 1, which it almost always is."""
+    _rows.implementation("scale", values).scale_("scale", values, scale)
+
+
+def taken(ctx: Any, operation: str) -> tuple[Tensor, ...]:
+    """The gradients made in the forward, which backward hands over instead of copying.
+
+    Raises RuntimeError where an earlier backward took them, or where something else wrote over them.
+    """
+    try:
+        made: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise RuntimeError(
+            f"the gradient of {operation} was handed over by an earlier backward or overwritten; call it again"
+        ) from error
+    return made
+
+
+def scaled(values: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """values * grad in ``dtype``, rounded once. Where the dtype is theirs, in place: they are handed over."""
+    if values.dtype != dtype:
+        return torch.mul(values, grad).to(dtype)
+    scale_(values, grad)
+    return values

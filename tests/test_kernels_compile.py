@@ -1,0 +1,101 @@
+"""torch.compile, fullgraph: every operation is a custom operator that the compiler sees as one node."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rewardmap_kernels import (
+    PolicyObjective,
+    last_path,
+    linear_logprob,
+    linear_logprobs,
+    linear_loss,
+    linear_policy_loss,
+    logits_loss,
+    logits_policy_loss,
+    selective_log_softmax,
+)
+
+sys.path.append(str(Path(__file__).parent))
+import kernels_cases as cases
+
+V, H = 31, 8
+DAPO = PolicyObjective("dapo", clip_eps_high=0.28, kl_coef=0.05)
+
+
+def problem(n: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    g = torch.Generator().manual_seed(n)
+    hidden, weight = torch.randn(n, H, generator=g).requires_grad_(), torch.randn(V, H, generator=g).requires_grad_()
+    return hidden, weight, torch.randint(0, V, (n,), generator=g), cases.row_inputs(n, dtype=torch.float32)
+
+
+def everything(hidden: Tensor, weight: Tensor, targets: Tensor, rows: dict[str, Any]) -> Tensor:
+    """All operations on one graph, with ordinary ones between; metrics are part of it."""
+    head = linear_policy_loss(hidden * 2, weight, targets, objective=DAPO, chunk_rows=7, **rows)
+    both = linear_logprobs(hidden, weight, targets, temperature=0.7)
+    kept = linear_logprobs(hidden, weight, targets, entropy_gradient=False)
+    logits = hidden @ weight.t()
+    direct = logits_policy_loss(logits, targets, objective=PolicyObjective("gspo"), **rows)
+    picked, entropy = selective_log_softmax(logits, targets)
+    return head.loss + head.metrics["kl_ref"] + both[0].sum() + both[1].sum() + kept[0].mean() + direct.loss + (
+        picked * entropy
+    ).sum()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_one_graph_for_every_operation_and_every_length(backend: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # they count what other tests compiled, too
+    compiled: Callable[..., Tensor] = torch.compile(everything, backend=backend, fullgraph=True, dynamic=True)
+    for n in (20, 33, 47):
+        hidden, weight, targets, rows = problem(n)
+        expected = everything(hidden, weight, targets, rows)
+        got = compiled(hidden, weight, targets, rows)
+        assert last_path("linear_policy_loss") is not None
+        torch.testing.assert_close(got, expected)
+        wanted = torch.autograd.grad(expected, (hidden, weight))
+        torch.testing.assert_close(torch.autograd.grad(got, (hidden, weight)), wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # not one per length
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_the_shapes_told_to_the_compiler_are_the_real_ones(trainable: bool) -> None:
+    hidden, weight, targets, rows = problem(20)
+    hidden, weight = hidden.detach(), weight.detach()
+    check: dict[str, Any] = {"test_utils": ("test_schema", "test_faketensor")}
+    policy = (
+        rows["advantages"], rows["normalizer"], rows["old_logprobs"], rows["ref_logprobs"], rows["rollout_logprobs"],
+        rows["sequence"], 20, rows["loss_mask"],
+    )  # fmt: skip
+    for chunk_rows in (7, 20):
+        head = (None, DAPO.key, chunk_rows, torch.float32, "", True, trainable)
+        torch.library.opcheck(linear_loss._forward, (hidden, weight, targets, None, 1.0, *policy, *head), **check)
+        for bonus, keep_bytes in ((False, 0), (False, 1 << 20), (True, 0)):
+            arguments = (hidden, weight, targets, None, 1.0, chunk_rows, bonus, keep_bytes, True, trainable)
+            torch.library.opcheck(linear_logprob._forward, arguments, **check)
+    logits = hidden @ weight.t()
+    torch.library.opcheck(logits_loss._statistics, (logits, targets, None, 1.0), **check)
+    torch.library.opcheck(
+        logits_loss._policy_forward, (logits, None, targets, None, 1.0, *policy, DAPO.key, trainable), **check
+    )
+
+
+def test_checkpointing_recomputes_the_same() -> None:
+    hidden, weight, targets, rows = problem(20)
+    expected = torch.autograd.grad(everything(hidden, weight, targets, rows), (hidden, weight))
+    for reentrant in (False, True):
+        loss = checkpoint(everything, hidden, weight, targets, rows, use_reentrant=reentrant)
+        if reentrant:
+            loss.backward()
+            got = (hidden.grad, weight.grad)
+        else:
+            got = torch.autograd.grad(loss, (hidden, weight))
+        torch.testing.assert_close(got, expected)
