@@ -1,0 +1,226 @@
+"""The C++ operators against the float64 definition, for one instruction set and one build of the library.
+
+``python tests/native_operators.py LIBRARY``: run by test_native.py in processes of their own, with
+``ATEN_CPU_CAPABILITY`` set, and with a library built with sanitizers. Prints the instruction set and what was checked.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rewardmap_kernels import PolicyObjective, native, reference, use_implementation
+from rewardmap_kernels.dispatch import choose
+
+sys.path.append(str(Path(__file__).parent))
+import kernels_cases as cases
+
+INFINITY = float("inf")
+OPERATION = "logits_policy_loss"
+VOCABULARIES = (1, 7, 16, 67, 2047, 6151)
+"""Below, at and beyond a vector, odd, a block of the row less one, and three blocks with a tail."""
+
+
+def logits_of(n: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[n, vocab] rows inside a wider matrix of NaN, some extreme, and targets that are possible."""
+    g = torch.Generator().manual_seed(vocab)
+    memory = torch.full((n, vocab + 5), float("nan"), dtype=dtype)
+    logits = memory[:, 2 : vocab + 2]
+    logits.copy_(torch.randn(n, vocab, generator=g) * 3)
+    targets = torch.randint(0, vocab, (n,), generator=g)
+    logits[1] += 90
+    logits[2] -= 3e4
+    logits[3, : vocab // 2] = -INFINITY  # whole blocks without a finite value
+    logits[4] *= 1e-3
+    targets[3] = vocab - 1
+    if vocab > 1:
+        logits[5, 0], targets[5] = 60.0, 0  # nearly certain: 1 - p cancels
+        logits[6, -1], targets[6] = 60.0, 0  # and the other was taken
+    return logits, targets
+
+
+def row_inputs(n: int, logprobs: Tensor) -> dict[str, Any]:
+    rows = cases.row_inputs(n, dtype=torch.float32)
+    for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
+        rows[name] = (logprobs + 0.3 * (rows[name] + 1.5)).float()
+    return rows
+
+
+def check(name: str, got: Tensor, wanted: Tensor, relative: float, absolute: float | Tensor) -> None:
+    wanted = wanted.detach()
+    gap = (got.double() - wanted).abs()
+    beyond = gap - relative * wanted.abs() - absolute
+    worst = float(beyond.max()) if beyond.numel() else 0.0
+    assert not worst > 0 and not got.isnan().any(), f"{name}: {float(gap.max())}, {worst} too much"
+
+
+def check_rows(objective: PolicyObjective, vocab: int, dtype: torch.dtype, per_row: bool) -> None:
+    """logits_policy_loss by the operators, in place and not, against autograd of the definition in float64."""
+    from rewardmap_kernels import native_rows
+
+    n = 12
+    logits, targets = logits_of(n, vocab, dtype)
+    temperature = torch.linspace(0.5, 2.0, n) if per_row else 0.7
+    exact = logits.double().requires_grad_()
+    t = temperature.double() if isinstance(temperature, Tensor) else temperature
+    logprobs, entropy = reference.selective_log_softmax(exact, targets, t)
+    rows = row_inputs(n, logprobs.detach())
+    keep = rows.pop("loss_mask")
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in rows.items()}
+    loss = reference.policy_row_loss(logprobs, entropy=entropy, objective=objective, loss_mask=keep, **wide).sum()
+    (wanted,) = torch.autograd.grad(loss, exact)
+    poisoned = logits.masked_fill(~keep[:, None], float("nan"))
+    # Rounding of the objective's inputs to float32 moves a coefficient by about 1e-6 of itself, bfloat16 by 2^-9.
+    half_ulp = 2.0**-8 if dtype == torch.bfloat16 else 2e-5
+    inputs = {**rows, "objective": objective}
+    for in_place in (False, True):
+        given = poisoned.clone()
+        done = native_rows.fused(OPERATION, given, targets, temperature, keep, inputs, None, in_place)
+        check("logprobs", done.logprobs, torch.where(keep, logprobs, 0.0), 2e-6, 2e-6)
+        check("entropy", done.entropy, torch.where(keep, entropy, 0.0), 2e-6, 4e-6)
+        check("gradient", done.gradient, wanted, half_ulp, 2e-7)
+        assert (done.gradient[~keep] == 0).all() and (done.logprobs[~keep] == 0).all()
+        assert (done.gradient.data_ptr() == given.data_ptr()) == in_place
+
+
+def check_split(vocab: int, dtype: torch.dtype) -> None:
+    """Statistics, then the gradient of given coefficients: what sequence-level objectives use."""
+    from rewardmap_kernels import native_rows
+
+    n = 12
+    logits, targets = logits_of(n, vocab, dtype)
+    g = torch.Generator().manual_seed(1)
+    c, e = torch.randn(2, n, generator=g)
+    c[7] = e[7] = 0.0
+    exact = logits.double().requires_grad_()
+    logprobs, entropy = reference.selective_log_softmax(exact, targets, 1.3)
+    (wanted,) = torch.autograd.grad((c.double() * logprobs + e.double() * entropy).sum(), exact)
+    found = native_rows.statistics(OPERATION, logits, targets, 1.3, None)
+    check("logprobs", found.logprobs, logprobs.detach(), 2e-6, 2e-6)
+    check("entropy", found.entropy, entropy.detach(), 2e-6, 4e-6)
+    check("lse", found.lse, torch.logsumexp(exact.detach() / 1.3, 1), 1e-6, 1e-6)
+    # log p = z / T - lse keeps of a large lse what float32 holds: four roundings of 2^-24 each.
+    log_p = torch.log_softmax(exact.detach() / 1.3, 1).clamp(min=-1e4)
+    slope = c.double()[:, None].abs() + e.double()[:, None].abs() * (log_p.abs() + entropy.detach()[:, None] + 1)
+    lost = torch.logsumexp(exact.detach() / 1.3, 1).abs()[:, None] * 2.0**-22 * slope * log_p.exp() / 1.3
+    half_ulp = 2.0**-8 if dtype == torch.bfloat16 else 2e-5
+    for in_place in (False, True):
+        given = logits.clone()
+        got = native_rows.gradient(OPERATION, given, targets, 1.3, found, c, e, None, dtype, in_place)
+        check("gradient", got, wanted, half_ulp, lost + 1e-6)
+        assert (got[7] == 0).all()
+
+
+def check_exponentials(vocab: int, dtype: torch.dtype) -> None:
+    """E / total = p - onehot; the sum without the target where another rank has it; over the logits and beside them."""
+    from rewardmap_kernels import native_rows
+
+    n = 12
+    logits, targets = logits_of(n, vocab, dtype)
+    keep = torch.arange(n) != 7
+    temperature = torch.linspace(0.5, 1.5, n)
+    exact = logits.double() / temperature.double()[:, None]
+    logprobs, entropy = reference.selective_log_softmax(exact, targets, 1.0)
+    p = torch.softmax(exact, 1)
+    wanted = p - torch.nn.functional.one_hot(targets, vocab)
+    for out in (None, torch.full((n, vocab + 3), float("nan"))[:, :vocab]):
+        given = logits.masked_fill(~keep[:, None], float("nan"))
+        got = native_rows.exponentials(OPERATION, given, targets, temperature, keep, torch.float32, out)
+        assert out is None or got.values is out
+        check("logprobs", got.rows.logprobs, torch.where(keep, logprobs, 0.0), 2e-6, 2e-6)
+        check("entropy", got.rows.entropy, torch.where(keep, entropy, 0.0), 2e-6, 4e-6)
+        check("lse", got.rows.lse, torch.where(keep, torch.logsumexp(exact, 1), 0.0), 1e-6, 1e-6)
+        direction = got.values.double() / got.total.double()[:, None]
+        check("p - onehot", direction, wanted * keep[:, None], 2e-5, 2e-7)
+        assert (got.values[7] == 0).all() and got.total[7] == 1
+        at_target = direction[5, targets[5]]  # 1 - p keeps its relative accuracy where p is near 1
+        check("1 - p", at_target[None], -(wanted[5].sum() - wanted[5, targets[5]])[None], 1e-4, 1e-45)
+    elsewhere = native_rows.exponentials(
+        OPERATION, logits.clone(), torch.full_like(targets, -1), temperature, None, torch.float32, None
+    )
+    check("p", elsewhere.values.double() / elsewhere.total.double()[:, None], p, 2e-5, 2e-7)
+
+
+def check_not_a_number() -> None:
+    """A bad logit makes its row bad and no other."""
+    from rewardmap_kernels import native_rows
+
+    for vocab, column in itertools.product((5, 40, 5000), (0, -1)):
+        logits, targets = torch.randn(3, vocab), torch.zeros(3, dtype=torch.long)
+        logits[1, column] = float("nan")
+        found = native_rows.statistics(OPERATION, logits, targets, 1.0, None)
+        assert found.logprobs.isnan().tolist() == [False, True, False], (vocab, column, found)
+        found = native_rows.statistics(OPERATION, torch.full((1, vocab), -INFINITY), targets[:1], 1.0, None)
+        assert found.logprobs.isnan().all()
+
+
+def check_advantage() -> None:
+    """Every scale and baseline, groups of none, one, equal, few and many."""
+    sizes = [1, 0, 4, 3, 8, 130, 5]
+    offsets = torch.tensor([0, *itertools.accumulate(sizes)])
+    g = torch.Generator().manual_seed(2)
+    rewards, weights = torch.rand(2, int(offsets[-1]), generator=g)
+    rewards[5:8] = 0.1
+    for scale, baseline, ddof, inside in itertools.product(
+        ("group", "batch", "none", "max_min", "mad"), ("mean", "leave_one_out", "batch_mean", "none"), (0, 1), (0, 1)
+    ):
+        if inside and scale not in ("group", "batch"):
+            continue
+        options = {"scale": scale, "ddof": ddof, "eps": 1e-4, "eps_inside": bool(inside), "baseline": baseline}
+        wanted = reference.group_advantage(rewards.double(), offsets.tolist(), weights=weights.double(), **options)
+        got = torch.ops.rewardmap.group_advantage(
+            rewards, offsets, scale, ddof, 1e-4, bool(inside), baseline, weights
+        )
+        for name, a, b in zip(("advantages", "mean", "std"), got, wanted, strict=False):
+            check(f"{name} {options}", a, b, 2e-7, 2e-7)
+        assert torch.equal(got[3], wanted[3])
+
+
+def check_refusals() -> None:
+    """Bad input raises; memory is never read beyond it."""
+    ops = torch.ops.rewardmap
+    logits, targets = torch.randn(3, 8), torch.tensor([0, 8, 1])
+    for call, message in (
+        (lambda: ops.row_statistics(logits, targets, 1.0, None, None), "targets[1] = 8"),
+        (lambda: ops.row_statistics(logits, targets[:2], 1.0, None, None), "targets must be"),
+        (lambda: ops.row_statistics(logits.t(), torch.zeros(8).long(), 1.0, None, None), "rows of stride 1"),
+        (lambda: ops.row_statistics(logits.double(), targets * 0, 1.0, None, None), "float32 or bfloat16"),
+        (lambda: ops.row_statistics(logits, targets * 0, 1.0, torch.ones(2), None), "temperatures must be"),
+        (lambda: ops.group_advantage(torch.ones(3), torch.tensor([0, 2, 1, 3]), "group", 1, 0.0, False, "mean", None),
+         "offsets must rise"),
+        (lambda: ops.group_advantage(torch.ones(3), torch.tensor([0, 9]), "group", 1, 0.0, False, "mean", None),
+         "offsets must rise"),
+    ):  # fmt: skip
+        try:
+            call()
+        except RuntimeError as error:
+            assert message in str(error), error
+        else:
+            raise AssertionError(f"nothing raised for: {message}")
+
+
+def main() -> None:
+    native.load(Path(sys.argv[1]))
+    torch.set_num_threads(2)
+    with use_implementation("torch"):  # this library is loaded already; there can be no second one in a process
+        choose(OPERATION, torch.zeros(1))
+    for dtype in (torch.float32, torch.bfloat16):
+        for vocab in VOCABULARIES:
+            check_split(vocab, dtype)
+            check_exponentials(vocab, dtype)
+        for i, objective in enumerate(o for o in cases.OBJECTIVES if not o.needs_sequence):
+            for vocab in VOCABULARIES if i < 6 else (67,):
+                check_rows(objective, vocab, dtype, per_row=i % 2 == 0)
+    check_not_a_number()
+    check_advantage()
+    check_refusals()
+    print(f"{native.capability()}: all equal the definition")
+
+
+if __name__ == "__main__":
+    main()
