@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from rewardmap.policy import EncodedPrompt, Policy
+from rewardmap.rollout.engine import OnGroup
 from rewardmap.types import FinishReason, Problem, Rollout, RolloutGroup, SamplingParams
 
 Tensor = torch.Tensor
@@ -29,11 +30,21 @@ class LocalEngine:
         """The weights are shared with the trainer; only the version stamped on rollouts changes."""
         self._version = version
 
+    def metrics(self) -> dict[str, float]:
+        """Nothing to tell."""
+        return {}
+
     def close(self) -> None:
         """Nothing to release."""
 
     @torch.no_grad()
-    def generate(self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams) -> list[RolloutGroup]:
+    def generate(
+        self,
+        problems: Sequence[Problem],
+        group_size: int,
+        sampling: SamplingParams,
+        on_group: OnGroup | None = None,
+    ) -> list[RolloutGroup]:
         """Sample ``group_size`` answers to each problem, in the problems' order.
 
         Raises:
@@ -56,6 +67,8 @@ class LocalEngine:
             )
             for index, group in zip(chosen, batch, strict=True):
                 groups[index] = group
+                if on_group is not None:
+                    on_group(index, group)
         return [group for group in groups if group is not None]
 
     def _generate_batch(
@@ -105,7 +118,7 @@ class LocalEngine:
             out = policy.text_model(
                 inputs_embeds=policy.text_model.embed_tokens(token[:, None]),
                 position_ids=(next_position + step).view(1, -1, 1).expand(3, -1, 1),
-                attention_mask={"full_attention": visible[:, None, None, :]},
+                attention_mask=visible[:, None, None, :],
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -148,15 +161,14 @@ class LocalEngine:
             padding[row, longest - length :] = True
         ids, padding = ids.to(device), padding.to(device)
         features = policy.image_features([problem.image for problem in problems])
-        embeds = policy.embed(ids.flatten(), features).view(len(prompts), longest, -1)
         causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
         # A padding query sees itself, or its softmax would be empty.
         visible = causal & padding[:, None, :] | torch.eye(longest, dtype=torch.bool, device=device)
         cache = DynamicCache(config=policy.text_model.config)
         out = policy.text_model(
-            inputs_embeds=embeds,
+            **policy.text_inputs(ids, features),
             position_ids=positions.to(device),
-            attention_mask={"full_attention": visible[:, None]},
+            attention_mask=visible[:, None],
             past_key_values=cache,
             use_cache=True,
         )

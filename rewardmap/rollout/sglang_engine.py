@@ -1,0 +1,289 @@
+"""The rollout engine on SGLang servers: one request for each group, spread over replicas, every reply checked."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import io
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from rewardmap.config import ServerConfig
+from rewardmap.policy import Policy
+from rewardmap.rollout.engine import OnGroup, RolloutError
+from rewardmap.rollout.sglang_check import check_length, check_server
+from rewardmap.rollout.sglang_client import EventLoop, SGLangClient, UnreachableError
+from rewardmap.rollout.sglang_reply import generate_body, read_group, read_scores, score_body
+from rewardmap.rollout.sglang_server import Keys, Progress, SGLangServer
+from rewardmap.types import Problem, RolloutGroup, SamplingParams
+from rewardmap.vision import Bounded, read_image
+
+PICTURE_BYTES = 1 << 30
+"""Encoded pictures kept at most."""
+RESTARTS = 3
+"""Times a run starts one server again before it gives up."""
+
+
+@dataclass
+class Replica:
+    """A server and how to talk to it. ``server`` is None for one that somebody else runs."""
+
+    client: SGLangClient
+    server: SGLangServer | None = None
+    restarts: int = 0
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class SGLangEngine:
+    """``RolloutEngine`` on servers. Someone must push weights: ``rewardmap.train.weight_sync`` does."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: ServerConfig,
+        servers: Sequence[SGLangServer],
+        keys: Keys,
+        router_url: str | None = None,
+    ) -> None:
+        """
+        Args:
+            servers: our own, ready to answer; none where ``config.urls`` names others.
+            router_url: where to send requests instead of to the servers themselves.
+        """
+        self.policy, self.config, self.loop = policy, config, EventLoop()
+        own = [Replica(SGLangClient(server.url, keys, config.request_timeout_s), server) for server in servers]
+        given = [Replica(SGLangClient(url, keys, config.request_timeout_s)) for url in config.urls]
+        self.replicas = own or given
+        self.version: int | None = None
+        """Of the weights that the servers hold; None: as they started."""
+        self.on_restart: Callable[[Replica], None] | None = None
+        """Brings a server that was started again up to the current weights."""
+        self._router = SGLangClient(router_url, keys, config.request_timeout_s) if router_url else None
+        self._limit = 0
+        self._pictures: Bounded[str] = Bounded(PICTURE_BYTES, len)
+
+    def check(self, problems: Sequence[Problem] = (), max_new_tokens: int = 0) -> None:
+        """Ask every server whether it fits, also the longest of ``problems``.
+
+        Raises:
+            ConfigError, RolloutError: see ``check_server`` and ``check_length``.
+        """
+
+        async def ask() -> list[int]:
+            return [await check_server(replica.client, self.policy) for replica in self.replicas]
+
+        self._limit = min(self.loop.run(ask()))
+        for problem in problems:
+            check_length(len(self.policy.encode(problem).token_ids), max_new_tokens, self._limit, problem.uid)
+
+    def generate(
+        self,
+        problems: Sequence[Problem],
+        group_size: int,
+        sampling: SamplingParams,
+        on_group: OnGroup | None = None,
+    ) -> list[RolloutGroup]:
+        """See ``RolloutEngine.generate``. ``sampling.seed`` is not used: servers draw from their own generators.
+
+        Raises:
+            ConfigError: a prompt that does not fit into the servers' context.
+            DataError: a picture that cannot be read.
+            RolloutError: a server that cannot be reached or restarted, a reply that does not fit, a missed deadline.
+        """
+        if not self._limit:
+            self.check()
+        prompts = [self.policy.encode(problem).token_ids for problem in problems]
+        for problem, prompt in zip(problems, prompts, strict=True):
+            check_length(len(prompt), sampling.max_new_tokens, self._limit, problem.uid)
+            self.picture(problem.image)
+        homes = assign([problem.image for problem in problems], len(self.replicas))
+        return self.loop.run(self._generate(problems, prompts, homes, group_size, sampling, on_group))
+
+    def abort(self) -> None:
+        """End a ``generate`` that another thread waits for: it returns with what was sampled so far, unfinished answers
+        marked ``abort``, possibly without tokens."""
+
+        async def stop(replica: Replica) -> None:
+            # Pausing in this mode aborts again and again until nothing runs; one abort_request would miss what
+            # is being prepared.
+            await replica.client.call("/pause_generation", {"mode": "abort"})
+            await replica.client.call("/continue_generation", {})
+
+        async def stop_all() -> None:
+            await asyncio.gather(*(stop(replica) for replica in self.replicas))
+
+        self.loop.run(stop_all())
+
+    def logprobs(self, problem: Problem, response: Sequence[int]) -> list[list[float]]:
+        """Each server's log-probabilities [R] of a given answer at temperature 1; see ``read_scores``.
+
+        Raises:
+            RolloutError: see ``generate``.
+        """
+        prompt = self.policy.encode(problem).token_ids
+        image_token = self.policy.model.config.image_token_id
+        vocabulary = self.policy.model.config.get_text_config().vocab_size
+        body = score_body(prompt, response, image_token, *self.picture(problem.image))
+
+        async def ask() -> list[list[float]]:
+            replies = await asyncio.gather(*(replica.client.generate(body, problem.uid) for replica in self.replicas))
+            return [read_scores(reply, prompt, response, vocabulary, problem.uid) for reply in replies]
+
+        return self.loop.run(ask())
+
+    def control(self, path: str, body: object) -> None:
+        """One call of the control plane at every server. Raises RolloutError."""
+
+        async def call() -> None:
+            await asyncio.gather(*(replica.client.call(path, body) for replica in self.replicas))
+
+        self.loop.run(call())
+
+    def update_weights(self, version: int) -> None:
+        """Expect ``version`` in replies from now on; whoever calls has pushed it."""
+        self.version = version
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None:
+        """End servers of our own and connections to all. A second call does nothing."""
+
+        async def disconnect() -> None:
+            for client in (*(replica.client for replica in self.replicas), self._router):
+                if client is not None:
+                    await client.close()
+
+        if self.replicas:
+            self.loop.run(disconnect())
+        for replica in self.replicas:
+            if replica.server is not None:
+                replica.server.stop()
+        self.replicas = []
+        self.loop.close()
+
+    async def _generate(
+        self,
+        problems: Sequence[Problem],
+        prompts: Sequence[tuple[int, ...]],
+        homes: Sequence[int],
+        group_size: int,
+        sampling: SamplingParams,
+        on_group: OnGroup | None,
+    ) -> list[RolloutGroup]:
+        slots = [asyncio.Semaphore(self.config.concurrency) for _ in self.replicas]
+
+        async def one(index: int) -> RolloutGroup:
+            problem, prompt = problems[index], prompts[index]
+            async with slots[homes[index]]:
+                picture, key = self.picture(problem.image)
+                body = generate_body(
+                    prompt,
+                    self.policy.model.config.image_token_id,
+                    picture,
+                    key,
+                    group_size,
+                    sampling,
+                    self.policy.stop_token_ids,
+                    self.policy.banned_token_ids,
+                )
+                reply = await self._ask(homes[index], body, problem.uid)
+            stop, banned = self.policy.stop_token_ids, self.policy.banned_token_ids
+            group = read_group(reply, problem, prompt, group_size, self.version, stop, banned, self.policy.decode)
+            if on_group is not None:
+                on_group(index, group)
+            return group
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(one(index)) for index in range(len(problems))]
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
+        return [task.result() for task in running]
+
+    async def _ask(self, home: int, body: object, uid: str) -> object:
+        """The reply of a problem's home, of a restarted home, or of another replica."""
+        if self._router is not None:
+            return await self._router.generate(body, uid)
+        order = [self.replicas[(home + step) % len(self.replicas)] for step in range(len(self.replicas))]
+        for replica in order:
+            try:
+                return await replica.client.generate(body, uid)
+            except UnreachableError as error:
+                if await self._restarted(replica, error):
+                    return await replica.client.generate(body, uid)
+                if replica is order[-1]:
+                    raise
+        raise AssertionError("unreachable")
+
+    async def _restarted(self, replica: Replica, error: UnreachableError) -> bool:
+        """Start a server of our own again if it is gone. False: it is not ours."""
+        async with replica.lock:
+            server = replica.server
+            if server is None:
+                return False
+            if await asyncio.to_thread(server.answers):
+                return True  # another group's request brought it back, or only the connection broke
+            if self.on_restart is None:
+                raise RolloutError(f"{error}. The server ended; {server.last_lines()}") from None
+            await asyncio.to_thread(self.restart, replica)
+            await asyncio.to_thread(self.on_restart, replica)
+            return True
+
+    def restart(self, replica: Replica, progress: Progress | None = None) -> None:
+        """Start a replica's server again; it then lacks the current weights. Not from the event loop's thread.
+
+        Raises:
+            RolloutError: it does not get ready, or ended too often.
+        """
+        assert replica.server is not None, "not ours to restart"
+        if replica.restarts == RESTARTS:
+            raise RolloutError(
+                f"SGLang server {replica.server.index} ended again after {RESTARTS} restarts; "
+                f"{replica.server.last_lines()}"
+            )
+        replica.restarts += 1
+        replica.server.start()
+        replica.server.wait_ready(progress)
+        replica.client.url = replica.server.url
+
+    def picture(self, source: str | bytes) -> tuple[str, str]:
+        """A picture as our processor resizes it, as a data URI, and the key of its vision outputs, hexadecimal.
+
+        The server's own resizing then does nothing, so its pixels are ours; two libraries resize a little differently.
+        """
+        image = self.policy.image(source)
+        uri = self._pictures.get(image.digest)
+        if uri is None:
+            grid, patch = image.grid_thw, self.policy.model.config.vision_config.patch_size
+            size = (grid[2] * patch, grid[1] * patch)
+            picture = read_image(source)
+            if picture.size != size:
+                picture = picture.resize(size, Image.Resampling.BICUBIC)
+            file = io.BytesIO()
+            picture.save(file, "PNG", compress_level=1)
+            uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+            self._pictures.put(image.digest, uri)
+        # A trainable tower's outputs change with every version: so does the key, and no stale one is ever found.
+        salt = b"" if self.policy.freeze_vision else f"version {self.version}".encode()
+        return uri, hashlib.sha256(image.digest + salt).hexdigest()[:15]
+
+
+def assign(images: Sequence[str | bytes], replicas: int) -> list[int]:
+    """Which replica answers which problem: those about one map together, so that its picture is read once; evenly, so a
+    map with more questions than a replica's share is spread."""
+    share = -(-len(images) // replicas)
+    load, homes, current = [0] * replicas, [0] * len(images), dict[str | bytes, int]()
+    often = Counter(images)
+    for index in sorted(range(len(images)), key=lambda index: (-often[images[index]], index)):
+        home = current.get(images[index], -1)
+        if home < 0 or load[home] >= share:
+            home = load.index(min(load))
+            current[images[index]] = home
+        homes[index] = home
+        load[home] += 1
+    return homes

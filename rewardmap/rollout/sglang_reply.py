@@ -1,0 +1,186 @@
+"""What SGLang's ``/generate`` is asked and what it answers: the request's body, and every check of the reply."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from rewardmap.rollout.engine import RolloutError
+from rewardmap.types import FinishReason, Problem, Rollout, RolloutGroup, SamplingParams
+
+Json = Any
+BAN = -1e9
+"""Added to a banned token's logit."""
+
+
+class MismatchError(RolloutError):
+    """A reply that does not fit what was asked: training on it would be wrong."""
+
+
+def generate_body(
+    prompt: Sequence[int],
+    image_token: int,
+    picture: str,
+    picture_key: str,
+    group_size: int,
+    sampling: SamplingParams,
+    stop: Sequence[int],
+    banned: Sequence[int],
+) -> dict[str, Json]:
+    """The body of one request for a whole group.
+
+    Args:
+        prompt: [P] tokens with the image expanded; the server gets one placeholder and expands it itself.
+        picture: data URI.
+        picture_key: hexadecimal; equal keys promise equal vision outputs.
+    """
+    return {
+        "input_ids": collapse_image(prompt, image_token),
+        "image_data": [picture],
+        "mm_hashes": [picture_key],
+        "sampling_params": {
+            "n": group_size,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "max_new_tokens": sampling.max_new_tokens,
+            "stop_token_ids": list(stop),
+            "logit_bias": {str(token): BAN for token in banned},
+            "skip_special_tokens": False,
+            "spaces_between_special_tokens": False,
+            "no_stop_trim": True,
+        },
+        "return_logprob": True,
+        "return_prompt_token_ids": True,
+    }
+
+
+def score_body(
+    prompt: Sequence[int], response: Sequence[int], image_token: int, picture: str, picture_key: str
+) -> dict[str, Json]:
+    """The body of a request for the log-probabilities of a given answer at temperature 1. Arguments as above."""
+    return {
+        "input_ids": [*collapse_image(prompt, image_token), *response],
+        "image_data": [picture],
+        "mm_hashes": [picture_key],
+        "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
+        "return_logprob": True,
+        "logprob_start_len": len(prompt) - 1,
+    }
+
+
+def read_scores(reply: Json, prompt: Sequence[int], response: Sequence[int], vocabulary: int, uid: str) -> list[float]:
+    """[R] nats in the reply to ``score_body``; NaN for the vocabulary's last token, which SGLang scores as token 0.
+
+    Raises:
+        MismatchError: the server scored other tokens.
+    """
+    try:
+        entries = reply["meta_info"]["input_token_logprobs"][-len(response) :]
+        counted = reply["meta_info"]["prompt_tokens"]
+        tokens, nats = [int(entry[1]) for entry in entries], [float(entry[0]) for entry in entries]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise MismatchError(f"{uid}: no such reply to a scoring request is known ({error!r})") from None
+    last = vocabulary - 1
+    if tokens != [0 if token == last else token for token in response] and tokens != list(response):
+        raise MismatchError(f"{uid}: the server scored tokens {tokens}; it was sent {list(response)}")
+    if counted != len(prompt) + len(response):
+        raise MismatchError(f"{uid}: the server scored {counted} tokens; it was sent {len(prompt) + len(response)}")
+    return [math.nan if token == last else value for token, value in zip(response, nats, strict=True)]
+
+
+def collapse_image(prompt: Sequence[int], image_token: int) -> list[int]:
+    """``prompt`` with the run of image tokens made one."""
+    first = prompt.index(image_token)
+    return [*prompt[: first + 1], *(token for token in prompt[first + 1 :] if token != image_token)]
+
+
+def read_group(
+    reply: Json,
+    problem: Problem,
+    prompt: tuple[int, ...],
+    group_size: int,
+    version: int | None,
+    stop: Sequence[int],
+    banned: Sequence[int],
+    texts: Any,
+) -> RolloutGroup:
+    """The group in a reply.
+
+    Args:
+        prompt: [P] our tokens, image expanded.
+        version: of the weights that must have sampled; None accepts any and stamps 0.
+        texts: callable from token ids to text.
+
+    Raises:
+        MismatchError: naming the problem's uid and what differs.
+    """
+    samples = reply if isinstance(reply, list) else [reply]
+    if len(samples) != group_size:
+        raise MismatchError(f"{problem.uid}: asked for {group_size} answers, the server sent {len(samples)}")
+    rollouts = []
+    for number, sample in enumerate(samples):
+        try:
+            rollouts.append(_read_sample(sample, prompt, version, stop, banned, texts))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            detail = str(error) if isinstance(error, _DifferenceError) else f"no such reply is known ({error!r})"
+            raise MismatchError(f"{problem.uid}: answer {number + 1} of {group_size}: {detail}") from None
+    return RolloutGroup(problem, prompt, tuple(rollouts))
+
+
+class _DifferenceError(ValueError):
+    pass
+
+
+def _read_sample(
+    sample: Mapping[str, Json],
+    prompt: tuple[int, ...],
+    version: int | None,
+    stop: Sequence[int],
+    banned: Sequence[int],
+    texts: Any,
+) -> Rollout:
+    meta = sample["meta_info"]
+    reason = meta["finish_reason"]["type"]
+    if reason not in ("stop", "length", "abort"):
+        raise _DifferenceError(f"finish reason {reason!r}, known are stop, length and abort")
+    entries = meta["output_token_logprobs"] if "output_token_logprobs" in meta or reason != "abort" else []
+    logprobs, tokens = [float(entry[0]) for entry in entries], [int(entry[1]) for entry in entries]
+    if reason == "abort" and not tokens:  # it never began: nothing else in the reply is about our prompt
+        return Rollout((), (), "", "abort", version or 0)
+    if meta["prompt_tokens"] != len(prompt):
+        raise _DifferenceError(
+            f"the server counts {meta['prompt_tokens']} prompt tokens, the trainer {len(prompt)}: their image "
+            "processors or chat templates differ"
+        )
+    echoed = sample.get("prompt_token_ids")
+    if echoed is not None and tuple(echoed) != prompt:
+        place = next(index for index, pair in enumerate(zip(echoed, prompt, strict=True)) if pair[0] != pair[1])
+        raise _DifferenceError(f"prompt token {place} is {echoed[place]} at the server, {prompt[place]} at the trainer")
+    if tokens != list(sample["output_ids"]) or len(tokens) != meta["completion_tokens"]:
+        raise _DifferenceError(
+            f"{len(sample['output_ids'])} tokens, {len(tokens)} log-probabilities, {meta['completion_tokens']} counted"
+        )
+    if not tokens:
+        raise _DifferenceError("an answer without tokens")
+    if not all(math.isfinite(value) and value <= 1e-4 for value in logprobs):
+        raise _DifferenceError("a log-probability that is not a finite number below 0")
+    if reason == "stop" and tokens[-1] not in stop:
+        raise _DifferenceError(f"it stopped at token {tokens[-1]}, which is no stop token")
+    wrong = set(banned) & set(tokens)
+    if wrong:
+        raise _DifferenceError(f"token {min(wrong)} is a picture's placeholder and was banned")
+    _check_version(meta, version)
+    # Rounding can put a certain token's log-probability a hair above 0.
+    nats = tuple(min(value, 0.0) for value in logprobs)
+    return Rollout(tuple(tokens), nats, texts(tokens), cast(FinishReason, reason), version or 0)
+
+
+def _check_version(meta: Mapping[str, Json], version: int | None) -> None:
+    if version is None:
+        return
+    spans = meta.get("weight_versions") or [{"version": meta["weight_version"]}]
+    seen = sorted({str(span["version"]) for span in spans} | {str(meta["weight_version"])})
+    if seen != [str(version)]:
+        raise _DifferenceError(f"sampled with weights {', '.join(seen)}; the trainer's are version {version}")

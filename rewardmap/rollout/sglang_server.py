@@ -1,0 +1,223 @@
+"""SGLang servers of our own: start, wait until ready, stop, restart; and the router in front of them.
+
+A server runs in the environment whose interpreter the configuration names, because SGLang pins its own torch and
+transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rewardmap.config import ConfigError, ServerConfig
+from rewardmap.rollout.engine import RolloutError
+from rewardmap.rollout.process import GuardedProcess, answers, free_port
+
+KEYS_FILE = "keys.json"
+VISION_CACHE_MB = "1024"
+"""SGLang turns its cache of vision outputs off on large GPUs; our image keys make it safe (docs/rollouts.md)."""
+_POLL_S = 0.25
+_PORT_TRIES = 3
+
+Progress = Callable[[str], None]
+"""Called with one line about what is going on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What a server asks for: ``api`` to sample, ``admin`` to change weights. None where it asks for nothing."""
+
+    api: str | None = None
+    admin: str | None = None
+
+    @classmethod
+    def create(cls, folder: Path) -> Keys:
+        """New random keys in ``folder/keys.json``, readable by this user alone; those of before if there are any."""
+        path = folder / KEYS_FILE
+        if path.exists():
+            return cls.read(path)
+        keys = cls(secrets.token_urlsafe(24), secrets.token_urlsafe(24))
+        _write_private(path, json.dumps({"api_key": keys.api, "admin_key": keys.admin}))
+        return keys
+
+    @classmethod
+    def read(cls, path: str | Path) -> Keys:
+        """Raises ConfigError."""
+        try:
+            stored = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(stored["api_key"], stored["admin_key"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"rollout.server.keys_file='{path}': not a JSON object with api_key and admin_key ({error!r})"
+            ) from None
+
+
+@dataclass
+class SGLangServer:
+    """One replica. Example: ``server.start(); server.wait_ready(print); ...; server.stop()``."""
+
+    config: ServerConfig
+    index: int
+    """Number of the replica: decides its GPUs and its log, ``folder/server-<index>.log``."""
+    model: Path
+    """Folder of configuration, tokenizer, image processor, and of the weights if ``load_weights``."""
+    folder: Path
+    keys: Keys
+    device: str
+    """``cuda`` or ``cpu``."""
+    dtype: str
+    load_weights: bool
+    """False: it starts with random weights, and the trainer sends them."""
+    _process: GuardedProcess | None = None
+    _port: int = 0
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.config.host == "0.0.0.0" else self.config.host
+        return f"http://{host}:{self._port}"
+
+    def answers(self) -> bool:
+        """Whether it is there and well, waiting a few seconds for it."""
+        return not self.ended and answers(f"{self.url}/health")
+
+    @property
+    def ended(self) -> bool:
+        """Whether its process is gone."""
+        return self._process is None or self._process.exit_code is not None
+
+    def start(self) -> None:
+        """Start the process on a free port; does not wait. Raises ConfigError: no such interpreter."""
+        self.stop()
+        self._port = free_port(self.config.host)
+        python = shutil.which(self.config.python or sys.executable)
+        if python is None:
+            raise ConfigError(f"rollout.server.python='{self.config.python}': no such program")
+        settings = self.folder / f"server-{self.index}.yaml"
+        # Keys on a command line would be seen by every user of the machine.
+        _write_private(settings, f"api-key: {self.keys.api}\nadmin-api-key: {self.keys.admin}\n")
+        command = [python, "-m", "sglang.launch_server", "--config", str(settings.absolute()), *self._options()]
+        self._process = GuardedProcess(command, self.folder / f"server-{self.index}.log", self._environment())
+
+    def wait_ready(self, progress: Progress | None = None) -> None:
+        """Until the server answers. A port that something else took meanwhile is changed for another.
+
+        Raises:
+            RolloutError: it ended, or is not ready in time; with its own last lines.
+        """
+        for _ in range(_PORT_TRIES - 1):
+            ended = self._wait_ready(progress)
+            if ended is None or "address already in use" not in ended.lower():
+                break
+            self.start()
+        else:
+            ended = self._wait_ready(progress)
+        if ended is not None:
+            raise RolloutError(f"SGLang server {self.index} {ended}")
+
+    def _wait_ready(self, progress: Progress | None) -> str | None:
+        """None when ready; why not when it ended or the time is up."""
+        assert self._process is not None, "start first"
+        begin = shown = time.monotonic()
+        while not answers(f"{self.url}/health"):
+            now = time.monotonic()
+            if self._process.exit_code is not None:
+                return f"ended with code {self._process.exit_code} before it was ready; {self.last_lines()}"
+            if now - begin > self.config.start_timeout_s:
+                self.stop()
+                limit = f"rollout.server.start_timeout_s={self.config.start_timeout_s:g}"
+                return f"was not ready within {limit}; {self.last_lines()}"
+            if progress is not None and now - shown > 5:
+                shown = now
+                progress(f"server {self.index}: {now - begin:.0f} s, {self._process.last_lines(1)[:120]}")
+            time.sleep(_POLL_S)
+        return None
+
+    def stop(self) -> None:
+        """End the process group and wait for it. A second call does nothing."""
+        if self._process is not None:
+            self._process.stop()
+
+    def last_lines(self) -> str:
+        """For messages: what it printed last, and where the rest is."""
+        if self._process is None:
+            return "it was never started"
+        return f"the last lines of {self._process.log}:\n{self._process.last_lines()}"
+
+    def _options(self) -> list[str]:
+        config = self.config
+        options = ["--model-path", str(self.model.absolute()), "--host", config.host, "--port", str(self._port)]
+        options += ["--tp-size", str(config.tensor_parallel), "--dtype", self.dtype, "--skip-server-warmup"]
+        if not self.load_weights:
+            options += ["--load-format", "dummy"]
+        if config.colocated:
+            options += ["--enable-memory-saver"]
+        if config.deterministic:
+            options += ["--enable-deterministic-inference"]
+        if self.device == "cpu":
+            options += ["--device", "cpu", "--attention-backend", "torch_native", "--mm-attention-backend", "sdpa"]
+            options += ["--disable-overlap-schedule", "--sleep-on-idle", "--mem-fraction-static", "0.3"]
+        return [*options, *config.args]
+
+    def _environment(self) -> dict[str, str]:
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        environment.pop("PYTHONPATH", None)  # ours; the server has an environment of its own
+        environment.setdefault("SGLANG_VLM_CACHE_SIZE_MB", VISION_CACHE_MB)
+        if self.device == "cpu":
+            # More threads than cores wait for each other in busy loops; compiling takes longer than it saves.
+            environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+        elif self.config.gpus:
+            size = self.config.tensor_parallel
+            gpus = self.config.gpus[self.index * size : (self.index + 1) * size]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        return environment
+
+
+@dataclass
+class Router:
+    """sglang-router in front of replicas: one URL that spreads requests over them, by the prompts they know."""
+
+    config: ServerConfig
+    urls: Sequence[str]
+    folder: Path
+    keys: Keys
+    _process: GuardedProcess | None = None
+    url: str = ""
+
+    def start(self) -> None:
+        """Start it and wait until it serves. Raises RolloutError."""
+        port = free_port("127.0.0.1")
+        self.url = f"http://127.0.0.1:{port}"
+        command = [self.config.python or sys.executable, "-m", "sglang_router.launch_router"]
+        command += ["--worker-urls", *self.urls, "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--policy", "cache_aware", "--prometheus-port", str(free_port("127.0.0.1")), "--disable-retries"]
+        if self.keys.api:
+            command += ["--api-key", self.keys.api]
+        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        self._process = GuardedProcess(command, self.folder / "router.log", environment)
+        deadline = time.monotonic() + 60
+        while not answers(f"{self.url}/health"):
+            if self._process.exit_code is not None or time.monotonic() > deadline:
+                self.stop()
+                lines = self._process.last_lines()
+                raise RolloutError(f"sglang-router is not ready; the last lines of {self._process.log}:\n{lines}")
+            time.sleep(_POLL_S)
+
+    def stop(self) -> None:
+        """A second call does nothing."""
+        if self._process is not None:
+            self._process.stop()
+
+
+def _write_private(path: Path, text: str) -> None:
+    """A file that only this user may read, from its first byte on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)

@@ -1,0 +1,61 @@
+"""Servers alone, for runs and evaluations elsewhere: ``rewardmap serve CONFIG``."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from rewardmap.config import Config, ConfigError
+from rewardmap.rollout.engine import RolloutError
+from rewardmap.rollout.sglang_server import KEYS_FILE, Router
+from rewardmap.train.faults import stop_request
+from rewardmap.train.run import initial_policy
+from rewardmap.train.synced import start_servers
+
+_POLL_S = 1.0
+
+
+def serve(config: Config, folder: Path, *, console: Console) -> None:
+    """Start the servers of ``rollout.server`` with the configuration's first weights, print where they are, and keep
+    them until a signal ends this process.
+
+    Args:
+        folder: for keys, logs and the weights that are served; used again, its keys stay valid.
+
+    Raises:
+        ConfigError: settings that describe running servers.
+        RolloutError: a server that does not get ready, or ended.
+    """
+    server = config.rollout.server
+    if server.urls:
+        raise ConfigError(f"rollout.server.urls={list(server.urls)} names servers that run already; leave it out")
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    policy = initial_policy(config)
+    servers, keys = start_servers(policy, server, folder, say, load_weights=True)
+    del policy  # the servers have loaded it
+    router: Router | None = None
+    try:
+        if server.router:
+            router = Router(server, [one.url for one in servers], folder, keys)
+            router.start()
+            say(f"router: {router.url} (for sampling; weights go to the servers themselves)")
+        for one in servers:
+            say(f"server {one.index}: {one.url}")
+        urls = ", ".join(f'"{one.url}"' for one in servers)
+        say(f"keys: {(folder / KEYS_FILE).absolute()}")
+        say(f"a run uses them with rollout.engine=sglang 'rollout.server.urls=[{urls}]' rollout.server.keys_file=KEYS")
+        with stop_request() as stop:
+            while not stop.number:
+                time.sleep(_POLL_S)
+                ended = next((one for one in servers if one.ended), None)
+                if ended is not None:
+                    raise RolloutError(f"SGLang server {ended.index} ended; {ended.last_lines()}")
+        say("servers ended")
+    finally:
+        if router is not None:
+            router.stop()
+        for one in servers:
+            one.stop()

@@ -1,0 +1,320 @@
+"""New weights to the servers, in place: paused, sent by one of three routes, caches flushed, resumed, confirmed.
+
+``tensor``: CUDA IPC handles of a bucket, for servers on this machine's GPUs; by value where the trainer is on a CPU.
+``distributed``: each bucket broadcast in a process group of trainer and servers (NCCL, gloo on a CPU).
+``disk``: safetensors in a folder that the servers see too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import pickle
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.multiprocessing.reductions import reduce_tensor
+
+from rewardmap.policy import Policy
+from rewardmap.rollout.engine import RolloutError
+from rewardmap.rollout.process import free_port
+from rewardmap.rollout.sglang_client import SGLangClient
+from rewardmap.rollout.sglang_engine import Replica, SGLangEngine
+from rewardmap.train.weights import Bucket, buckets
+
+Tensor = torch.Tensor
+Json = dict[str, Any]
+MEMORY = ["weights", "kv_cache"]
+_BEGIN = "/begin_weight_update"
+_FLUSH_S = 30
+
+
+class WeightSync:
+    """Pushes a policy's weights to the servers of an engine."""
+
+    def __init__(
+        self, policy: Policy, engine: SGLangEngine, folder: Path, agree: Callable[[bool], bool] = lambda failed: failed
+    ) -> None:
+        """
+        Args:
+            folder: where the disk route writes; servers must see it under the same path.
+            agree: whether any rank of the job says True; ranks of a sharded policy try again together or not at all.
+        """
+        self._policy, self._engine, self._folder, self._agree = policy, engine, folder, agree
+        self._config = engine.config
+        self._dtype = policy.model.dtype
+        self._group: _Group | None = None
+        self.seconds = 0.0
+        """Duration of the last push."""
+
+    def push(self, version: int, replicas: Sequence[Replica] | None = None) -> None:
+        """Make all servers hold the current weights as ``version``. A push that breaks off is made once more, from its
+        beginning, after servers of our own that ended were started again.
+
+        Raises:
+            RolloutError: naming the server and the call that failed twice, or the deadline that passed.
+        """
+        chosen = list(self._engine.replicas if replicas is None else replicas)
+        begin = time.perf_counter()
+        error = self._attempt(version, chosen)
+        if self._agree(error is not None):
+            self._forget_group()
+            self._revive(chosen)
+            again = self._attempt(version, chosen)
+            if self._agree(again is not None):
+                raise RolloutError(
+                    f"weights version {version} did not reach the servers: {again or error or 'another rank says why'}"
+                ) from again
+        self.seconds = time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Leave the process group, remove files. A second call does nothing."""
+        self._forget_group()
+        for old in self._folder.glob("weights-*"):
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _attempt(self, version: int, replicas: Sequence[Replica]) -> RolloutError | None:
+        """None on success. Takes every bucket also after a failure: other ranks gather them with us."""
+        pieces = buckets(self._policy.model, self._dtype, self._config.bucket_mb << 20)
+        try:
+            self._do(replicas, self._open)
+            {"tensor": self._by_tensor, "distributed": self._by_group, "disk": self._by_disk}[self._config.sync](
+                version, replicas, pieces
+            )
+            self._do(replicas, lambda client: self._finish(client, version))
+        except RolloutError as error:
+            for _ in pieces:
+                pass
+            self._do(replicas, self._abandon)
+            return error
+        return None
+
+    async def _open(self, client: SGLangClient) -> None:
+        """Nothing runs, memory is there, and a session is open where the version has them."""
+        await client.call("/pause_generation", {"mode": "abort"})
+        if self._config.colocated:
+            await client.call("/resume_memory_occupation", {"tags": ["weights"]})
+        if self._config.sync != "disk" and await client.has(_BEGIN):
+            await client.call(_BEGIN, {"selector": "all"})
+
+    async def _finish(self, client: SGLangClient, version: int) -> None:
+        if self._config.sync != "disk" and await client.has(_BEGIN):
+            await client.call("/end_weight_update", {})
+        if self._config.colocated:
+            await client.call("/resume_memory_occupation", {"tags": ["kv_cache"]})
+        # Refused (HTTP 400) while anything runs: then old keys and values would serve new weights.
+        await client.call(f"/flush_cache?timeout={_FLUSH_S}", {})
+        await client.call("/continue_generation", {})
+        found = (await client.call("/model_info", method="GET", admin=False))["weight_version"]
+        if str(found) != str(version):
+            raise RolloutError(f"{client.url}: holds weights {found} after a push of version {version}")
+
+    async def _abandon(self, client: SGLangClient) -> None:
+        """After a failure, best effort: a server is not left paused with a session open."""
+        for path in ("/end_weight_update", "/continue_generation"):
+            with suppress(RolloutError):
+                await client.call(path, {}, timeout_s=5)
+
+    def _by_tensor(self, version: int, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
+        for bucket in pieces:
+            # A payload for each GPU of a server: a CUDA IPC handle is opened once.
+            body = {
+                "serialized_named_tensors": [serialize(bucket) for _ in range(self._config.tensor_parallel)],
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+                "weight_version": str(version),
+            }
+            self._post(replicas, "/update_weights_from_tensor", body)
+
+    def _by_group(self, version: int, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
+        if self._group is None:
+            self._group = _Group(self._engine, replicas, self._config.tensor_parallel, self._policy.device.type)
+        elif self._group.replicas != replicas:
+            raise RolloutError("a server joined late: the process group is made again")
+        for bucket in pieces:
+            body = {
+                "names": [entry.name for entry in bucket.entries],
+                "dtypes": [str(entry.dtype).removeprefix("torch.") for entry in bucket.entries],
+                "shapes": [list(entry.shape) for entry in bucket.entries],
+                "group_name": self._group.name,
+                "load_format": "flattened_bucket",
+                "flush_cache": False,
+                "weight_version": str(version),
+            }
+            calls = self._engine.loop.start(_all(replicas, lambda c, b=body: c.call(_DISTRIBUTED, b)))  # type: ignore[misc]
+            self._group.broadcast(bucket.flat, calls.done, self._config.request_timeout_s)
+            calls.result()
+
+    def _by_disk(self, version: int, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
+        folder = self._folder / f"weights-{version}-{uuid.uuid4().hex[:6]}"
+        folder.mkdir(parents=True)
+        self._policy.model.config.save_pretrained(folder)
+        for number, bucket in enumerate(pieces):
+            weights = {name: weight.cpu() for name, weight in bucket.tensors().items()}
+            save_file(weights, folder / f"part-{number:05d}.safetensors")
+        body = {
+            "model_path": str(folder.absolute()),
+            "load_format": "auto",
+            "flush_cache": False,
+            "weight_version": str(version),
+        }
+        self._post(replicas, "/update_weights_from_disk", body)
+        for old in self._folder.glob("weights-*"):
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _post(self, replicas: Sequence[Replica], path: str, body: Json) -> None:
+        self._do(replicas, lambda client: client.call(path, body))
+
+    def _do(self, replicas: Sequence[Replica], call: Callable[[SGLangClient], Coroutine[Any, Any, Any]]) -> None:
+        self._engine.loop.run(_all(replicas, call))
+
+    def _revive(self, replicas: Sequence[Replica]) -> None:
+        for replica in replicas:
+            if replica.server is not None and not replica.server.answers():
+                self._engine.restart(replica)
+
+    def _forget_group(self) -> None:
+        if self._group is not None:
+            self._group.leave()
+            self._group = None
+
+
+_DISTRIBUTED = "/update_weights_from_distributed"
+
+
+class _Group:
+    """A process group of the trainer, rank 0, and every GPU of the servers."""
+
+    def __init__(self, engine: SGLangEngine, replicas: Sequence[Replica], tensor_parallel: int, device: str) -> None:
+        """Raises RolloutError."""
+        self.name, self.replicas, self._engine = f"rewardmap-{uuid.uuid4().hex[:8]}", list(replicas), engine
+        host = own_address(replicas[0].client.url)
+        body = {
+            "master_address": host,
+            "master_port": free_port(host),
+            "world_size": 1 + tensor_parallel * len(replicas),
+            "group_name": self.name,
+            "backend": "nccl" if device == "cuda" else "gloo",
+        }
+        limit = min(60.0, engine.config.request_timeout_s)
+
+        async def join(client: SGLangClient) -> None:
+            number = next(i for i, replica in enumerate(replicas) if replica.client is client)
+            rank = {"rank_offset": 1 + tensor_parallel * number}
+            await client.call("/init_weights_update_group", body | rank, timeout_s=limit)
+
+        calls = engine.loop.start(_all(replicas, join))
+        try:
+            self._group = process_group(body, rank=0, timeout_s=limit)
+        except (RuntimeError, ValueError) as error:  # ours timed out or was refused; theirs says more, if it failed
+            calls.cancel() if not calls.done() else calls.result()
+            urls = ", ".join(replica.client.url for replica in replicas)
+            raise RolloutError(f"weight sync: no process group with {urls}: {error}") from None
+        calls.result()
+
+    def broadcast(self, flat: Tensor, failed: Callable[[], bool], limit: float) -> None:
+        """To all servers. Gives up when their calls end before they have received it."""
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        deadline = time.monotonic() + limit
+        try:
+            work = self._group.broadcast([flat], options)
+            while not work.is_completed():
+                if failed() or time.monotonic() > deadline:
+                    time.sleep(0.2)  # a success is reported through both ways; let the slower one catch up
+                    if not work.is_completed():
+                        raise RolloutError("weight sync: a server left the broadcast")
+                time.sleep(0.0005)
+            work.wait()
+        except RuntimeError as error:
+            if isinstance(error, RolloutError):
+                raise
+            raise RolloutError(f"weight sync: the broadcast broke off ({error})") from None
+
+    def leave(self) -> None:
+        """Best effort: servers that are gone have left already."""
+
+        async def part(client: SGLangClient) -> None:
+            with suppress(RolloutError):
+                await client.call("/destroy_weights_update_group", {"group_name": self.name}, timeout_s=5)
+
+        self._engine.loop.run(_all(self.replicas, part))
+        dist.destroy_process_group(self._group)
+
+
+def process_group(body: Json, rank: int, timeout_s: float) -> Any:
+    """The group that SGLang's servers make for themselves, beside whatever groups this process has.
+
+    torch offers no public way to a second world; its own helper gives both sides the same keys in the store.
+    """
+    from torch.distributed.distributed_c10d import Backend, _new_process_group_helper, _world
+
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.TCPStore(
+        body["master_address"], body["master_port"], body["world_size"], rank == 0, timeout, wait_for_workers=False
+    )
+    prefixed = dist.PrefixStore(body["group_name"], store)
+    group, _ = _new_process_group_helper(
+        body["world_size"], rank, [], Backend(body["backend"]), prefixed, group_name=body["group_name"], timeout=timeout
+    )
+    _world.pg_group_ranks[group] = {number: number for number in range(body["world_size"])}  # for its destruction
+    return group
+
+
+def serialize(bucket: Bucket) -> str:
+    """What ``/update_weights_from_tensor`` takes as ``flattened_bucket``, base64.
+
+    The format is a pickle by SGLang's protocol, which its server reads with a list of allowed names; we only write.
+    """
+    flat = bucket.flat if bucket.flat.is_cuda else bucket.flat.clone()  # a CPU storage travels whole
+    described = [
+        SimpleNamespace(
+            name=e.name, shape=e.shape, dtype=e.dtype, start_idx=e.start, end_idx=e.end, numel=e.end - e.start
+        )
+        for e in bucket.entries
+    ]
+    file = io.BytesIO()
+    _Pickler(file).dump({"flattened_tensor": flat, "metadata": described})
+    return base64.b64encode(file.getvalue()).decode()
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.is_cuda):
+            return NotImplemented
+        torch.cuda.synchronize(value.device)
+        rebuild, arguments = reduce_tensor(value)
+        # Argument 6 is the device's number here; its UUID means the same to the server, whatever GPUs it sees.
+        name = str(torch.cuda.get_device_properties(arguments[6]).uuid)
+        return rebuild, (*arguments[:6], name, *arguments[7:])
+
+
+def own_address(url: str) -> str:
+    """The address by which the server at ``url`` reaches this machine."""
+    host = urlsplit(url).hostname or "127.0.0.1"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        address: str = probe.getsockname()[0]
+        return address
+
+
+async def _all(replicas: Sequence[Replica], call: Callable[[SGLangClient], Coroutine[Any, Any, Any]]) -> None:
+    """One call at every server, at once; the first failure after all have ended."""
+    results = await asyncio.gather(*(call(replica.client) for replica in replicas), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result

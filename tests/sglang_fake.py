@@ -1,0 +1,230 @@
+"""A server that speaks as much of SGLang's protocol as the client uses, without a model; a proxy that breaks things.
+
+Both run in threads of the test. ``tests/test_sglang_real.py`` holds the real server to the same tests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import pickle
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+ANSWER = [287, 289, 92, 256]
+"""``\\boxed{no}`` and the stop token of the tiny model."""
+NATS = [-0.1, -0.2, -0.3, -0.4]
+
+
+class Threaded:
+    """An aiohttp application in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.app = web.Application(client_max_size=1 << 30)
+        self.url = ""
+
+    @contextmanager
+    def running(self) -> Iterator[Any]:
+        loop, ready = asyncio.new_event_loop(), threading.Event()
+
+        async def start() -> None:
+            self.runner = web.AppRunner(self.app, handler_cancellation=True, shutdown_timeout=0.1)
+            await self.runner.setup()
+            site = web.TCPSite(self.runner, "127.0.0.1", 0)
+            await site.start()
+            self.url = f"http://127.0.0.1:{self.runner.addresses[0][1]}"
+            ready.set()
+
+        loop.create_task(start())
+        thread = threading.Thread(target=loop.run_forever, daemon=True)
+        thread.start()
+        assert ready.wait(10)
+        try:
+            yield self
+        finally:
+            asyncio.run_coroutine_threadsafe(self.runner.cleanup(), loop).result(10)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
+
+
+class FakeServer(Threaded):
+    """Expands pictures to ``image_tokens``, answers every question with ``ANSWER``."""
+
+    def __init__(self, tokenizer: Any, image_token: int, *, sessions: bool = True, image_tokens: int = 25) -> None:
+        super().__init__()
+        self.tokenizer, self.image_token, self.image_tokens = tokenizer, image_token, image_tokens
+        self.version, self.weights = "default", dict[str, Any]()
+        self.paused, self.session = False, False
+        self.calls, self.bodies, self.keys = list[str](), list[Any](), Counter[str]()
+        self.running_now, self.most_running, self.delay = 0, 0, 0.0
+        self.info: dict[str, Any] = {"version": "0.5.23", "max_total_num_tokens": 4096}
+        self.model_info: dict[str, Any] = {"model_type": "qwen2_5_vl", "model_path": "/elsewhere"}
+        routes: dict[str, Callable[[Any], Any]] = {
+            "/generate": self._generate,
+            "/tokenize": self._tokenize,
+            "/pause_generation": self._pause,
+            "/continue_generation": self._continue,
+            "/flush_cache": self._flush,
+            "/update_weights_from_tensor": self._update,
+            "/release_memory_occupation": self._note,
+            "/resume_memory_occupation": self._note,
+        }
+        if sessions:
+            routes |= {"/begin_weight_update": self._begin, "/end_weight_update": self._end}
+        self._sessions = sessions
+        for path, handler in routes.items():
+            self.app.router.add_post(path, self._handled(handler))
+        self.app.router.add_get("/health", self._health)
+        self.app.router.add_get("/server_info", self._server_info)
+        self.app.router.add_get("/model_info", self._model_info)
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _server_info(self, request: web.Request) -> web.Response:
+        return web.json_response(self.info)
+
+    async def _model_info(self, request: web.Request) -> web.Response:
+        return web.json_response(self.model_info | {"weight_version": self.version})
+
+    def _handled(self, handler: Callable[[Any], Any]) -> Any:
+        async def handle(request: web.Request) -> web.Response:
+            body = await request.json()
+            self.calls.append(request.path)
+            self.keys[request.headers.get("Authorization", "")] += 1
+            reply = handler(body)
+            if asyncio.iscoroutine(reply):
+                reply = await reply
+            return reply if isinstance(reply, web.Response) else web.json_response(reply)
+
+        return handle
+
+    async def _generate(self, body: Any) -> Any:
+        self.bodies.append(body)
+        self.running_now += 1
+        self.most_running = max(self.most_running, self.running_now)
+        await asyncio.sleep(self.delay)
+        self.running_now -= 1
+        place = body["input_ids"].index(self.image_token)
+        prompt = body["input_ids"][:place] + [self.image_token] * self.image_tokens + body["input_ids"][place + 1 :]
+        meta = {"prompt_tokens": len(prompt), "weight_version": self.version}
+        if body["sampling_params"]["max_new_tokens"] == 0:
+            scored = prompt[body["logprob_start_len"] + 1 :]
+            entries = [[None, prompt[body["logprob_start_len"]], None], *([-0.5, token, None] for token in scored)]
+            return {"output_ids": [], "meta_info": meta | {"input_token_logprobs": entries}}
+        sample = {
+            "output_ids": ANSWER,
+            "prompt_token_ids": prompt,
+            "meta_info": meta
+            | {
+                "finish_reason": {"type": "stop", "matched": 256},
+                "completion_tokens": len(ANSWER),
+                "output_token_logprobs": [[nats, token, None] for nats, token in zip(NATS, ANSWER, strict=True)],
+                "weight_versions": [{"version": self.version, "start": 0, "end": len(ANSWER)}],
+            },
+        }
+        count = body["sampling_params"]["n"]
+        return sample if count == 1 else [sample] * count
+
+    def _tokenize(self, body: Any) -> Any:
+        return {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False).input_ids, "max_model_len": 4096}
+
+    def _pause(self, body: Any) -> Any:
+        self.paused = True
+        return {"status": "ok"}
+
+    def _continue(self, body: Any) -> Any:
+        self.paused = False
+        return {"status": "ok"}
+
+    def _begin(self, body: Any) -> Any:
+        if self.session:
+            return {"success": False, "message": "a weight-update session is already open"}
+        self.session = True
+        return {"success": True}
+
+    def _end(self, body: Any) -> Any:
+        if not self.session:
+            return {"success": False, "message": "no weight-update session is open"}
+        self.session = False
+        return {"success": True}
+
+    def _update(self, body: Any) -> Any:
+        if self._sessions and not self.session:
+            return {"success": False, "message": "must run between begin_weight_update() and end_weight_update()"}
+        (payload,) = body["serialized_named_tensors"]
+        bucket = pickle.load(io.BytesIO(base64.b64decode(payload)))
+        for entry in bucket["metadata"]:
+            flat = bucket["flattened_tensor"][entry.start_idx : entry.end_idx]
+            self.weights[entry.name] = flat.view(entry.dtype).reshape(entry.shape).clone()
+        self.version = body["weight_version"]
+        return {"success": True}
+
+    def _flush(self, body: Any) -> Any:
+        return web.Response(text="Cache flushed.\n")
+
+    def _note(self, body: Any) -> Any:
+        return {"tags": body["tags"]}
+
+
+class Proxy(Threaded):
+    """Passes requests on to ``target``; ``break_next(path, fault)`` spoils the next one to that path."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self.target, self._faults = target, list[tuple[str, str, Callable[[], None] | None]]()
+        self.spoiled = 0
+        self.app.router.add_route("*", "/{path:.*}", self._pass)
+
+    def break_next(self, path: str, fault: str, also: Callable[[], None] | None = None) -> None:
+        """``fault``: hang, 503, 400, 401, slow, reset, truncate, prompt, version. ``also`` is called before."""
+        self._faults.append((path, fault, also))
+
+    async def _pass(self, request: web.Request) -> web.StreamResponse:
+        match = next((fault for fault in self._faults if fault[0] == request.path), None)
+        fault = ""
+        if match is not None:
+            self._faults.remove(match)
+            self.spoiled += 1
+            fault = match[1]
+            if match[2] is not None:
+                match[2]()
+        if fault == "hang":
+            await asyncio.sleep(3600)
+        if fault == "slow":
+            await asyncio.sleep(0.5)
+        if fault.isdigit():
+            return web.Response(status=int(fault), text="broken on purpose")
+        if fault == "reset":
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+        headers = {"Authorization": request.headers.get("Authorization", "")}
+        async with (
+            aiohttp.ClientSession() as session,
+            session.request(
+                request.method, self.target + request.path_qs, data=await request.read(),
+                headers=headers | {"Content-Type": "application/json"},
+            ) as reply,
+        ):  # fmt: skip
+            text, status = await reply.text(), reply.status
+        if fault == "truncate":
+            text = text[: len(text) // 2]
+        elif fault in ("prompt", "version"):
+            samples = json.loads(text)
+            for sample in samples if isinstance(samples, list) else [samples]:
+                if fault == "prompt":
+                    sample["meta_info"]["prompt_tokens"] += 1
+                else:
+                    sample["meta_info"]["weight_version"] = "stale"
+            text = json.dumps(samples)
+        return web.Response(status=status, text=text, content_type="application/json")

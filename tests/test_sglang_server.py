@@ -1,0 +1,240 @@
+"""Servers as processes: ready, ended, restarted; and nothing outlives the trainer. A script stands in for SGLang."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rewardmap.config import ConfigError, ServerConfig, load_config
+from rewardmap.rollout.engine import RolloutError
+from rewardmap.rollout.process import GUARD
+from rewardmap.rollout.sglang_server import Keys, SGLangServer
+from rewardmap.train.serve import serve
+
+STAND_IN = """
+    import http.server, os, subprocess, sys, time
+    from pathlib import Path
+
+    folder, port = Path.cwd(), int(sys.argv[sys.argv.index("--port") + 1])
+    lives = folder / "lives"
+    lives.write_text(lives.read_text() + "x" if lives.exists() else "x")
+    (folder / "arguments").write_text("\\n".join(sys.argv))
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (folder / "pids").write_text(f"{os.getpid()} {child.pid}")
+    plan = sys.argv[-1]
+    if plan == "die":
+        sys.exit("CUDA out of memory, says the stand-in")
+    if plan == "taken" and len(lives.read_text()) == 1:
+        sys.exit("[Errno 98] error while attempting to bind: address already in use")
+    if plan == "slow":
+        time.sleep(600)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+    http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def python(tmp_path):
+    script = tmp_path / "stand_in.py"
+    script.write_text(textwrap.dedent(STAND_IN))
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
+    python.chmod(0o755)
+    return python
+
+
+@pytest.fixture
+def make(tmp_path, python):
+    servers = []
+
+    def make(plan, **settings):
+        config = ServerConfig(python=str(python), args=("--max-total-tokens", "9", plan), **settings)
+        keys = Keys.create(tmp_path)
+        servers.append(SGLangServer(config, 0, tmp_path, tmp_path, keys, "cpu", "float32", load_weights=False))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.stop()
+
+
+def pids(folder):
+    return [int(pid) for pid in (folder / "pids").read_text().split()]
+
+
+def alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def gone(processes, seconds=15.0):
+    deadline = time.monotonic() + seconds
+    while any(map(alive, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(alive, processes))
+
+
+def test_start_and_stop(make, tmp_path):
+    server = make("serve")
+    server.start()
+    server.wait_ready()
+    assert server.answers()
+    processes = pids(tmp_path)
+    assert all(map(alive, processes))
+    server.stop()
+    assert gone(processes) and not server.answers()
+    server.stop()
+
+
+def test_keys_are_private_and_on_no_command_line(make, tmp_path):
+    server = make("serve")
+    server.start()
+    server.wait_ready()
+    keys = Keys.read(tmp_path / "keys.json")
+    assert keys == Keys.create(tmp_path) and keys.api != keys.admin and len(keys.api) >= 32
+    for name in ("keys.json", "server-0.yaml"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+    arguments = (tmp_path / "arguments").read_text()
+    assert keys.api not in arguments and keys.admin not in arguments
+    assert keys.api in (tmp_path / "server-0.yaml").read_text()
+    options = arguments.split("\n")
+    assert options[options.index("--host") + 1] == "127.0.0.1"
+    assert options[options.index("--load-format") + 1] == "dummy"
+
+
+def test_a_server_that_ends_is_an_error_with_its_last_words(make):
+    server = make("die")
+    server.start()
+    with pytest.raises(RolloutError, match=r"server 0 ended with code 1 before it was ready(.|\n)*CUDA out of memory"):
+        server.wait_ready()
+
+
+def test_a_taken_port_is_changed_for_another(make, tmp_path):
+    server = make("taken")
+    server.start()
+    server.wait_ready()
+    assert (tmp_path / "lives").read_text() == "xx" and server.answers()
+
+
+def test_a_server_that_does_not_get_ready_is_ended(make, tmp_path):
+    server = make("slow", start_timeout_s=1.5)
+    server.start()
+    with pytest.raises(RolloutError, match=r"was not ready within rollout.server.start_timeout_s=1.5"):
+        server.wait_ready()
+    assert gone(pids(tmp_path))
+
+
+def test_an_interpreter_that_does_not_exist_is_named(tmp_path):
+    config = ServerConfig(python="/no/such/python")
+    server = SGLangServer(config, 0, tmp_path, tmp_path, Keys("a", "b"), "cpu", "float32", load_weights=False)
+    with pytest.raises(ConfigError, match=r"rollout.server.python='/no/such/python'"):
+        server.start()
+
+
+def test_keys_of_given_servers(tmp_path):
+    with pytest.raises(ConfigError, match=r"rollout.server.keys_file='\S+none.json'"):
+        Keys.read(tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"api_key": "x"}')
+    with pytest.raises(ConfigError, match=r"half\.json"):
+        Keys.read(tmp_path / "half.json")
+
+
+def start_guard(tmp_path):
+    """A parent with a guarded command that has a child: the parent, the guard's pid, those of command and child."""
+    command = "import os, subprocess, sys, time\n" + (
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(tmp_path / 'pids')!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
+        "time.sleep(600)"
+    )
+    parent = f"""
+import sys, time
+from pathlib import Path
+from rewardmap.rollout.process import GuardedProcess
+import io
+import os
+process = GuardedProcess([sys.executable, "-c", {command!r}], Path({str(tmp_path / "log")!r}), os.environ)
+print(process._guard.pid, flush=True)
+time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    guard = int(process.stdout.readline())
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "pids").exists() or len((tmp_path / "pids").read_text().split()) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process, guard, pids(tmp_path)
+
+
+def test_nothing_outlives_a_killed_trainer(tmp_path):
+    parent, guard, processes = start_guard(tmp_path)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    assert gone([guard, *processes])
+
+
+def test_a_killed_guard_takes_the_command_along(tmp_path):
+    parent, guard, processes = start_guard(tmp_path)
+    os.kill(guard, signal.SIGKILL)
+    assert gone(processes[:1])
+    parent.kill()
+    parent.wait()
+    os.kill(processes[1], signal.SIGKILL)  # SGLang's children watch their parent themselves
+
+
+def test_the_guard_needs_nothing_but_python():
+    command = [sys.executable, "-I", "-S", str(GUARD), sys.executable, "-c", "import sys; sys.exit(7)"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as guard:
+        assert guard.wait(timeout=30) == 7
+
+
+def serve_config(python, plan, *settings):
+    options = [f"rollout.server.python='{python}'", f"rollout.server.args=['{plan}']", "policy.device=cpu"]
+    return load_config("tiny", [*options, *settings])
+
+
+def test_serve_says_where_everything_is_and_ends_on_a_signal(python, tmp_path):
+    folder = tmp_path / "servers"
+
+    def stop_when_ready():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and "a run uses them" not in console.export_text(clear=False):
+            time.sleep(0.1)
+        time.sleep(0.3)  # into the loop that waits for it
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    console = Console(record=True, file=io.StringIO(), width=200)
+    thread = threading.Thread(target=stop_when_ready)
+    thread.start()
+    serve(serve_config(python, "serve"), folder, console=console)
+    thread.join()
+    text = console.export_text()
+    assert f"keys: {folder / 'keys.json'}" in text and "server 0: http://127.0.0.1:" in text
+    assert Keys.read(folder / "keys.json").api not in text
+    assert (folder / "model" / "model.safetensors").stat().st_size and "dummy" not in (folder / "arguments").read_text()
+    assert gone(pids(folder))
+
+
+def test_serve_ends_with_an_error_when_a_server_does(python, tmp_path):
+    with pytest.raises(RolloutError, match=r"SGLang server 0 ended(.|\n)*CUDA out of memory"):
+        serve(serve_config(python, "die"), tmp_path / "servers", console=Console(quiet=True))
+    with pytest.raises(ConfigError, match=r"rollout.server.urls=\['http://x'\] names servers that run already"):
+        serve(serve_config(python, "x", "rollout.server.urls=['http://x']"), tmp_path, console=Console(quiet=True))

@@ -1,0 +1,277 @@
+"""Weights on their way to servers: what is sent, in what order, and what a failure leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from rewardmap.config import PolicyConfig, ServerConfig
+from rewardmap.policy import load_policy
+from rewardmap.rollout.engine import RolloutError
+from rewardmap.rollout.sglang_engine import SGLangEngine
+from rewardmap.rollout.sglang_server import Keys
+from rewardmap.tiny import WARM_START
+from rewardmap.train.synced import SyncedEngine
+from rewardmap.train.weight_sync import WeightSync
+from rewardmap.train.weights import buckets, whole_weights
+from rewardmap.transit.draw import draw_map, encode_png
+from rewardmap.transit.generate import generate_network
+from rewardmap.types import Problem, SamplingParams
+
+sys.path.append(str(Path(__file__).parent))
+import sglang_fake as fake
+
+CYCLE = [
+    "/pause_generation",
+    "/begin_weight_update",
+    "/update_weights_from_tensor",
+    "/end_weight_update",
+    "/flush_cache",
+    "/continue_generation",
+]
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy(WARM_START, PolicyConfig())
+
+
+@pytest.fixture(scope="module")
+def problem():
+    picture = encode_png(draw_map(generate_network("tiny-easy", np.random.default_rng(0), "a/0")))
+    return Problem("q-0", picture, "How many lines?", "Counting3", 2, "", "", "a/0", "easy")
+
+
+@pytest.fixture(params=[True, False], ids=["sessions", "no-sessions"])
+def server(request, policy):
+    image_token = policy.model.config.image_token_id
+    with fake.FakeServer(policy.tokenizer, image_token, sessions=request.param).running() as running:
+        yield running
+
+
+@pytest.fixture
+def proxy(server):
+    with fake.Proxy(server.url).running() as running:
+        yield running
+
+
+@pytest.fixture
+def sync(policy, proxy, tmp_path):
+    config = ServerConfig(urls=(proxy.url,), request_timeout_s=2.0)
+    engine = SGLangEngine(policy, config, [], Keys("sample-key", "admin-key"))
+    yield WeightSync(policy, engine, tmp_path)
+    engine.close()
+
+
+def collected(model, dtype=torch.float32, limit=1 << 30):
+    pieces = buckets(model, dtype, limit)
+    return {name: weight.clone() for bucket in pieces for name, weight in bucket.tensors().items()}
+
+
+def test_names_and_values_are_those_of_a_checkpoint(policy):
+    saved = load_file(WARM_START / "model.safetensors")
+    sent = collected(policy.model)
+    assert set(sent) == set(saved)
+    for name, weight in saved.items():
+        assert torch.equal(sent[name], weight), name
+
+
+def test_buckets_keep_to_their_limit_whatever_it_is(policy):
+    whole = collected(policy.model)
+    largest = max(weight.nbytes for weight in whole.values())
+    for limit in (1, 100_000, largest, 1 << 30):
+        sizes, found = [], {}
+        for bucket in buckets(policy.model, torch.float32, limit):
+            sizes.append(len(bucket.flat))
+            assert len(bucket.entries) == 1 or len(bucket.flat) <= limit
+            found |= {name: weight.clone() for name, weight in bucket.tensors().items()}
+        assert all(torch.equal(found[name], weight) for name, weight in whole.items()) and len(found) == len(whole)
+        assert max(sizes) <= max(limit, largest)
+        assert limit > 1 or len(sizes) == len(whole)
+    half = collected(policy.model, torch.bfloat16)
+    assert all(torch.equal(half[name], weight.bfloat16()) for name, weight in whole.items())
+
+
+def test_a_tied_head_is_sent_once():
+    model = nn.Module()
+    model.embed, model.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+    model.head.weight = model.embed.weight
+    assert [name for name, _ in whole_weights(model)] == ["embed.weight"]
+
+
+class Adapted(nn.Module):
+    """What peft makes of a linear layer."""
+
+    def __init__(self, base: nn.Linear, rank: int, scaling: float) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False)})
+        self.scaling = {"default": scaling}
+
+    def forward(self, x):
+        return self.base_layer(x) + self.scaling["default"] * self.lora_B["default"](self.lora_A["default"](x))
+
+
+def test_adapters_are_merged_under_the_base_names():
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.proj = Adapted(nn.Linear(7, 5), 2, 0.5)
+    merged = dict(whole_weights(model))
+    assert list(merged) == ["proj.weight", "proj.bias"]
+    x = torch.randn(3, 7)
+    torch.testing.assert_close(nn.functional.linear(x, merged["proj.weight"], merged["proj.bias"]), model.proj(x))
+
+
+def test_wrappers_leave_no_trace_in_names():
+    model = nn.Module()
+    model.inner = nn.Module()
+    model.inner.add_module("_orig_mod", nn.Module())
+    model.inner._orig_mod.add_module("_checkpoint_wrapped_module", nn.Linear(2, 2, bias=False))
+    assert [name for name, _ in whole_weights(model)] == ["inner.weight"]
+
+
+def test_shards_are_gathered():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = load_policy(WARM_START, PolicyConfig()).model
+        expected = collected(model)
+        for layer in model.model.language_model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        assert any("DTensor" in type(p).__name__ for p in model.parameters())
+        sent = collected(model, limit=100_000)
+        assert set(sent) == set(expected)
+        assert all(torch.equal(sent[name], weight) for name, weight in expected.items())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_push_in_order(policy, sync, server):
+    sync.push(7)
+    assert server.calls == [call for call in CYCLE if server._sessions or "_weight_update" not in call]
+    assert server.version == "7" and not server.paused and not server.session
+    assert server.keys["Bearer admin-key"] == len(server.calls)
+    assert all(torch.equal(server.weights[name], weight) for name, weight in collected(policy.model).items())
+    assert sync.seconds > 0
+
+
+@pytest.mark.parametrize("path", CYCLE)
+@pytest.mark.parametrize("fault", ["reset", "hang", "400"])
+def test_a_push_that_breaks_off_is_made_again_from_its_beginning(path, fault, policy, sync, server, proxy):
+    never = path == "/end_weight_update" and not server._sessions  # a version without them is not asked to end one
+    if fault == "hang":
+        sync._engine.replicas[0].client._timeout_s = 0.4
+    proxy.break_next(path, fault)
+    sync.push(3)
+    assert proxy.spoiled == (not never)
+    assert server.version == "3" and not server.paused and not server.session
+    assert all(torch.equal(server.weights[name], weight) for name, weight in collected(policy.model).items())
+
+
+def test_a_server_that_keeps_ending_is_given_up(sync, proxy):
+    class Ended:
+        index, url, starts = 0, proxy.url, 0
+
+        def answers(self):
+            return False
+
+        def start(self):
+            Ended.starts += 1
+
+        def wait_ready(self, progress):
+            pass
+
+        def last_lines(self):
+            return "its last words"
+
+        def stop(self):
+            pass
+
+    [replica] = sync._engine.replicas
+    replica.server = Ended()
+    for version in range(3):
+        proxy.break_next("/pause_generation", "reset")
+        sync.push(version)
+        assert Ended.starts == version + 1
+    proxy.break_next("/pause_generation", "reset")
+    with pytest.raises(RolloutError, match="server 0 ended again after 3 restarts; its last words"):
+        sync.push(4)
+    assert Ended.starts == 3
+
+
+def test_a_refused_flush_is_an_error(sync, server, proxy):
+    for _ in range(2):
+        proxy.break_next("/flush_cache", "400")
+    with pytest.raises(RolloutError, match=r"weights version 4 did not reach the servers: \S+/flush_cache\S* HTTP 400"):
+        sync.push(4)
+    assert not server.paused and not server.session  # not left behind
+
+
+def test_a_wrong_admin_key_is_an_error(sync, proxy):
+    for _ in range(2):
+        proxy.break_next("/pause_generation", "401")
+    with pytest.raises(RolloutError, match="the key is refused"):
+        sync.push(4)
+
+
+def test_a_version_that_did_not_arrive_is_an_error(sync, server):
+    route = next(r for r in server.app.router.routes() if r.resource.canonical == "/update_weights_from_tensor")
+    route._handler = server._handled(lambda body: {"success": True})
+    with pytest.raises(RolloutError, match="holds weights default after a push of version 5"):
+        sync.push(5)
+
+
+def test_the_engine_pushes_probes_and_raises_the_alarm(policy, problem, proxy, server, tmp_path):
+    config = ServerConfig(urls=(proxy.url,), request_timeout_s=20.0, drift_alarm=100.0)
+    engine = SyncedEngine(policy, config, tmp_path, print)
+    try:
+        assert server.version == "0" and set(engine.metrics()) == {"sync_seconds"}
+        [group] = engine.generate([problem], 2, SamplingParams(max_new_tokens=24))
+        assert group.rollouts[0].policy_version == 0
+        engine.update_weights(1)
+        metrics = engine.metrics()
+        own = engine._own_logprobs(problem, fake.ANSWER)
+        gaps = (own + 0.5).abs()  # the server without a model says -0.5 of every token
+        assert metrics["sync_drift_mean"] == pytest.approx(float(gaps.mean()), rel=1e-5)
+        assert metrics["sync_drift_max"] == pytest.approx(float(gaps.max()), rel=1e-5)
+        assert engine.metrics() == {}
+        engine._config = dataclasses.replace(config, drift_alarm=0.01)
+        with pytest.raises(RolloutError, match=r"differ from the trainer's by .*drift_alarm=0.01"):
+            engine.update_weights(2)
+    finally:
+        engine.close()
+        engine.close()
+
+
+def test_colocated_servers_sleep_while_the_trainer_works(policy, problem, server, tmp_path):
+    config = ServerConfig(urls=(server.url,), request_timeout_s=20.0, drift_alarm=100.0, colocated=True)
+    engine = SyncedEngine(policy, config, tmp_path, print)
+    memory = {"/release_memory_occupation", "/resume_memory_occupation"}
+
+    def since(mark):
+        return [call for call in server.calls[mark:] if call in memory | {"/generate", "/update_weights_from_tensor"}]
+
+    try:
+        mark = len(server.calls)
+        engine.generate([problem], 2, SamplingParams(max_new_tokens=24))
+        engine.generate([problem], 2, SamplingParams(max_new_tokens=24))  # as an evaluation does: no push between
+        assert since(mark) == [
+            *("/generate", "/release_memory_occupation"),
+            *("/resume_memory_occupation", "/generate", "/release_memory_occupation"),
+        ]
+        mark = len(server.calls)
+        engine.update_weights(1)
+        assert since(mark)[:3] == [
+            *("/resume_memory_occupation", "/update_weights_from_tensor", "/resume_memory_occupation"),
+        ]
+    finally:
+        engine.close()
