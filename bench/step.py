@@ -1,143 +1,155 @@
-"""One training step of the tiny model, timed, with its error against the CPU in fp32. Prints one JSON row.
+"""The whole training step: ours, ours without its savings, and TRL's, on the same model, maps, answers and rewards.
 
-A child of ``bench/gpu.py``; alone: ``PYTHONPATH=.:kernels python bench/step.py --device cpu``.
+    python bench/step.py --trl-python <an interpreter with trl 1.16 and accelerate>
+
+Each arm runs in a process of its own (``step_run.py``); they take turns. Writes ``bench/results/step-cpu.json`` and the
+tables of ``docs/forest.md``. Speed stands beside the error of the gradient, against ours without shared prefixes, and
+beside the ideal ratio, which is that of the arithmetic (``step_cases.flop``). On a GPU: ``bench/gpu.py --stage step``.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import importlib.metadata
 import json
+import math
+import os
+import platform
 import statistics
-import time
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "bench"), str(ROOT), str(ROOT / "kernels")]
 
-from rewardmap import tiny
-from rewardmap.config import Config, PolicyConfig, RolloutConfig, StageConfig, TrainConfig
-from rewardmap.curriculum import Curriculum
-from rewardmap.policy import Policy, load_policy
-from rewardmap.rewards import Rubric
-from rewardmap.rollout.local import LocalEngine
-from rewardmap.train.supervised import gold_answers, supervised_backward
-from rewardmap.train.trainer import Trainer
-from rewardmap.transit import gold_response
-from rewardmap.transit.draw import draw_map, encode_png
-from rewardmap.transit.generate import TINY_LEVELS, generate_network
-from rewardmap.transit.questions import Balance, make_questions
-from rewardmap.types import KINDS, MetroData, Problem
+from step_cases import ARMS, CASES  # noqa: E402
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""Relative error of the whole gradient against the CPU in fp32."""
-MAPS, WARM_UP, TIMED = 12, 2, 5
+RESULTS = ROOT / "bench" / "results" / "step-cpu.json"
+DOC = ROOT / "docs" / "forest.md"
+START, END = "<!-- step-table:start -->", "<!-- step-table:end -->"
+BASE = "without shared prefixes"
+TOLERANCE = 2e-3
+"""Relative error of the whole gradient allowed in float32, where every arm sums in another order."""
 
 
-def make_problems(maps: int) -> tuple[list[Problem], dict[str, MetroData]]:
-    """Questions of all kinds about seeded tiny maps, pictures as bytes: no files."""
-    problems: list[Problem] = []
-    networks: dict[str, MetroData] = {}
-    balance = Balance()
-    for index in range(maps):
-        rng = np.random.default_rng([7, index])
-        network = generate_network(TINY_LEVELS[index % len(TINY_LEVELS)], rng, f"bench/map_{index}")
-        networks[network.network_id] = network.metro_data()
-        picture = encode_png(draw_map(network))
-        for row in make_questions(network, "tiny", rng, balance):
-            problems.append(
-                Problem(
-                    uid=row["uid"],
-                    image=picture,
-                    question=row["question"],
-                    kind=row["type"],
-                    answer=row["answer"],
-                    station_1=row["station_1"],
-                    station_2=row["station_2"],
-                    network_id=network.network_id,
-                    map_difficulty=row["difficulty_city"],
-                    transfers_required=row["question_transfer_count"],
-                    fine_grained_answer=json.loads(row["fine_grained_answer"]),
-                )
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trl-python", default=sys.executable, help="interpreter that imports trl")
+    parser.add_argument("--case", action="append", choices=tuple(CASES["cpu"]), help="default: all")
+    parser.add_argument("--table", action="store_true", help="only write the tables from the results")
+    chosen = parser.parse_args()
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"cases": {}}
+    for name in [] if chosen.table else chosen.case or CASES["cpu"]:
+        found["cases"][name] = summary(run(name, chosen.trl_python)) | {"machine": machine()}
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    text = DOC.read_text(encoding="utf-8")
+    before, after = text.split(START)[0], text.split(END)[1]
+    DOC.write_text(f"{before}{START}\n{markdown(found['cases'])}\n{END}{after}", encoding="utf-8")
+    print(markdown(found["cases"]))
+
+
+def run(case: str, trl_python: str) -> dict[str, dict[str, Any]]:
+    """Rows by arm, each arm in a process of its own; they take turns, step by step, so that whatever else the machine
+    does falls on all of them. Raises RuntimeError with an arm's last lines when it fails."""
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("bench", ".", "kernels"))
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
+    children = {}
+    for arm in ARMS:
+        python = trl_python if arm == "TRL" else sys.executable
+        script = str(ROOT / "bench" / "step_run.py")
+        command = [python, script, "--device", "cpu", "--case", case, "--arm", arm, "--turns"]
+        children[arm] = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        # One loads after the other: two at once would fight for memory.
+        _until(children[arm], arm, "ready")
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < len(ARMS):
+        for arm, child in children.items():
+            assert child.stdin is not None
+            child.stdin.write("go\n")
+            child.stdin.flush()
+            line = _until(child, arm, "ready", '{"ok"')
+            if line.startswith("{"):
+                rows[arm] = json.loads(line)
+        print(f"{case}: a step of every arm", file=sys.stderr, flush=True)
+    return rows
+
+
+def _until(child: subprocess.Popen[str], arm: str, *starts: str) -> str:
+    assert child.stdout is not None and child.stderr is not None
+    for line in child.stdout:
+        if line.startswith(starts):
+            return line
+    raise RuntimeError(f"{arm} failed\n{child.stderr.read()[-2000:]}")
+
+
+def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Rows by arm with error and ratios. A ratio is the median over rounds of times taken side by side."""
+    base, ours = rows[BASE], rows["ours"]
+    arms = {}
+    for arm, row in rows.items():
+        seconds = row["step_seconds"]
+        ideal = row["flop"]["total"] / ours["flop"]["total"]
+        ratio = statistics.median(a / b for a, b in zip(row["seconds"], ours["seconds"], strict=True))
+        arms[arm] = {
+            **{key: value for key, value in row.items() if key not in ("probe", "arm", "ok")},
+            "gradient_error": error(row["probe"], base["probe"]),
+            "logical_tokens_per_second": row["logical_tokens"] / seconds,
+            "computed_tokens_per_second": row["computed_tokens"] / seconds,
+            "ours_is_faster": ratio,
+            "ideal": ideal,
+            "of_ideal": ratio / ideal,
+        }
+        if not arms[arm]["gradient_error"] <= TOLERANCE:
+            raise RuntimeError(f"{arm}: its gradient is off by {arms[arm]['gradient_error']:.1e}; no speed without it")
+    return {"arms": arms}
+
+
+def error(found: dict[str, list[float]], expected: dict[str, list[float]]) -> float:
+    """Estimated relative error of the whole gradient, from ``step_run.probe``."""
+    assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
+    off = sum((found[name][0] - product) ** 2 for name, (product, _) in expected.items())
+    return math.sqrt(off / sum(norm**2 for _, norm in expected.values()))
+
+
+def machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    cpu = next((line.split(":")[1].strip() for line in info if "model name" in line), platform.processor())
+    commit = subprocess.run(
+        ("git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"),
+        capture_output=True, text=True, check=False,
+    ).stdout.strip()  # fmt: skip
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    date = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"cpu": cpu, "threads": 1, "dtype": "float32", **versions, "commit": commit, "date": date}
+
+
+def markdown(cases: dict[str, Any]) -> str:
+    lines = []
+    for name, case in cases.items():
+        head = CASES["cpu"][name]
+        lines += [
+            f"\n**{name}**: {head.maps} map(s), {head.questions} question(s) each, groups of {head.group}; prompt "
+            f"{head.prompt}, answer {head.response} tokens; {'frozen' if head.freeze_vision else 'trainable'} tower\n",
+            "| step | seconds | tokens/s, logical | tokens/s, computed | GFLOP | GFLOP/s | memory, MB | gradient error "
+            "| ours is faster | ideal | of ideal |",
+            "| --- " + "| ---: " * 10 + "|",
+        ]
+        for arm, row in case["arms"].items():
+            work = row["flop"]["total"] / 1e9
+            lines.append(
+                f"| {arm} | {row['step_seconds']:.2f} | {row['logical_tokens_per_second']:,.0f} | "
+                f"{row['computed_tokens_per_second']:,.0f} | {work:.0f} | {work / row['step_seconds']:.0f} | "
+                f"{row['memory'] / 1e6:.0f} | {row['gradient_error']:.0e} | {row['ours_is_faster']:.2f} | "
+                f"{row['ideal']:.2f} | {100 * row['of_ideal']:.0f} % |"
             )
-    return problems, networks
-
-
-def gradient(policy: Policy, problems: list[Problem]) -> tuple[float, torch.Tensor]:
-    """Loss and flat fp32 gradient [parameters] of the ideal answers' likelihood, on the CPU."""
-    batch = [gold_answers(policy, problem, gold_response(problem), i) for i, problem in enumerate(problems)]
-    loss, _ = supervised_backward(policy, batch, 16_384)
-    parameters = [p for p in policy.model.parameters() if p.requires_grad]
-    flat = torch.cat([p.grad.detach().float().cpu().flatten() for p in parameters if p.grad is not None])
-    policy.model.zero_grad()
-    return loss, flat
-
-
-def measure(device: str, dtype: str) -> dict[str, Any]:
-    torch.backends.cuda.matmul.allow_tf32 = False
-    problems, networks = make_problems(MAPS)
-    shipped = (tiny.WARM_START / "config.json").is_file()
-    cpu = PolicyConfig(device="cpu")
-    reference = load_policy(tiny.WARM_START, cpu) if shipped else tiny.build_tiny(0, freeze_vision=True)
-    policy = copy.deepcopy(reference)
-    policy.model.to(device, getattr(torch, dtype))
-    sample = problems[::9]
-    loss, expected = gradient(reference, sample)
-    loss_here, found = gradient(policy, sample)
-    error = float((found - expected).norm() / expected.norm())
-
-    config = Config(
-        policy=PolicyConfig(device=device, dtype=dtype),  # type: ignore[arg-type]
-        rollout=RolloutConfig(max_new_tokens=48),
-        train=TrainConfig(
-            stages=(StageConfig(name="all", question_kinds=KINDS),),
-            learning_rate=1e-5,
-            skip_equal_groups=False,
-        ),
-    )
-    train = config.train
-    curriculum = Curriculum(problems, train.stages, train.prompts_per_step, train.seed)
-    engine = LocalEngine(policy, config.rollout.batch_sequences)
-    trainer = Trainer(config, policy, engine, Rubric(weight_on="advantage"), networks, curriculum)
-    seconds, rows = [], []
-    for _ in range(WARM_UP + TIMED):
-        _synchronize(device)
-        start = time.perf_counter()
-        rows.append(trainer.train_step() | {"seconds": trainer.timer.end_step()})
-        _synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    timed = rows[WARM_UP:]
-    step = statistics.median(seconds[WARM_UP:])
-    tokens = statistics.fmean(row["rollout_tokens"] for row in timed)
-    return {
-        "ok": error <= TOLERANCE[dtype] and bool(np.isfinite([row["grad_norm"] for row in timed]).all()),
-        "dtype": dtype,
-        "weights": "shipped" if shipped else "random",
-        "gradient_error": error,
-        "gradient_tolerance": TOLERANCE[dtype],
-        "loss_error": abs(loss_here - loss) / abs(loss),
-        "step_seconds": step,
-        "steps_timed": [round(value, 4) for value in seconds[WARM_UP:]],
-        "phase_seconds": {
-            name: statistics.median(row["seconds"].get(name, 0.0) for row in timed)
-            for name in timed[0]["seconds"]
-        },
-        "answers_per_step": train.prompts_per_step * config.rollout.group_size,
-        "rollout_tokens": tokens,
-        "rollout_tokens_per_second": tokens / step,
-        "packed_tokens": statistics.fmean(row["packed_tokens"] for row in timed),
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
-    }
-
-
-def _synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="float32")
-    chosen = parser.parse_args()
-    print(json.dumps(measure(chosen.device, chosen.dtype)))
+    main()

@@ -1,34 +1,48 @@
-"""The policy: a Hugging Face vision-language model, its tokenizer and image processor, and the vision cache.
+"""The policy: a Hugging Face vision-language model, its tokenizer and image processor, and what it has seen.
 
-Works on any Qwen2.5-VL checkpoint, the tiny one of ``rewardmap.tiny`` included. torchvision is not needed: the image
-processor is loaded by itself and image tokens are expanded here.
+Works on Qwen2.5-VL and Qwen3-VL checkpoints, the tiny ones of ``rewardmap.tiny`` included, and takes packed forests
+of Qwen2 and Qwen3 text models. torchvision is not needed: the image processor is loaded by itself and image tokens are
+expanded here.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import copy
+import types
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from rewardmap.config import ConfigError, PolicyConfig
 from rewardmap.types import DataError, Problem
-from rewardmap_kernels.tree_attention import tree_attention
+from rewardmap.vision import Bounded, EncodedImage, FeatureCache, ImageFeatures, ImageStore
+from rewardmap_kernels.tree_attention import TreeMask, tree_attention
 
 transformers_logging.disable_progress_bar()  # its bars for loading and saving would cut through ours
 
 Tensor = torch.Tensor
 ATTENTION = "rewardmap"
 """Name of our attention function: packed forests when the caller passes ``tree_mask``, torch's SDPA otherwise."""
+VISION_MODELS, TEXT_MODELS = ("qwen2_5_vl", "qwen3_vl"), ("qwen2", "qwen3")
+PATCHES_AT_ONCE = 65_536
+"""Patches of pictures that go through a trainable tower side by side, unless one picture has more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +55,10 @@ class EncodedPrompt:
     """[3, P] int64, Qwen's mRoPE (temporal, height, width)."""
     shared_length: int
     """Tokens up to the end of the image: equal for all questions about one map."""
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedImage:
-    pixel_values: Tensor
-    """[patches, channels · temporal · patch · patch]"""
-    grid_thw: tuple[int, int, int]
+    image_tokens: int = 0
+    """How many of them the picture takes."""
+    uid: str = ""
+    """The problem's; errors name it."""
 
 
 @dataclass
@@ -61,32 +72,64 @@ class Policy:
     stop_token_ids: tuple[int, ...]
     banned_token_ids: tuple[int, ...]
     """Image and video placeholders: a sampled one would desynchronise tokens and features."""
-    _images: dict[str | bytes, EncodedImage] = field(default_factory=dict)
-    _features: dict[str | bytes, Tensor] = field(default_factory=dict)
-    _prompts: dict[tuple[str, str | bytes], EncodedPrompt] = field(default_factory=dict)
+    _images: ImageStore
+    _features: FeatureCache
+    _prompts: Bounded[EncodedPrompt] = field(
+        default_factory=lambda: Bounded(1 << 30, lambda prompt: prompt.position_ids.nbytes * 2)
+    )
+    compute_device: torch.device | None = None
+    """Where the model computes when its weights rest elsewhere (offload)."""
+    whole_weights: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Inside it every weight is whole on every rank: for calls of the model that ranks make at their own pace."""
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.compute_device or self.model.device
 
     @property
     def text_model(self) -> Any:
         """The decoder without its head."""
-        return self.model.model.language_model
+        return getattr(self.model.model, "language_model", self.model.model)
+
+    @property
+    def vision_tower(self) -> Any:
+        """None for a text model."""
+        return getattr(self.model.model, "visual", None)
 
     def image(self, source: str | bytes) -> EncodedImage:
         """Decode and resize one picture, once. Raises DataError with the path when it cannot be read."""
-        if source not in self._images:
-            out = self.image_processor(images=[read_image(source)], return_tensors="pt")
-            self._images[source] = EncodedImage(out["pixel_values"], tuple(out["image_grid_thw"][0].tolist()))
-        return self._images[source]
+        return self._images.get(source)
+
+    def prefetch(self, problems: Sequence[Problem]) -> None:
+        """Begin to decode the pictures of problems that come next, in threads; returns at once."""
+        self._images.prefetch([problem.image for problem in problems])
 
     def encode(self, problem: Problem) -> EncodedPrompt:
-        """Chat template, image tokens expanded, mRoPE positions. Cached by uid and image."""
-        key = (problem.uid, problem.image)
-        if key not in self._prompts:
-            self._prompts[key] = self._encode(problem)
-        return self._prompts[key]
+        """Chat template, image tokens expanded, mRoPE positions. Cached by uid, question and pixels.
+
+        Raises:
+            DataError: an unreadable picture, a question that holds an image placeholder.
+            ConfigError: the policy is a text model; see ``encode_text``.
+        """
+        if self.vision_tower is None:
+            raise ConfigError(
+                f"{problem.uid}: a '{self.model.config.model_type}' cannot see the map; choose a policy.model of "
+                f"{', '.join(VISION_MODELS)}"
+            )
+        key = (problem.uid, problem.question, self.image(problem.image).digest)
+        found = self._prompts.get(key)
+        if found is None:
+            found = self._encode(problem)
+            self._prompts.put(key, found)
+        return found
+
+    def encode_text(self, text: str, uid: str = "") -> EncodedPrompt:
+        """A prompt without a picture, in the chat template."""
+        message = [{"role": "user", "content": text}]
+        whole = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(whole, add_special_tokens=False).input_ids
+        positions = np.broadcast_to(np.arange(len(ids)), (3, len(ids)))
+        return EncodedPrompt(tuple(ids), positions, 0, uid=uid)
 
     def _encode(self, problem: Problem) -> EncodedPrompt:
         content = [{"type": "image"}, {"type": "text", "text": problem.question}]
@@ -108,45 +151,93 @@ class Policy:
         ids[place : place + 1] = [config.image_token_id] * image_tokens
         positions = mrope_positions(len(ids), place, (grid[0], grid[1] // merge, grid[2] // merge))
         # The token after the image closes it and is the same for every question.
-        return EncodedPrompt(tuple(ids), positions, place + image_tokens + 1)
+        return EncodedPrompt(tuple(ids), positions, place + image_tokens + 1, image_tokens, problem.uid)
 
-    def image_features(self, sources: Sequence[str | bytes]) -> list[Tensor]:
-        """Vision-tower outputs [image tokens, H], one per source, in order; a repeated source is computed once.
+    def image_features(self, sources: Sequence[str | bytes]) -> list[ImageFeatures]:
+        """Vision-tower outputs, one per source, in order; a repeated source is computed once.
 
-        With a frozen tower they are kept for the run; with a trainable one they carry gradients and are never kept.
+        With a frozen tower they are kept while its weights are the same; with a trainable one they carry gradients and
+        are never kept.
         """
-        distinct = list(dict.fromkeys(sources))
-        missing = [source for source in distinct if source not in self._features]
-        fresh: dict[str | bytes, Tensor] = {}
-        if missing:
-            images = [self.image(source) for source in missing]
-            pixels = torch.cat([image.pixel_values for image in images]).to(self.device, self.model.dtype)
-            grids = torch.tensor([image.grid_thw for image in images], device=self.device)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
-                outputs = self.model.model.get_image_features(pixels, grids).pooler_output
-            fresh = dict(zip(missing, outputs, strict=True))
+        images = {source: self.image(source) for source in dict.fromkeys(sources)}
+        if not images:
+            return []
+        found: dict[str | bytes, ImageFeatures] = {}
+        if self.freeze_vision:
+            self._features.open(self.vision_tower)
+            kept = {source: self._features.get(image, self.device) for source, image in images.items()}
+            found = {source: features for source, features in kept.items() if features is not None}
+        missing = {source: image for source, image in images.items() if source not in found}
+        # What is kept must not depend, in its last bits, on which pictures happened to be missing together.
+        for chosen in _side_by_side(missing, 0 if self.freeze_vision else PATCHES_AT_ONCE):
+            fresh = self._see(list(chosen.values()))
+            found |= dict(zip(chosen, fresh, strict=True))
             if self.freeze_vision:
-                self._features.update(fresh)
-        return [fresh[source] if source in fresh else self._features[source] for source in sources]
+                for image, features in zip(chosen.values(), fresh, strict=True):
+                    self._features.put(image, features)
+        return [found[source] for source in sources]
 
-    def forget_features(self) -> None:
-        """Drop kept vision outputs; call after the tower's weights were replaced."""
-        self._features.clear()
+    def blank_features(self) -> ImageFeatures:
+        """The tower's outputs for the smallest blank picture: what a rank without pictures computes so that it takes
+        part in the collectives of a sharded tower."""
+        vision = self.model.config.vision_config
+        merge, size = vision.spatial_merge_size, vision.temporal_patch_size * vision.patch_size**2
+        pixels = torch.zeros(merge**2, vision.in_channels * size)
+        return self._see([EncodedImage(pixels, (1, merge, merge), b"")])[0]
 
-    def embed(self, token_ids: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """Token embeddings with image features written over the placeholders in order: [T] -> [T, H]."""
+    def _see(self, images: Sequence[EncodedImage]) -> list[ImageFeatures]:
+        pixels = torch.cat([image.pixel_values.to(self.device, non_blocking=True) for image in images])
+        grids = torch.tensor([image.grid_thw for image in images], device=self.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
+            out = self.model.model.get_image_features(pixels.to(self.vision_tower.dtype), grids)
+        deep = getattr(out, "deepstack_features", None) or []
+        return [ImageFeatures(merged, tuple(levels)) for merged, *levels in zip(out.pooler_output, *deep, strict=True)]
+
+    def text_inputs(self, token_ids: Tensor, features: Sequence[ImageFeatures]) -> dict[str, Any]:
+        """What the decoder takes of [B, T] tokens and their pictures, in the order of their placeholders:
+        ``inputs_embeds`` [B, T, H] and, for Qwen3-VL, its deep features.
+
+        Raises:
+            ValueError: placeholders and features do not match.
+        """
         embeds = self.text_model.embed_tokens(token_ids)
         if not features:
-            return embeds
-        at = (token_ids == self.model.config.image_token_id).nonzero().squeeze(1)
-        return embeds.index_copy(0, at, torch.cat(list(features)).to(embeds.dtype))
+            return {"inputs_embeds": embeds}
+        places = token_ids == self.model.config.image_token_id
+        at = places.view(-1).nonzero().squeeze(1)
+        merged = torch.cat([one.merged for one in features])
+        if len(at) != len(merged):
+            raise ValueError(f"{len(at)} image placeholders for {len(merged)} image features")
+        shape = embeds.shape
+        inputs: dict[str, Any] = {
+            "inputs_embeds": embeds.view(-1, shape[-1]).index_copy(0, at, merged.to(embeds.dtype)).view(shape)
+        }
+        if features[0].deep:
+            inputs["visual_pos_masks"] = places
+            inputs["deepstack_visual_embeds"] = [
+                torch.cat(level) for level in zip(*(seen.deep for seen in features), strict=True)
+            ]
+        return inputs
+
+    def positions(self, mrope: Tensor) -> Tensor:
+        """Positions [3, B, T] as the decoder takes them: a text model wants one axis, [B, T]."""
+        return mrope[0] if self.vision_tower is None else mrope
+
+    def frozen_copy(self) -> Policy:
+        """The same policy with weights of its own that nothing trains; pictures are shared."""
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        return replace(self, model=model, freeze_vision=True, _features=FeatureCache(self._features.limit))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def save(self, folder: Path) -> None:
-        """Write model (safetensors), configuration, tokenizer and image processor; ``transformers`` loads them."""
-        self.model.save_pretrained(folder)
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write model (safetensors), configuration, tokenizer and image processor; ``transformers`` loads them.
+
+        Args:
+            weights: by the names of the model's state; None: the model's own.
+        """
+        self.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.save_pretrained(folder)
         self.image_processor.save_pretrained(folder)
 
@@ -155,45 +246,79 @@ def load_policy(source: str | Path, config: PolicyConfig) -> Policy:
     """Load a model folder or hub name with its tokenizer and image processor.
 
     Raises:
-        ConfigError: not a Qwen2.5-VL checkpoint, or nothing loadable there.
+        ConfigError: not a checkpoint of a family that can be trained on maps, or nothing loadable there.
     """
     from transformers import Qwen2VLImageProcessorPil
 
-    device = torch.device(config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     try:
         model_config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ConfigError(f"policy.model='{source}': no model configuration there ({error})") from None
-    if model_config.model_type != "qwen2_5_vl":
-        raise ConfigError(f"policy.model='{source}' is a '{model_config.model_type}'; this version trains 'qwen2_5_vl'")
+    if model_config.model_type not in VISION_MODELS:
+        raise ConfigError(
+            f"policy.model='{source}' is a '{model_config.model_type}'; maps are read by {', '.join(VISION_MODELS)}"
+        )
     model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, config.dtype))
-    model.to(device)
+    model.to(pick_device(config))
     tokenizer = AutoTokenizer.from_pretrained(source)
     pixels = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(source, size=pixels)
-    return assemble(model, tokenizer, image_processor, config.freeze_vision)
+    return assemble(model, tokenizer, image_processor, config.freeze_vision, int(config.image_cache_gb * 2**30))
 
 
-def assemble(model: Any, tokenizer: Any, image_processor: Any, freeze_vision: bool) -> Policy:
-    """Put loaded parts together and prepare the model for packed forests."""
+def pick_device(config: PolicyConfig) -> torch.device:
+    """The configured device; ``auto`` is this process's GPU where there is one."""
+    if config.device != "auto":
+        return torch.device(config.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def assemble(
+    model: Any, tokenizer: Any, image_processor: Any, freeze_vision: bool, cache_bytes: int = 8 << 30
+) -> Policy:
+    """Put loaded parts together and prepare the model for packed forests.
+
+    Args:
+        image_processor: None for a text model.
+        cache_bytes: decoded pictures kept at most, and as many of vision outputs.
+
+    Raises:
+        ConfigError: attention that a forest's mask cannot express (sliding windows, linear attention), or a family
+            whose forward pass is not known here.
+    """
+    _check_family(model.config)
     AttentionInterface.register(ATTENTION, _attention)
-    model.model.language_model.config._attn_implementation = ATTENTION
-    _linear_patch_embedding(model.model.visual.patch_embed)
-    model.model.visual.requires_grad_(not freeze_vision)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # plain padded batches keep their mask
+    decoder = getattr(model.model, "language_model", model.model)
+    decoder.config._attn_implementation = ATTENTION
+    banned: tuple[int, ...] = ()
+    if hasattr(model.model, "visual"):
+        tower = model.model.visual
+        _linear_patch_embedding(tower.patch_embed)
+        tower.requires_grad_(not freeze_vision)
+        if is_flash_attn_2_available() and model.dtype.itemsize == 2:
+            tower.set_attn_implementation("flash_attention_2")  # one call for all windows of all pictures
+        banned = (model.config.image_token_id, model.config.video_token_id)
     model.eval()  # no dropout anywhere; rollouts and updates see the same function
     stop = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
-    banned = (model.config.image_token_id, model.config.video_token_id)
-    return Policy(model, tokenizer, image_processor, freeze_vision, tuple(sorted(stop)), banned)
+    images, features = ImageStore(image_processor, cache_bytes), FeatureCache(cache_bytes)
+    return Policy(model, tokenizer, image_processor, freeze_vision, tuple(sorted(stop)), banned, images, features)
 
 
-def read_image(source: str | bytes) -> Image.Image:
-    """A picture as RGB, from a path or encoded bytes. Raises DataError."""
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
-            return picture.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
-        name = "picture given as bytes" if isinstance(source, bytes) else source
-        raise DataError(f"{name}: cannot be read as an image ({error})") from None
+def _check_family(config: Any) -> None:
+    """Raises ConfigError for a model that would compute something else on a packed forest."""
+    text = getattr(config, "text_config", config)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    if getattr(text, "use_sliding_window", False) and getattr(text, "sliding_window", None):
+        kinds.add("sliding_attention")
+    if kinds:
+        raise ConfigError(
+            f"'{config.model_type}' with {', '.join(sorted(kinds))}: prefixes can be shared under full attention only"
+        )
+    if config.model_type not in VISION_MODELS + TEXT_MODELS:
+        raise ConfigError(
+            f"'{config.model_type}' cannot be trained; known are {', '.join(VISION_MODELS + TEXT_MODELS)}"
+        )
 
 
 def mrope_positions(length: int, image_start: int, grid: tuple[int, int, int]) -> np.ndarray:
@@ -214,21 +339,36 @@ def mrope_positions(length: int, image_start: int, grid: tuple[int, int, int]) -
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> Any:
-    mask = kwargs.pop("tree_mask", None)
+    mask: TreeMask | None = kwargs.pop("tree_mask", None)
     if mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return tree_attention(query, key, value, mask, kwargs["scaling"]).transpose(1, 2), None
+
+
+def _side_by_side(
+    images: dict[str | bytes, EncodedImage], patches_at_once: int
+) -> list[dict[str | bytes, EncodedImage]]:
+    """Split pictures into runs of at most so many patches, or of one picture."""
+    runs: list[dict[str | bytes, EncodedImage]] = []
+    patches = 0
+    for source, image in images.items():
+        patches += len(image.pixel_values)
+        if not runs or patches > patches_at_once:
+            runs.append({})
+            patches = len(image.pixel_values)
+        runs[-1][source] = image
+    return runs
 
 
 def _linear_patch_embedding(patch_embed: Any) -> None:
     """The patch convolution's stride equals its kernel, so it is a matrix product; conv3d is far slower on most
     backends."""
 
-    def forward(patches: Tensor) -> Tensor:
-        weight = patch_embed.proj.weight.flatten(1)
-        return functional.linear(patches.to(weight.dtype).view(-1, weight.shape[1]), weight)
+    def forward(self: Any, patches: Tensor) -> Tensor:
+        weight = self.proj.weight.flatten(1)
+        return functional.linear(patches.to(weight.dtype).view(-1, weight.shape[1]), weight, self.proj.bias)
 
-    patch_embed.forward = forward
+    patch_embed.forward = types.MethodType(forward, patch_embed)  # bound, so that a copy computes with its own weights
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+
+import torch
 
 
 class PhaseTimer:
@@ -52,6 +54,60 @@ class PhaseTimer:
             self._step[name] = self._step.get(name, 0.0) + now - self._mark
             self.totals[name] = self.totals.get(name, 0.0) + now - self._mark
         self._mark = now
+
+
+def speed(
+    seconds: Mapping[str, float],
+    *,
+    packed_tokens: int,
+    logical_tokens: int,
+    slots: int,
+    flop: Sequence[float],
+    peak_flops: float | None,
+) -> dict[str, float]:
+    """How fast a step trained, over all ranks.
+
+    Args:
+        seconds: by phase, of this rank; ``train`` is forward, backward and update.
+        packed_tokens: computed ones; ``logical_tokens`` those of the sequences without sharing.
+        slots: tokens that the step's micro-batches have room for.
+        flop: of each rank's micro-batches, by the cost model.
+        peak_flops: of one rank's device in the computing dtype, FLOP/s; None: not known, and no ``mfu``.
+
+    Returns:
+        ``computed_tokens_per_second`` and ``logical_tokens_per_second`` of the phase ``train``; ``sharing``, logical
+        over computed tokens; ``padding``, the share of room left empty; ``idle``, the share of all ranks' time spent
+        waiting for the slowest, by the cost model; ``mfu``; ``peak_memory_gb`` of this rank's device, or resident.
+    """
+    row = {"peak_memory_gb": peak_memory_bytes() / 1e9}
+    if not packed_tokens or not seconds.get("train"):
+        return row
+    train = seconds["train"]
+    row |= {
+        "computed_tokens_per_second": packed_tokens / train,
+        "logical_tokens_per_second": logical_tokens / train,
+        "sharing": logical_tokens / packed_tokens,
+        "padding": 1 - packed_tokens / slots,
+        "idle": 1 - sum(flop) / (len(flop) * max(flop)),
+    }
+    return row if peak_flops is None else row | {"mfu": sum(flop) / train / (len(flop) * peak_flops)}
+
+
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "B200": 2250e12}
+"""Dense bf16 FLOP/s by the name of the device (vendors' data sheets)."""
+
+
+def device_peak_flops(dtype: torch.dtype) -> float | None:
+    """Of this process's GPU in bf16; None elsewhere, and for other dtypes."""
+    if dtype != torch.bfloat16 or not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory of this process so far: of its GPU's allocator where there is one, else resident."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_rss_bytes()
 
 
 def peak_rss_bytes() -> int:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from rewardmap.profiling import PhaseTimer, peak_rss_bytes
+from rewardmap.profiling import PhaseTimer, peak_rss_bytes, speed
 
 
 def test_phases_add_up_and_the_inner_one_is_charged() -> None:
@@ -63,3 +63,16 @@ def test_peak_memory_is_in_bytes_and_never_falls() -> None:
     assert during >= max(before, len(held))
     del held
     assert peak_rss_bytes() >= during
+
+
+def test_speed_counts_shared_tokens_and_waiting_ranks() -> None:
+    counts = {"packed_tokens": 600, "logical_tokens": 1800, "slots": 800, "flop": [4e9, 2e9]}
+    row = speed({"rollout": 9.0, "train": 2.0}, **counts, peak_flops=1e10)
+    assert row["computed_tokens_per_second"] == 300 and row["logical_tokens_per_second"] == 900
+    assert row["sharing"] == 3 and row["padding"] == 0.25
+    assert row["idle"] == 0.25  # the second rank waits half of the time
+    assert row["mfu"] == pytest.approx(6e9 / 2 / 2e10)
+    assert "mfu" not in speed({"train": 2.0}, **counts, peak_flops=None)
+    assert speed({"train": 2.0}, packed_tokens=0, logical_tokens=0, slots=0, flop=[0.0], peak_flops=None).keys() == {
+        "peak_memory_gb"
+    }

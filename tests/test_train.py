@@ -1,11 +1,11 @@
 """A run from end to end on a handful of maps: what it leaves behind, resuming, stopping, controls, and what can go
 wrong."""
 
-import errno
 import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,12 @@ from rewardmap.config import Config, ConfigError, load_config
 from rewardmap.curriculum import Curriculum
 from rewardmap.policy import load_policy
 from rewardmap.report import read_metrics
-from rewardmap.rewards import Rubric
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import WARM_START
 from rewardmap.train import checkpoint, run
-from rewardmap.train.trainer import NonFiniteError, Trainer
+from rewardmap.train.examine import EvalRequest, evaluate_target
+from rewardmap.train.faults import RefusedUpdatesError, Stopped
+from rewardmap.train.trainer import Trainer
 from rewardmap.transit.questions import question_text
 from rewardmap.transit.reasonmap import load_dataset, write_dataset, write_rows
 from rewardmap.types import DataError
@@ -63,7 +64,8 @@ def make_trainer(config: Config) -> Trainer:
     loaded = load_dataset(config.data.path, "train")
     policy = load_policy(WARM_START, config.policy)
     curriculum = Curriculum(loaded.problems, config.train.stages, config.train.prompts_per_step, config.train.seed)
-    return Trainer(config, policy, LocalEngine(policy, 64), Rubric(weight_on="advantage"), loaded.networks, curriculum)
+    networks = dict.fromkeys(("reference", "graph"), loaded.networks)
+    return Trainer(config, policy, LocalEngine(policy, 64), networks, curriculum)
 
 
 def changed(config: Config, **train) -> Config:
@@ -76,7 +78,9 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def without_times(run_dir: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_metrics(run_dir)]
+    return [
+        {key: value for key, value in row.items() if key not in ("seconds", "speed")} for row in read_metrics(run_dir)
+    ]
 
 
 def test_a_run_leaves_everything_behind(tmp_path, console):
@@ -107,14 +111,41 @@ def test_a_run_leaves_everything_behind(tmp_path, console):
     assert [path.name for path in last] == ["step-000004", "step-000005"]
     model = AutoModelForImageTextToText.from_pretrained(last[-1])
     assert model.config.model_type == "qwen2_5_vl"
-    again = run.evaluate_run(out, None, None, console=console)
+    again = evaluate_target(EvalRequest(str(out)), console)
     repeated = json.loads((again / "report.json").read_text())
     assert repeated["weighted_accuracy"]["after"] == report["weighted_accuracy"]["after"]
     assert repeated["weighted_accuracy"]["before"] == report["weighted_accuracy"]["before"]
-    elsewhere = run.evaluate_run(out, out / "data", None, console=console)
+    elsewhere = evaluate_target(EvalRequest(str(out), data=out / "data"), console)
     assert json.loads((elsewhere / "report.json").read_text())["kinds"] == report["kinds"]
     with pytest.raises(ConfigError, match="already holds a run"):
         run.train(load_config("tiny", SMALL), out, console=console)
+
+
+@pytest.mark.parametrize(("correction", "times"), [("none", 1.0), ("truncate", 2.0), ("mask", 0.0)])
+def test_tokens_the_engine_found_less_likely_weigh_more(config, correction, times):
+    """An engine that says a third of each probability: the weight is 3, capped at 2 or left out."""
+    norms = []
+    for shift in (0.0, float(np.log(3))):
+        settings = [f"rollout.importance_correction={correction}", f"data.path={config.data.path}"]
+        trainer = make_trainer(load_config("tiny", [*SMALL, *settings]))
+        generate = trainer.engine.generate
+
+        def shifted(*arguments, generate=generate, shift=shift):
+            groups = generate(*arguments)
+            return [
+                replace(
+                    group,
+                    rollouts=tuple(
+                        replace(one, rollout_logprobs=tuple(nats - shift for nats in one.rollout_logprobs))
+                        for one in group.rollouts
+                    ),
+                )
+                for group in groups
+            ]
+
+        trainer.engine.generate = shifted
+        norms.append(trainer.train_step()["grad_norm"])
+    assert norms[0] > 0 and norms[1] == pytest.approx(times * norms[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("dies_at", [1, 3, 4], ids=["before-a-checkpoint", "inside-a-stage", "between-checkpoints"])
@@ -138,8 +169,10 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, config, console, mon
     assert (resumed / "evaluation/after.jsonl").read_text() == (whole / "evaluation/after.jsonl").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_stops(tmp_path, config, console, monkeypatch, number):
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)], ids=str
+)
+def test_a_signal_saves_and_stops(tmp_path, config, console, monkeypatch, number, code):
     train_step = Trainer.train_step
 
     def interrupted(self):
@@ -149,36 +182,12 @@ def test_a_signal_saves_and_stops(tmp_path, config, console, monkeypatch, number
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", interrupted)
-        with pytest.raises(KeyboardInterrupt, match=r"saved after step 3; go on with: rewardmap train --resume"):
+        with pytest.raises(Stopped, match=r"saved after step 3; go on with: rewardmap train --resume") as stopped:
             run.train(config, tmp_path / "run", console=console)
+    assert stopped.value.exit_code == code
     assert checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000003"
     run.resume(tmp_path / "run", console=console)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
-
-
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, config, console, monkeypatch):
-    save_file = checkpoint.save_file
-
-    def full(tensors, path):
-        if "step-000004" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        save_file(tensors, path)
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError, match=r"No space left.*free space and resume.*step-000004"):
-        run.train(config, tmp_path / "run", console=console)
-    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert left == ["step-000002"]
-
-
-def test_a_broken_checkpoint_is_named(tmp_path, config, console):
-    out = run.train(config, tmp_path / "run", console=console)
-    path = out / "checkpoints" / "step-000005" / "optimizer.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DataError, match=r"step-000005: broken checkpoint"):
-        run.resume(out, console=console)
-    shutil.rmtree(path.parent)
-    run.resume(out, console=console)
 
 
 def test_micro_batches_do_not_change_the_step(config):
@@ -228,14 +237,40 @@ def test_supervised_steps_learn(config):
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
 
 
-def test_a_gradient_that_is_no_number_stops_before_the_weights_change(config):
-    trainer = make_trainer(config)
+def test_a_gradient_that_is_no_number_never_reaches_the_weights(config, tmp_path):
+    trainer = make_trainer(changed(config, skip_equal_groups=False))
+    trainer.faults = tmp_path
     before = {name: tensor.clone() for name, tensor in trainer.policy.model.state_dict().items()}
     parameter = trainer.policy.model.model.language_model.norm.weight
-    parameter.register_hook(lambda gradient: gradient * float("nan"))
-    with pytest.raises(NonFiniteError, match=r"step 1: the gradient norm is nan"):
+    hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
+    rows = [trainer.train_step() for _ in range(2)]
+    assert [row["refused"] for row in rows] == ["the gradient norm is nan"] * 2
+    assert trainer.version == 0 and trainer.guard.refused == 2
+    batch = json.loads((tmp_path / "step-000002.json").read_text())
+    assert len(batch["answers"]) == len(batch["problems"]) == 6 and len(batch["rewards"]) == 24
+    with pytest.raises(RefusedUpdatesError, match=r"step 3: the gradient norm is nan; 3 updates in a row were refused"):
         trainer.train_step()
+    assert (tmp_path / "step-000003.json").is_file()
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.policy.model.state_dict().items())
+    hook.remove()
+    row = trainer.train_step()  # a finite gradient ends the streak
+    assert "refused" not in row and trainer.version == 1 and trainer.guard.streak == 0
+
+
+def test_an_infinite_loss_is_refused_in_a_supervised_step_too(config):
+    stage = "[{name='study', kind='sft', steps=2, question_kinds=['planning']}]"
+    trainer = make_trainer(load_config("tiny", [*SMALL, f"data.path={config.data.path}", f"train.stages={stage}"]))
+    trainer.policy.model.lm_head.weight.data[3] = float("inf")
+    row = trainer.train_step()
+    assert row["refused"].startswith("the loss is ") and trainer.version == 0
+
+
+@pytest.mark.parametrize("guard", ["max_grad_norm=1e-09", "max_kl=1e-30"])
+def test_guards_refuse_large_updates(config, guard):
+    settings = [*SMALL, f"data.path={config.data.path}", f"guard.{guard}", "train.skip_equal_groups=false"]
+    trainer = make_trainer(load_config("tiny", settings))
+    row = trainer.train_step()
+    assert f"over guard.{guard}" in row["refused"] and trainer.version == 0
 
 
 def test_a_trainable_tower_trains(config):
@@ -247,6 +282,115 @@ def test_a_trainable_tower_trains(config):
     assert trainer.train_step()["rollout_drift"] < 1e-4  # no stale vision features
 
 
+def stages(config: Config, *later: str, questions: int = 6) -> Config:
+    text = ", ".join(["{name='w', kind='sft', steps=0, checkpoint='shipped'}", *later])
+    settings = [f"data.path={config.data.path}", f"train.stages=[{text}]", f"train.prompts_per_step={questions}"]
+    return load_config("tiny", [*SMALL, *settings])
+
+
+def test_a_stage_has_its_own_reward_group_size_and_rate(config):
+    two = stages(
+        config,
+        "{name='a', steps=1, question_kinds=['planning']}",
+        "{name='b', steps=1, question_kinds=['planning'], reward_mode='graph', group_size=3, learning_rate=1e-5}",
+    )
+    trainer = make_trainer(two)
+    first, second = trainer.train_step(), trainer.train_step()
+    assert (first["reward_mode"], first["group_size"], first["learning_rate"]) == ("reference", 4, 3e-4)
+    assert (second["reward_mode"], second["group_size"], second["learning_rate"]) == ("graph", 3, 1e-5)
+    assert first["asked"] == second["asked"] == {"planning": 6}
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-5
+
+
+def test_a_stage_reward_changes_what_is_trained(config):
+    """Same questions, same answers: another update."""
+    kinds = "question_kinds=['planning']"
+    rows = []
+    other = ("reward_mode='graph'", "alpha=0.0", "map_weights=[1.0, 5.0, 9.0]", "transfer_weight=4.0")
+    for reward in ("", *(f", {setting}" for setting in other)):
+        trainer = make_trainer(stages(config, f"{{name='a', steps=1, {kinds}{reward}}}", questions=24))
+        rows.append(trainer.train_step())
+    assert len({row["response_length"] for row in rows}) == 1
+    assert rows[1]["reward"] != rows[0]["reward"] != rows[2]["reward"]
+    assert rows[3]["reward"] == rows[4]["reward"] == rows[0]["reward"]  # the weight acts on the advantage
+    assert len({row["grad_norm"] for row in rows}) == len(rows)
+
+
+def test_values_of_a_stage_that_do_not_go_together_are_named(config, console, tmp_path):
+    wrong = stages(config, "{name='routes', steps=1, reward_mode='graph', alpha=3.0}")
+    with pytest.raises(ConfigError, match=r"stage 'routes': alpha 3\.0"):
+        run.train(wrong, tmp_path / "run", console=console)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gate_ends_a_stage_and_a_resumed_run_goes_on_inside_it(tmp_path, config, console, monkeypatch):
+    """The gate of an easy stage opens after three steps; a kill in each stage changes nothing."""
+    gated = stages(
+        config,
+        "{name='a', steps=9, question_kinds=['TorF1', 'TorF2'], advance_at=0.05, advance_window=2, min_steps=3}",
+        "{name='b', steps=4, question_kinds=['planning'], replay=0.34, replay_from='earlier', pools='adaptive'}",
+    )
+    whole = run.train(gated, tmp_path / "whole", console=console)
+    rows = read_metrics(whole)
+    assert [row["stage"] for row in rows] == ["a"] * 3 + ["b"] * 4
+    assert all(set(row["asked"]) <= {"TorF1", "TorF2"} for row in rows[:3])
+    assert all(row["asked"]["planning"] == 4 for row in rows[3:])
+    assert all(sum(row["pools"].values()) == pytest.approx(1) for row in rows[3:])
+    assert rows[3]["pools"] != rows[6]["pools"]
+    train_step = Trainer.train_step
+    folder = tmp_path / "killed"
+    for dies_at in (3, 6):
+
+        def dying(self, at=dies_at):
+            if self.curriculum.step + 1 == at:
+                raise RuntimeError("killed")
+            return train_step(self)
+
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+            patch.setattr(Trainer, "train_step", dying)
+            if folder.exists():
+                run.resume(folder, console=console)
+            else:
+                run.train(gated, folder, console=console)
+    run.resume(folder, console=console)
+    assert without_times(folder) == without_times(whole)
+    expected, got = (weights(path / "checkpoints" / "step-000007") for path in (whole, folder))
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(("baseline", "scale"), [("batch", "batch"), ("greedy", "none"), ("greedy", "batch")])
+def test_baselines_by_hand(config, monkeypatch, baseline, scale):
+    """REINFORCE++ and ReMax: advantages from the rewards, as their papers define them."""
+    trainer = make_trainer(changed(config, advantage_baseline=baseline, advantage_scale=scale))
+    seen = {}
+    advantage, score = trainer._advantage, trainer._score
+
+    def watch(groups, rewards, base):
+        seen.update(rewards=rewards, base=base, advantage=advantage(groups, rewards, base))
+        return seen["advantage"]
+
+    def scored(stage, groups):
+        seen.setdefault("sizes", []).append([len(group.rollouts) for group in groups])
+        return score(stage, groups)
+
+    monkeypatch.setattr(trainer, "_advantage", watch)
+    monkeypatch.setattr(trainer, "_score", scored)
+    row = trainer.train_step()
+    assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
+    rewards = seen["rewards"].score
+    if baseline == "batch":
+        expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
+        assert seen["base"] is None and seen["sizes"] == [[4] * 6]
+    else:
+        assert seen["sizes"] == [[4] * 6, [1] * 6]
+        assert all(len(set(seen["base"][4 * i : 4 * i + 4])) == 1 for i in range(6))
+        expected = rewards - seen["base"]
+        expected = expected / (expected.std(ddof=1) + 1e-6) if scale == "batch" else expected
+    expected = expected * seen["rewards"].advantage_weight
+    np.testing.assert_allclose(seen["advantage"].advantages.numpy(), expected, rtol=1e-4, atol=1e-5)
+    assert row["packed_tokens"] == make_trainer(changed(config, skip_equal_groups=False)).train_step()["packed_tokens"]
+
+
 def test_a_folder_that_is_not_there(console, tmp_path):
     with pytest.raises(DataError, match=r"data\.path='nowhere': no such folder"):
         run.train(load_config("tiny", ["data.path=nowhere"]), tmp_path / "run", console=console)
@@ -254,8 +398,8 @@ def test_a_folder_that_is_not_there(console, tmp_path):
 
 
 def test_only_the_first_stage_names_a_checkpoint(config, console, tmp_path):
-    stages = "[{name='a', steps=1}, {name='b', kind='sft', steps=0, checkpoint='shipped'}]"
-    wrong = load_config("tiny", [*SMALL, f"data.path={config.data.path}", f"train.stages={stages}"])
+    text = "[{name='a', steps=1}, {name='b', kind='sft', steps=0, checkpoint='shipped'}]"
+    wrong = load_config("tiny", [*SMALL, f"data.path={config.data.path}", f"train.stages={text}"])
     with pytest.raises(ConfigError, match="only the first stage"):
         run.train(wrong, tmp_path / "run", console=console)
     assert not (tmp_path / "run").exists()

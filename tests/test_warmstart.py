@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 
 from rewardmap.config import PolicyConfig
-from rewardmap.evaluate import evaluate
+from rewardmap.evaluate import Judge, ask
 from rewardmap.policy import load_policy
-from rewardmap.rewards import Rubric
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import WARM_START, build_tiny
 from rewardmap.train import warmstart
@@ -29,13 +28,8 @@ def held_out(tmp_path_factory):
 
 
 def examine(policy, data):
-    return evaluate(
-        LocalEngine(policy, 512),
-        data.problems,
-        data.networks,
-        Rubric(),
-        SamplingParams(0.0, max_new_tokens=24),
-    )
+    answers = ask(LocalEngine(policy, 512), data.problems, SamplingParams(0.0, max_new_tokens=24))
+    return Judge().evaluation(data.problems, answers, data.networks)
 
 
 def test_ships_with_its_recipe():

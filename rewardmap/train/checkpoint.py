@@ -1,90 +1,270 @@
-"""Checkpoints: folders of safetensors and JSON, written under a temporary name and renamed when complete.
+"""Checkpoints: folders of safetensors and JSON, written in the background under a temporary name and renamed when
+complete.
 
-``step-000100/`` holds the model as ``transformers`` loads it, ``optimizer.safetensors`` and ``trainer.json``. No
-pickle anywhere.
+``step-000100/`` holds the model as ``transformers`` and SGLang load it, ``trainer.json``, the optimizer's shards in
+``training/`` (torch.distributed.checkpoint: any number of ranks reads what any other wrote) and ``checksums.json``.
+No pickle in any file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from rewardmap.policy import Policy
+from rewardmap.train.lora import has_adapters, merged_state
+from rewardmap.train.ranks import ALONE, Ranks
 from rewardmap.types import DataError
 
-_PREFIX = "step-"
+Tensor = torch.Tensor
+# It says so whenever a run has one process, which is no news.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+_PREFIX, _SUMS, _STATE, _TRAINING = "step-", "checksums.json", "trainer.json", "training"
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Write ``folder/step-NNNNNN`` atomically and remove all but the ``keep`` newest.
+class Checkpoints:
+    """Writes a run's checkpoints, one at a time. Every rank calls every method.
 
-    Raises:
-        OSError: naming the folder, e.g. when the disk is full; older checkpoints are untouched.
+    Kept are the ``keep`` newest and, of the newest one's stage, the ``keep_best`` with the highest score: scores of
+    different stages are answers to different questions.
+
+    Example:
+        with Checkpoints(run_dir / "checkpoints", keep=2) as checkpoints:
+            checkpoints.save(step, policy, optimizer, state)
     """
-    final = folder / f"{_PREFIX}{step:06d}"
-    temporary = folder / f".{final.name}.{os.getpid()}"
-    try:
-        temporary.mkdir(parents=True)
-        policy.save(temporary)
-        _save_optimizer(optimizer, temporary / "optimizer.safetensors")
-        (temporary / "trainer.json").write_text(json.dumps(state), encoding="utf-8")
-        for file in temporary.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        if final.exists():
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-    except (OSError, SafetensorError) as error:
-        code = getattr(error, "errno", None) or 5
-        raise OSError(
-            code, f"the checkpoint could not be written ({error}); free space and resume", str(final)
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
-    return final
+
+    def __init__(self, folder: Path, keep: int, keep_best: int = 0, ranks: Ranks = ALONE) -> None:
+        self._folder, self._keep, self._keep_best, self._ranks = folder, keep, keep_best, ranks
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+        # The writer's collectives must not meet the trainer's.
+        self._group = dist.new_group(backend="gloo") if ranks.size > 1 else None
+        if ranks.is_first:
+            for left in folder.glob(f".{_PREFIX}*"):
+                shutil.rmtree(left)  # of a run killed while it wrote
+
+    def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Copy everything to host memory and begin to write ``step-NNNNNN``; waits for the one before.
+
+        Args:
+            state: JSON values; ``stage`` and ``score`` decide what is kept.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        self.wait()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        whole: dict[str, Any] = get_model_state_dict(policy.model, options=options)
+        if has_adapters(policy.model) and self._ranks.is_first:
+            whole = merged_state(policy.model, whole)
+        weights = {name: tensor.clone() for name, tensor in whole.items()}
+        shards = {name: _to_host(tensor) for name, tensor in _training_state(policy, optimizer).items()}
+        text = json.dumps(state)
+        self._writing = self._thread.submit(self._write, step, policy, weights, shards, text)
+
+    def check(self) -> None:
+        """Raises OSError when a checkpoint written in the background has failed."""
+        if self._ranks.any(self._writing is not None and self._writing.done() and bool(self._writing.exception())):
+            self.wait()
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            OSError: naming the folder, e.g. when the disk is full; older checkpoints are untouched.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            # After an error a peer may be gone, and with it the end of what is being written.
+            if kind is None or self._ranks.size == 1:
+                self.wait()
+        finally:
+            self._thread.shutdown(wait=False)
+
+    def _write(
+        self, step: int, policy: Policy, weights: dict[str, Tensor], shards: dict[str, Tensor], state: str
+    ) -> None:
+        final = self._folder / f"{_PREFIX}{step:06d}"
+        temporary = self._folder / f".{final.name}"
+        failure: BaseException | None = None
+        try:
+            if self._ranks.is_first:
+                (temporary / _TRAINING).mkdir(parents=True)
+            self._meet()
+            writer = HuggingFaceStorageWriter(str(temporary / _TRAINING), save_distributed=True)
+            dcp.save(shards, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            if self._ranks.is_first:
+                policy.save(temporary, weights)
+                (temporary / _STATE).write_text(state, encoding="utf-8")
+                _seal(temporary)
+                if final.exists():
+                    shutil.rmtree(final)
+                os.rename(temporary, final)
+                _sync(self._folder)
+                self._remove_old()
+        except (OSError, SafetensorError, CheckpointException) as error:
+            failure = error
+        if self._ranks.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if self._meet(failed=failure is not None):
+            code = getattr(failure, "errno", None) or 5
+            reason = "on another rank" if failure is None else failure
+            raise OSError(
+                code, f"the checkpoint could not be written ({reason}); free space and resume", str(final)
+            ) from failure
+
+    def _meet(self, failed: bool = False) -> bool:
+        """Whether it failed on any rank."""
+        if self._group is None:
+            return failed
+        flag = torch.tensor([float(failed)])
+        dist.all_reduce(flag, group=self._group)
+        return bool(flag > 0)
+
+    def _remove_old(self) -> None:
+        present = list_checkpoints(self._folder)
+        keep = set(present[-self._keep :])
+        if self._keep_best:
+            states = {path: _read_state(path) for path in present}
+            stage = states[present[-1]].get("stage")
+            rivals = [p for p in present if states[p].get("stage") == stage and states[p].get("score") is not None]
+            keep |= set(sorted(rivals, key=lambda path: states[path]["score"])[-self._keep_best :])
+        for old in present:
+            if old not in keep:
+                shutil.rmtree(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / "trainer.json").is_file())
+    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / _SUMS).is_file())
 
 
-def load_trainer_state(checkpoint: Path, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore the optimizer and return the loop's state. Raises DataError when a file is broken."""
+def newest_intact(folder: Path, say: Callable[[str], None]) -> str | None:
+    """The newest checkpoint whose files are what was written; ``say`` is told about broken ones. None: there is none.
+
+    Raises:
+        DataError: there are checkpoints, and all are broken.
+    """
+    present = list_checkpoints(folder)
+    for path in reversed(present):
+        broken = find_damage(path)
+        if broken is None:
+            return str(path)
+        say(f"{path}: {broken}; the checkpoint before it is used")
+    if present:
+        raise DataError(f"{folder}: every checkpoint is broken; delete the folder to begin anew")
+    return None
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None when they match their checksums."""
     try:
-        state: dict[str, Any] = json.loads((checkpoint / "trainer.json").read_text(encoding="utf-8"))
-        tensors = load_file(checkpoint / "optimizer.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DataError(
-            f"{checkpoint}: broken checkpoint ({error}); delete the folder to resume from the one before"
-        ) from None
-    entries: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, name = key.split(".", 1)
-        entries.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+        sums: dict[str, str] = json.loads((checkpoint / _SUMS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return f"{_SUMS} cannot be read ({error})"
+    for name, expected in sums.items():
+        try:
+            found = _digest(checkpoint / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found != expected:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def load_training_state(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Restore optimizer and adapters, however many ranks wrote them, and return the loop's state.
+
+    Raises:
+        DataError: what is trained is not what the checkpoint's run trained.
+    """
+    reader = HuggingFaceStorageReader(str(checkpoint / _TRAINING))
+    saved = reader.read_metadata().state_dict_metadata if any((checkpoint / _TRAINING).iterdir()) else {}
+    wanted: dict[str, Tensor] = {}
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    for name, parameter in _trained(policy, optimizer):
+        if has_adapters(policy.model):
+            wanted[f"weight.{name}"] = parameter.detach()
+        if f"exp_avg.{name}" in saved:
+            state = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            states[parameter] = state | {"step": torch.zeros(1, device=parameter.device)}
+            wanted |= {f"{key}.{name}": tensor for key, tensor in states[parameter].items()}
+    odd = sorted(saved.keys() ^ wanted.keys())
+    if odd:
+        raise DataError(f"{checkpoint}: its run trained other parameters than this one, e.g. '{odd[0]}'")
+    if wanted:
+        dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+    for parameter, state in states.items():
+        optimizer.state[parameter] = state | {"step": state["step"].squeeze()}
+    return _read_state(checkpoint)
+
+
+def _training_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors by kind and parameter name, and the adapters, of which the whole weights hold only the
+    product."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in _trained(policy, optimizer):
+        if has_adapters(policy.model):
+            tensors[f"weight.{name}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = value.view(1) if value.dim() == 0 else value
+    return tensors
+
+
+def _trained(policy: Policy, optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [(name, parameter) for name, parameter in policy.model.named_parameters() if id(parameter) in mine]
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     return state
 
 
-def _save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    state = optimizer.state_dict()["state"]
-    save_file(
-        {f"{index}.{name}": tensor.contiguous() for index, entry in state.items() for name, tensor in entry.items()},
-        path,
-    )
+def _seal(folder: Path) -> None:
+    """Everything on the disk, then the checksums, which make it complete."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        _sync(path)
+    sums = {str(path.relative_to(folder)): _digest(path) for path in files}
+    (folder / _SUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+    for path in (folder / _SUMS, folder / _TRAINING, folder):
+        _sync(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

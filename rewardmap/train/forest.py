@@ -1,8 +1,7 @@
 """Pack answers into prefix forests: every shared prefix stands once.
 
-A tree is map -> question -> answer. Its tokens lie in depth-first order: the prefix that all questions about the map
-share (template, image), then each question's rest followed by its answers. ``rewardmap_kernels.tree_attention``
-documents the mask.
+A packed row is one micro-batch: the tokens of several trees (``rewardmap.train.trees``), each in depth-first order.
+``rewardmap_kernels.tree_attention`` documents the mask.
 """
 
 from __future__ import annotations
@@ -13,31 +12,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from rewardmap.policy import EncodedPrompt
+from rewardmap.train.balance import CostModel, balance
+from rewardmap.train.trees import Answers, Branch, Tree, grow
+
+__all__ = ["Answers", "PackedForest", "pack_forest"]
 
 Tensor = torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class Answers:
-    """All answers to one prompt, as the packer takes them."""
-
-    prompt: EncodedPrompt
-    image: str | bytes
-    responses: tuple[tuple[int, ...], ...]
-    """Token ids of each answer, stop token included."""
-    sequences: tuple[int, ...]
-    """Each answer's number in the batch: where its advantage stands."""
-    rollout_logprobs: tuple[tuple[float, ...], ...] | None = None
-    """nats, as sampled; None for supervised answers."""
-
-
 @dataclass(frozen=True)
 class PackedForest:
-    """One packed row. T tokens, N response rows (one per response token).
+    """One packed row. T tokens, N response rows (one per response token that trains).
 
     Example: a prompt of 30 tokens with answers of 3 and 5 tokens packs into T = 30 + 2 + 4 (a stop token is never an
-    input) and N = 8; ``hidden_index`` starts with 29 twice, once for the first token of each answer.
+    input) and N = 8; ``hidden_index`` holds 29 twice, once for the first token of each answer.
+
+    A filler (``loss_mask`` all zero) is one token without a picture and one row without weight. It stands where a rank
+    has no more work while others have: it runs every collective of a step and adds exactly zero to every gradient.
     """
 
     input_ids: Tensor
@@ -54,124 +45,118 @@ class PackedForest:
     """[N] int64"""
     sequence: Tensor
     """[N] int64: the answer's number in the batch."""
+    loss_mask: Tensor
+    """[N] float32: 1, or 0 in a filler."""
     rollout_logprobs: Tensor | None
     """[N] float32 nats; None when any answer came without."""
     logical_tokens: int
     """Tokens of the unshared sequences, what an engine without sharing would compute."""
 
+    @property
+    def pairs(self) -> int:
+        """Visible pairs of tokens."""
+        return int((self.subtree_end - torch.arange(len(self.subtree_end))).sum())
 
-def pack_forest(batch: Sequence[Answers], max_tokens: int) -> list[PackedForest]:
-    """Pack answers into micro-batches of at most ``max_tokens`` packed tokens.
 
-    Answers about the same image form one tree. Trees are placed first-fit by decreasing size; a tree larger than the
-    budget is cut between its questions, a question larger than the budget between its answers.
+def pack_forest(
+    batch: Sequence[Answers],
+    max_tokens: int,
+    *,
+    ranks: int = 1,
+    rank: int = 0,
+    cost: CostModel | None = None,
+    share: bool = True,
+) -> list[PackedForest]:
+    """Pack answers into this rank's micro-batches of at most ``max_tokens`` packed tokens.
+
+    Every rank passes the same batch and gets the same number of micro-batches, fillers where it has less work
+    (``rewardmap.train.balance`` says how work is divided). Nothing is exchanged: equal batches give equal plans.
+
+    Args:
+        ranks, rank: size of the data-parallel group, and this process's place in it.
+        cost: what a tree costs; None counts its tokens.
+        share: False packs every sequence by itself, for comparison.
 
     Raises:
-        ValueError: one prompt with one answer exceeds the budget, or an answer is empty.
+        ValueError: one prompt with one answer exceeds the budget, or an answer is malformed; the problem is named.
     """
-    trees: dict[str | bytes, list[Answers]] = {}
-    for item in batch:
-        if not all(item.responses):
-            raise ValueError("an answer has no tokens; the engine must return at least the stop token")
-        trees.setdefault(item.image, []).append(item)
-    pieces = [piece for tree in trees.values() for piece in _cut(tree, max_tokens)]
-    pieces.sort(key=_tree_tokens, reverse=True)
-    rows: list[tuple[int, list[list[Answers]]]] = []
-    for piece in pieces:
-        size = _tree_tokens(piece)
-        for index, (used, members) in enumerate(rows):
-            if used + size <= max_tokens:
-                rows[index] = (used + size, [*members, piece])
-                break
-        else:
-            rows.append((size, [piece]))
-    return [_pack_row(members) for _, members in rows]
+    plan = balance(grow(batch, share), max_tokens, ranks, cost)
+    filler = batch[0].prompt.token_ids[0] if batch else 0
+    return [_pack_row(trees) if trees else _filler(filler) for trees in plan[rank]]
 
 
-def _shared(tree: Sequence[Answers]) -> int:
-    """Tokens all prompts of a tree have in common; each prompt keeps at least one token of its own."""
-    if len(tree) == 1:
-        return 0
-    return min(item.prompt.shared_length for item in tree)
-
-
-def _tree_tokens(tree: Sequence[Answers]) -> int:
-    shared = _shared(tree)
-    answers = sum(len(response) - 1 for item in tree for response in item.responses)
-    return shared + answers + sum(len(item.prompt.token_ids) - shared for item in tree)
-
-
-def _cut(tree: list[Answers], max_tokens: int) -> list[list[Answers]]:
-    if _tree_tokens(tree) <= max_tokens:
-        return [tree]
-    if len(tree) > 1:
-        half = len(tree) // 2
-        return _cut(tree[:half], max_tokens) + _cut(tree[half:], max_tokens)
-    item = tree[0]
-    count = len(item.responses)
-    if count == 1:
-        raise ValueError(
-            f"one prompt with one answer takes {_tree_tokens(tree)} tokens, over "
-            f"train.max_tokens_per_micro_batch={max_tokens}; raise it, or lower "
-            "policy.max_pixels or rollout.max_new_tokens"
-        )
-    return [
-        piece
-        for part in (slice(0, count // 2), slice(count // 2, count))
-        for piece in _cut([_part(item, part)], max_tokens)
-    ]
-
-
-def _part(item: Answers, part: slice) -> Answers:
-    logprobs = None if item.rollout_logprobs is None else item.rollout_logprobs[part]
-    return Answers(item.prompt, item.image, item.responses[part], item.sequences[part], logprobs)
-
-
-def _pack_row(trees: Sequence[Sequence[Answers]]) -> PackedForest:
-    ids: list[int] = []
-    positions: list[np.ndarray] = []
-    ends: list[np.ndarray] = []
-    hidden: list[np.ndarray] = []
-    target: list[int] = []
-    sequence: list[int] = []
-    logprobs: list[float] | None = []
-    logical = 0
+def _pack_row(trees: Sequence[Tree]) -> PackedForest:
+    total = sum(tree.tokens for tree in trees)
+    ids, ends = np.empty(total, np.int64), np.empty(total, np.int64)
+    positions = np.empty((3, total), np.int64)
+    rows = _Rows([], [], [], [])
+    size = logical = 0
     for tree in trees:
-        shared = _shared(tree)
-        start, end = len(ids), len(ids) + _tree_tokens(tree)
-        ids += tree[0].prompt.token_ids[:shared]
-        positions.append(tree[0].prompt.position_ids[:, :shared])
-        ends.append(np.full(shared, end))
-        for item in tree:
-            own = len(item.prompt.token_ids) - shared
-            answer_tokens = sum(len(response) - 1 for response in item.responses)
-            ids += item.prompt.token_ids[shared:]
-            positions.append(item.prompt.position_ids[:, shared:])
-            ends.append(np.full(own, len(ids) + answer_tokens))
-            last_prompt_token = len(ids) - 1
-            next_position = int(item.prompt.position_ids.max()) + 1
-            for number, response in zip(item.sequences, item.responses, strict=True):
-                inputs = len(response) - 1
-                hidden.append(np.concatenate(([last_prompt_token], np.arange(len(ids), len(ids) + inputs))))
-                positions.append(np.broadcast_to(np.arange(inputs) + next_position, (3, inputs)))
-                ids += response[:-1]
-                ends.append(np.full(inputs, len(ids)))
-                target += response
-                sequence += [number] * len(response)
-                logical += len(item.prompt.token_ids) + inputs
-            if item.rollout_logprobs is None:
-                logprobs = None
-            elif logprobs is not None:
-                logprobs += [value for row in item.rollout_logprobs for value in row]
-        assert len(ids) == end, (start, end, len(ids))
+        path = np.empty(max(branch.num_inputs for branch in tree.branches), np.int64)  # packed index by depth
+        length = 0
+        for branch, shared in zip(tree.branches, tree.shared, strict=True):
+            ends[path[shared:length]] = size  # the nodes this branch does not share end here
+            new = slice(size, size + branch.num_inputs - shared)
+            ids[new] = branch.inputs[shared:]
+            positions[:, new] = _positions(branch, shared)
+            length = branch.num_inputs
+            path[shared:length] = np.arange(new.start, new.stop)
+            size = new.stop
+            logical += length
+            rows.add(branch, path[len(branch.prompt.token_ids) - 1 : length])
+        ends[path[:length]] = size
+    logprobs = [values for values in rows.logprobs if values is not None]
+    complete = len(logprobs) == len(rows.logprobs)
     return PackedForest(
-        input_ids=torch.tensor(ids),
-        position_ids=torch.from_numpy(np.concatenate(positions, axis=1)),
-        subtree_end=torch.from_numpy(np.concatenate(ends)),
-        images=tuple(tree[0].image for tree in trees),
-        hidden_index=torch.from_numpy(np.concatenate(hidden)),
-        target=torch.tensor(target),
-        sequence=torch.tensor(sequence),
-        rollout_logprobs=None if logprobs is None else torch.tensor(logprobs, dtype=torch.float32),
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(positions),
+        subtree_end=torch.from_numpy(ends),
+        images=tuple(tree.image for tree in trees if tree.image is not None),
+        hidden_index=torch.from_numpy(np.concatenate(rows.hidden)),
+        target=torch.from_numpy(np.concatenate(rows.target)),
+        sequence=torch.from_numpy(np.concatenate(rows.sequence)),
+        loss_mask=torch.ones(sum(map(len, rows.target))),
+        rollout_logprobs=torch.from_numpy(np.concatenate(logprobs)).float() if complete else None,
         logical_tokens=logical,
+    )
+
+
+@dataclass
+class _Rows:
+    """Response rows as they come, one array per branch."""
+
+    hidden: list[np.ndarray]
+    target: list[np.ndarray]
+    sequence: list[np.ndarray]
+    logprobs: list[np.ndarray | None]
+
+    def add(self, branch: Branch, hidden: np.ndarray) -> None:
+        on = slice(None) if branch.loss_mask is None else np.array(branch.loss_mask, bool)
+        self.hidden.append(hidden[on].copy())  # the path it comes from is written over
+        self.target.append(np.array(branch.response, np.int64)[on])
+        self.sequence.append(np.full(len(self.target[-1]), branch.sequence, np.int64))
+        self.logprobs.append(None if branch.rollout_logprobs is None else np.array(branch.rollout_logprobs)[on])
+
+
+def _positions(branch: Branch, shared: int) -> np.ndarray:
+    """[3, num_inputs - shared]: positions from token ``shared`` on; an answer goes on after the prompt's largest."""
+    prompt = branch.prompt.position_ids
+    first = max(shared - prompt.shape[1], 0)
+    answer = np.arange(first, len(branch.response) - 1) + int(prompt.max()) + 1
+    return np.concatenate([prompt[:, shared:], np.broadcast_to(answer, (3, len(answer)))], axis=1)
+
+
+def _filler(token: int) -> PackedForest:
+    zero = torch.zeros(1, dtype=torch.int64)
+    return PackedForest(
+        input_ids=zero + token,
+        position_ids=torch.zeros(3, 1, dtype=torch.int64),
+        subtree_end=zero + 1,
+        images=(),
+        hidden_index=zero,
+        target=zero,
+        sequence=zero,
+        loss_mask=torch.zeros(1),
+        rollout_logprobs=torch.zeros(1),
+        logical_tokens=0,
     )

@@ -3,198 +3,304 @@
 from __future__ import annotations
 
 import shutil
-import signal
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from rewardmap import tiny
-from rewardmap.config import Config, ConfigError, StageConfig, dump_toml, load_config
+from rewardmap.config import Config, ConfigError, PolicyConfig, StageConfig, dump_toml, load_config, stage_reward
 from rewardmap.curriculum import Curriculum
-from rewardmap.evaluate import Evaluation, TextPrior, evaluate, swap_maps, text_prior
+from rewardmap.evaluate import Evaluation
 from rewardmap.files import write_text
-from rewardmap.policy import Policy, load_policy
-from rewardmap.profiling import PhaseTimer, peak_rss_bytes
-from rewardmap.report import MetricsLog, draw_curves, draw_samples, read_metrics, write_report
-from rewardmap.rewards import Rubric
-from rewardmap.rollout.local import LocalEngine
-from rewardmap.train.checkpoint import list_checkpoints, load_trainer_state, save_checkpoint
+from rewardmap.policy import Policy, load_policy, pick_device
+from rewardmap.profiling import PhaseTimer, device_peak_flops, peak_rss_bytes, speed
+from rewardmap.report import MetricsLog, draw_curriculum, draw_curves, draw_samples, read_metrics, write_report
+from rewardmap.rewards import Networks
+from rewardmap.train.checkpoint import Checkpoints, load_training_state, newest_intact
+from rewardmap.train.engines import make_engine
+from rewardmap.train.examine import (
+    CHECKPOINTS,
+    EVALUATION,
+    Examiner,
+    answers_before,
+    data_folder,
+    make_examiner,
+    networks_for,
+    progress_bar,
+)
+from rewardmap.train.faults import Stopped, stop_request
+from rewardmap.train.identity import changes, identity, random_state, restore_random_state
+from rewardmap.train.parallel import needs_sharding, prepare_policy, shard_policy
+from rewardmap.train.ranks import ALONE, Ranks, SharedRollouts, join_ranks, restarted
+from rewardmap.train.reference import make_reference
 from rewardmap.train.trainer import Trainer
-from rewardmap.transit.reasonmap import load_dataset, write_dataset
-from rewardmap.types import DataError, MetroData, Problem, SamplingParams
+from rewardmap.transit.reasonmap import MapData, load_dataset, write_dataset
+from rewardmap.types import DataError, Problem
 
-CHECKPOINTS = "checkpoints"
-EVALUATION = "evaluation"
+FAULTS = "faults"
 
 
 def train(config: Config, run_dir: Path, *, console: Console) -> Path:
-    """Run a configuration from its beginning in a new folder; returns the folder.
+    """Run a configuration from its beginning in a new folder, on all ranks of the job; returns the folder.
+
+    A job that its launcher restarted goes on with the run it began.
 
     Raises:
         ConfigError: the folder already holds a run, or the configuration cannot be run.
         DataError: the data set is empty or malformed.
-        KeyboardInterrupt: after a checkpoint was saved.
+        Stopped: a signal asked for it; a checkpoint was saved.
+        RefusedUpdatesError: too many updates in a row were refused.
     """
+    with _ranks(config) as ranks:
+        run_dir = Path(ranks.gather(str(run_dir))[0])
+        if restarted() and (run_dir / "config.toml").exists():
+            return _run(load_config(run_dir / "config.toml"), run_dir, ranks, console)
+        ranks.first(lambda: _begin(config, run_dir))
+        try:
+            return _run(config, run_dir, ranks, console)
+        except (ConfigError, DataError):
+            if ranks.is_first and not (run_dir / CHECKPOINTS).exists():
+                shutil.rmtree(run_dir, ignore_errors=True)  # nothing of a run that could not begin stays behind
+            raise
+
+
+def resume(run_dir: Path, *, console: Console) -> Path:
+    """Go on after the newest intact checkpoint of a run, or from its beginning when there is none yet."""
+    if not (run_dir / "config.toml").is_file():
+        raise ConfigError(f"{run_dir} is not a run folder: it has no config.toml")
+    config = load_config(run_dir / "config.toml")
+    with _ranks(config) as ranks:
+        return _run(config, run_dir, ranks, console)
+
+
+def _ranks(config: Config) -> AbstractContextManager[Ranks]:
+    parallel = config.parallel
+    return join_ranks(parallel.timeout_seconds, alone=needs_sharding(parallel, ALONE, config.policy.dtype))
+
+
+def _begin(config: Config, run_dir: Path) -> None:
     if (run_dir / "config.toml").exists():
         remedy = f"resume it with --resume {run_dir}, or choose another --run-dir"
         raise ConfigError(f"{run_dir} already holds a run; {remedy}")
     if run_dir.exists() and any(run_dir.iterdir()):
         raise ConfigError(f"{run_dir} is not empty; choose another --run-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / "config.toml", dump_toml(config))
+
+
+def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console) -> Path:
+    """From where the newest intact checkpoint left it to the report."""
+    if not ranks.is_first:
+        console = Console(quiet=True)
+    trainer, examiner, itself = _set_up(config, run_dir, console, ranks)
     try:
-        write_text(run_dir / "config.toml", dump_toml(config))
-        trainer, examiner = _set_up(config, run_dir, console)
-    except (ConfigError, DataError):
-        shutil.rmtree(run_dir)  # nothing of a run that could not begin stays behind
-        raise
-    return _run(trainer, examiner, run_dir, console)
-
-
-def resume(run_dir: Path, *, console: Console) -> Path:
-    """Go on after the newest complete checkpoint of a run, or from its beginning when there is none yet."""
-    if not (run_dir / "config.toml").is_file():
-        raise ConfigError(f"{run_dir} is not a run folder: it has no config.toml")
-    trainer, examiner = _set_up(load_config(run_dir / "config.toml"), run_dir, console)
-    return _run(trainer, examiner, run_dir, console)
-
-
-def evaluate_run(run_dir: Path, data: Path | None, split: str | None, *, console: Console) -> Path:
-    """Evaluate a run's newest checkpoint again and write the closing table into ``run_dir/eval-<split>``."""
-    if not (run_dir / "config.toml").is_file():
-        raise ConfigError(f"{run_dir} is not a run folder: it has no config.toml")
-    config = load_config(run_dir / "config.toml")
-    checkpoints = list_checkpoints(run_dir / CHECKPOINTS)
-    if not checkpoints:
-        raise ConfigError(f"{run_dir / CHECKPOINTS} holds no complete checkpoint; train or resume the run first")
-    split = split or config.data.test_split
-    folder = data or _data_folder(config, run_dir)
-    loaded = load_dataset(folder, split, on_bad_row=config.data.on_bad_row)
-    seen = loaded if data else load_dataset(folder, config.data.train_split, on_bad_row=config.data.on_bad_row)
-    problems = _first(loaded.problems, config.eval.max_problems)
-    examiner = _Examiner(config, problems, seen.problems, {**seen.networks, **loaded.networks}, console)
-    out = run_dir / f"eval-{split}" if data is None else run_dir / f"eval-{data.resolve().name}-{split}"
-    timer = PhaseTimer()
-    policy = load_policy(checkpoints[-1], config.policy)
-    with timer.phase("evaluate"):
-        after = examiner.examine(policy, "after", out)
-    with timer.phase("evaluate, maps swapped"):
-        text_only = examiner.examine_text_only(policy, out)
-    write_report(
-        out,
-        after=after,
-        before=_answers_before(run_dir, after),
-        text_only=text_only,
-        prior=examiner.prior(),
-        seconds=sum(timer.totals.values()),
-        tokens_per_second=after.num_tokens / timer.totals["evaluate"],
-        phases=timer.totals,
-        peak_rss_bytes=peak_rss_bytes(),
-        seed=config.train.seed,
-        steps=int(checkpoints[-1].name.removeprefix("step-")),
-        console=console,
-    )
-    return out
-
-
-def _set_up(config: Config, run_dir: Path, console: Console) -> tuple[Trainer, _Examiner]:
-    """Data, policy and trainer, as the newest checkpoint left them."""
-    if config.train.threads:
-        torch.set_num_threads(config.train.threads)
-    timer = PhaseTimer()
-    with timer.phase("data"):
-        folder = _prepare_data(config, run_dir, console)
-        training = load_dataset(folder, config.data.train_split, on_bad_row=config.data.on_bad_row)
-        testing = load_dataset(folder, config.data.test_split, on_bad_row=config.data.on_bad_row)
-        for skipped in (*training.skipped, *testing.skipped):
-            console.print(f"skipped: {skipped}", style="yellow", highlight=False)
-    networks = {**training.networks, **testing.networks}
-    problems = _first(testing.problems, config.eval.max_problems)
-    examiner = _Examiner(config, problems, training.problems, networks, console)
-    curriculum = Curriculum(training.problems, config.train.stages, config.train.prompts_per_step, config.train.seed)
-    checkpoints = list_checkpoints(run_dir / CHECKPOINTS)
-    with timer.phase("load"):
-        policy = load_policy(checkpoints[-1], config.policy) if checkpoints else _initial_policy(config)
-    engine = LocalEngine(policy, config.rollout.batch_sequences)
-    rubric = Rubric(mode=config.reward.mode, weight_on=config.reward.weight_on)
-    trainer = Trainer(config, policy, engine, rubric, networks, curriculum, timer)
-    if checkpoints:
-        trainer.load_state_dict(load_trainer_state(checkpoints[-1], trainer.optimizer))
-        console.print(f"resuming after step {curriculum.step} of {curriculum.total_steps}", highlight=False)
-    return trainer, examiner
-
-
-def _run(trainer: Trainer, examiner: _Examiner, run_dir: Path, console: Console) -> Path:
-    with MetricsLog(run_dir, last_step=trainer.curriculum.step) as log:
-        _train_loop(trainer, log, examiner, run_dir, console)
-    _close(trainer, examiner, run_dir)
+        writer = Checkpoints(run_dir / CHECKPOINTS, config.train.keep_checkpoints, config.train.keep_best, ranks)
+        with _own_folder(run_dir, ranks) as out:  # what ranks other than the first write there is thrown away
+            with MetricsLog(out, last_step=trainer.curriculum.step) as log, writer as checkpoints:
+                _train_loop(_Job(trainer, examiner, checkpoints, log, itself, run_dir, out, console))
+            _close(trainer, examiner, out)
+    finally:
+        trainer.engine.close()
     console.print(f"run folder: {run_dir}", highlight=False)
     return run_dir
 
 
-def _train_loop(trainer: Trainer, log: MetricsLog, examiner: _Examiner, run_dir: Path, console: Console) -> None:
-    config, curriculum = trainer.config, trainer.curriculum
+def _set_up(
+    config: Config, run_dir: Path, console: Console, ranks: Ranks = ALONE
+) -> tuple[Trainer, Examiner, dict[str, Any]]:
+    """Trainer and examiner as the newest intact checkpoint left them, and what identifies the run."""
+    timer = PhaseTimer()
+    with timer.phase("data"):
+        training, testing = _load_data(config, run_dir, ranks, console)
+    examiner = make_examiner(config, testing, training, console)
+    itself = identity(config, {"train": training.problems, "test": examiner.problems}, ranks)
+    with timer.phase("load"):
+        newest = ranks.first(lambda: newest_intact(run_dir / CHECKPOINTS, partial(_warn, console)))
+    asked = (*training.problems, *examiner.problems)
+    trainer = _make_trainer(config, training, testing, asked, newest, run_dir, ranks, timer, console)
+    try:
+        if newest:
+            _restore(trainer, itself, Path(newest), console)
+    except BaseException:
+        trainer.engine.close()
+        raise
+    return trainer, examiner, itself
+
+
+def _load_data(config: Config, run_dir: Path, ranks: Ranks, console: Console) -> tuple[MapData, MapData]:
+    ranks.first(lambda: _prepare_data(config, run_dir, console))
+    folder = data_folder(config, run_dir)
+    training = load_dataset(folder, config.data.train_split, on_bad_row=config.data.on_bad_row)
+    testing = load_dataset(folder, config.data.test_split, on_bad_row=config.data.on_bad_row)
+    for skipped in (*training.skipped, *testing.skipped):
+        console.print(f"skipped: {skipped}", style="yellow", highlight=False)
+    return training, testing
+
+
+def _make_trainer(
+    config: Config,
+    training: MapData,
+    testing: MapData,
+    asked: Sequence[Problem],
+    newest: str | None,
+    run_dir: Path,
+    ranks: Ranks,
+    timer: PhaseTimer,
+    console: Console,
+) -> Trainer:
+    """Policy, engine and trainer over the ranks, with the weights of the newest checkpoint if there is one."""
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    modes = {config.reward.mode, *(stage_reward(config.reward, stage).mode for stage in config.train.stages)}
+    networks: dict[str, Networks] = {mode: networks_for(mode, training, testing) for mode in modes}
+    curriculum = Curriculum(training.problems, config.train.stages, config.train.prompts_per_step, config.train.seed)
+    sharded = needs_sharding(config.parallel, ranks, config.policy.dtype)
+    if sharded and config.rollout.engine != "local":
+        raise ConfigError(
+            f"rollout.engine='{config.rollout.engine}' trains on one process, with parallel.compute_dtype unset and "
+            "without parallel.offload: its weights are not pushed from shards yet"
+        )
+    settings = replace(config.policy, device="cpu") if sharded else config.policy  # split before they go to the GPU
+    with timer.phase("load"):
+        # Adapters lie beside the weights they began with.
+        begin = newest is None or config.policy.lora_rank
+        policy = initial_policy(config, settings) if begin else load_policy(str(newest), settings)
+        initial = None
+        if config.train.kl_coef and not config.policy.lora_rank:
+            _reference_is_named(config)
+            initial = initial_policy(config) if newest or sharded else policy
+        reference = make_reference(policy, config, initial)
+        prepare_policy(policy, config)
+        forward = shard_policy(policy, config.parallel, ranks, pick_device(config.policy)) if sharded else None
+    with timer.phase("servers"):
+        engine = make_engine(config, policy, run_dir, asked, partial(console.print, highlight=False))
+        engine = SharedRollouts(engine, ranks, policy.whole_weights) if sharded else engine
+    try:
+        return Trainer(
+            config,
+            policy,
+            engine,
+            networks,
+            curriculum,
+            timer,
+            ranks=ranks,
+            forward=forward,
+            reference=reference,
+            faults=run_dir / FAULTS,
+        )
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _restore(trainer: Trainer, itself: Mapping[str, Any], newest: Path, console: Console) -> None:
+    """Take over the rest of a checkpoint, and say what is no longer as it was."""
+    state = load_training_state(newest, trainer.policy, trainer.optimizer)
+    for line in changes(state["identity"], itself):
+        _warn(console, f"changed since {newest.name}: {line}")
+    trainer.load_state_dict(state)
+    restore_random_state(state["random"])
+    console.print(f"resuming after step {trainer.curriculum.step} of {trainer.curriculum.total_steps}", highlight=False)
+
+
+def _warn(console: Console, line: str) -> None:
+    console.print(line, style="yellow", highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the loop works with."""
+
+    trainer: Trainer
+    examiner: Examiner
+    checkpoints: Checkpoints
+    log: MetricsLog
+    identity: Mapping[str, Any]
+    run_dir: Path
+    out: Path
+    """Where this rank's logs and answers go."""
+    console: Console
+
+
+def _train_loop(job: _Job) -> None:
+    trainer, config, curriculum = job.trainer, job.trainer.config, job.trainer.curriculum
     first_rl = sum(stage.steps for stage in _leading_sft(config))
-    with _stop_request() as stop, _progress(console) as bar:
+    accuracy: list[float] = []
+    with stop_request() as stop, progress_bar(job.console) as bar:
         task = bar.add_task("train", total=curriculum.total_steps, completed=curriculum.step)
         while curriculum.step < curriculum.total_steps:
             if curriculum.step == first_rl and config.eval.before:
                 with trainer.timer.phase("evaluate"):
-                    examiner.examine(trainer.policy, "before", run_dir / EVALUATION, bar)
+                    _examine(trainer, job.examiner, "before", job.out, bar)
             row = trainer.train_step()
-            log.append(row | {"seconds": trainer.timer.end_step()})
-            bar.update(task, completed=curriculum.step, description=_describe(row))
-            stage_ends = curriculum.position(curriculum.step).step_in_stage == 0
-            due = curriculum.step % config.train.checkpoint_every == 0 or stage_ends
-            if due or stop.requested or curriculum.step == curriculum.total_steps:
-                with trainer.timer.phase("checkpoint"):
-                    save_checkpoint(
-                        run_dir / CHECKPOINTS,
-                        curriculum.step,
-                        trainer.policy,
-                        trainer.optimizer,
-                        trainer.state_dict(),
-                        config.train.keep_checkpoints,
-                    )
-            if stop.requested:
-                raise KeyboardInterrupt(
-                    f"saved after step {curriculum.step}; go on with: rewardmap train --resume {run_dir}"
-                )
+            accuracy += [row["accuracy"]] if "accuracy" in row else []
+            seconds = trainer.timer.end_step()
+            job.log.append(row | {"seconds": seconds, "speed": _speed(trainer, row, seconds)})
+            bar.update(task, completed=curriculum.step, total=curriculum.total_steps, description=_describe(row))
+            signal = trainer.ranks.most(stop.number)  # what one rank is asked all do
+            due = curriculum.step % config.train.checkpoint_every == 0 or curriculum.stage_ended
+            with trainer.timer.phase("checkpoint"):
+                job.checkpoints.check()
+                if due or signal or curriculum.step == curriculum.total_steps:
+                    _save(job, row["stage"], accuracy)
+                    accuracy.clear()
+                if signal:
+                    job.checkpoints.wait()
+                    go_on = f"go on with: rewardmap train --resume {job.run_dir}"
+                    raise Stopped(f"saved after step {curriculum.step}; {go_on}", signal)
 
 
-def _close(trainer: Trainer, examiner: _Examiner, run_dir: Path) -> None:
+def _speed(trainer: Trainer, row: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, float]:
+    config = trainer.config
+    computes_in = getattr(torch, config.parallel.compute_dtype or config.policy.dtype)
+    return speed(
+        seconds,
+        packed_tokens=row["packed_tokens"],
+        logical_tokens=row["logical_tokens"],
+        slots=row["micro_batches"] * config.train.max_tokens_per_micro_batch,
+        flop=row["train_flop"],
+        peak_flops=device_peak_flops(computes_in),
+    )
+
+
+def _save(job: _Job, stage: str, accuracy: Sequence[float]) -> None:
+    score = sum(accuracy) / len(accuracy) if accuracy else None
+    state = {"stage": stage, "score": score, "identity": job.identity, "random": random_state()}
+    trainer = job.trainer
+    job.checkpoints.save(trainer.curriculum.step, trainer.policy, trainer.optimizer, trainer.state_dict() | state)
+
+
+def _close(trainer: Trainer, examiner: Examiner, run_dir: Path) -> None:
     """Evaluate the trained policy and write everything a person looks at."""
     config = trainer.config
     with trainer.timer.phase("evaluate"):
-        after = examiner.examine(trainer.policy, "after", run_dir / EVALUATION)
-        text_only = examiner.examine_text_only(trainer.policy, run_dir / EVALUATION)
-    before = _answers_before(run_dir, after)
+        after = _examine(trainer, examiner, "after", run_dir)
+        text_only = examiner.examine_text_only(trainer.engine, _weights(trainer), run_dir / EVALUATION)
+    if not trainer.ranks.is_first:
+        return
+    before = answers_before(run_dir, after)
     rows = read_metrics(run_dir)
     with trainer.timer.phase("report"):
         named = {"before": before, "after": after, "text_only": text_only}
         draw_curves(rows, {name: result for name, result in named.items() if result}, run_dir / "curves.png")
+        draw_curriculum(rows, run_dir / "curriculum.png")
         if config.eval.samples:
             draw_samples(after, examiner.problems, run_dir / "samples", config.eval.samples, before)
     phases = _total_phases(rows, trainer.timer.totals)
     sampled = sum(row.get("rollout_tokens", 0) for row in rows)
-    write_report(
+    report = write_report(
         run_dir,
         after=after,
         before=before,
         text_only=text_only,
-        prior=examiner.prior(),
+        prior=examiner.prior,
         seconds=sum(phases.values()),
         tokens_per_second=sampled / phases["rollout"] if sampled else None,
         phases=phases,
@@ -203,16 +309,24 @@ def _close(trainer: Trainer, examiner: _Examiner, run_dir: Path) -> None:
         steps=trainer.version,
         console=examiner.console,
     )
+    examiner.write_page(
+        run_dir,
+        f"rewardmap: {run_dir.name}",
+        report,
+        after,
+        before,
+        text_only,
+        {"Training, and held-out accuracy": "curves.png", "What was trained when": "curriculum.png"},
+    )
 
 
-def _answers_before(run_dir: Path, after: Evaluation) -> Evaluation | None:
-    """The warm start's answers, if there are any to the same questions."""
-    path = run_dir / EVALUATION / "before.jsonl"
-    if not path.is_file():
-        return None
-    before = Evaluation.from_jsonl(path)
-    same = [record.uid for record in before.records] == [record.uid for record in after.records]
-    return before if same else None
+def _examine(trainer: Trainer, examiner: Examiner, name: str, run_dir: Path, bar: Progress | None = None) -> Evaluation:
+    return examiner.examine(trainer.engine, _weights(trainer), name, run_dir / EVALUATION, bar)
+
+
+def _weights(trainer: Trainer) -> str:
+    """What identifies the weights within a run."""
+    return f"step {trainer.version}"
 
 
 def _total_phases(rows: Sequence[Mapping[str, Mapping[str, float]]], now: Mapping[str, float]) -> dict[str, float]:
@@ -224,62 +338,24 @@ def _total_phases(rows: Sequence[Mapping[str, Mapping[str, float]]], now: Mappin
     return {**now, **{phase: max(seconds, now.get(phase, 0.0)) for phase, seconds in logged.items()}}
 
 
-@dataclass
-class _Examiner:
-    """Greedy evaluation of a policy on the held-out problems."""
-
-    config: Config
-    problems: Sequence[Problem]
-    seen: Sequence[Problem]
-    """Problems that the text-only prior is fitted on."""
-    networks: Mapping[str, MetroData]
-    console: Console
-
-    @property
-    def rubric(self) -> Rubric:
-        return Rubric(mode=self.config.reward.mode)
-
-    def prior(self) -> TextPrior:
-        """What the best answers that ignore the picture score."""
-        return text_prior(self.seen, self.problems, self.networks, self.rubric)
-
-    def examine_text_only(self, policy: Policy, out: Path) -> Evaluation | None:
-        """Every question with another map's picture; None where the configuration or a lone map rules it out."""
-        if not self.config.eval.text_only or len({problem.network_id for problem in self.problems}) < 2:
-            return None
-        swapped = replace(self, problems=swap_maps(self.problems, self.config.train.seed))
-        return swapped.examine(policy, "text_only", out)
-
-    def examine(self, policy: Policy, name: str, out: Path, bar: Progress | None = None) -> Evaluation:
-        """Answer every held-out problem and write ``out/name.jsonl``."""
-        rollout, problems = self.config.rollout, self.problems
-        sampling = SamplingParams(temperature=0.0, max_new_tokens=rollout.max_new_tokens)
-        engine = LocalEngine(policy, rollout.batch_sequences)
-        own = bar is None
-        bar = bar or _progress(self.console)
-        if own:
-            bar.start()
-        task = bar.add_task(f"evaluate: {name}", total=len(problems))
-        try:
-            result = evaluate(
-                engine,
-                problems,
-                self.networks,
-                self.rubric,
-                sampling,
-                lambda done, _: bar.update(task, completed=done),
-            )
-        finally:
-            if own:
-                bar.stop()
-        result.to_jsonl(out / f"{name}.jsonl")
-        return result
+@contextmanager
+def _own_folder(run_dir: Path, ranks: Ranks) -> Iterator[Path]:
+    """Where this rank writes logs and answers: the run folder, or a passing copy of what is read back from it."""
+    if ranks.is_first:
+        ranks.wait()
+        yield run_dir
+        return
+    with TemporaryDirectory(prefix="rewardmap-") as folder:
+        if (run_dir / EVALUATION).is_dir():
+            shutil.copytree(run_dir / EVALUATION, Path(folder) / EVALUATION)
+        ranks.wait()
+        yield Path(folder)
 
 
-def _prepare_data(config: Config, run_dir: Path, console: Console) -> Path:
-    folder = _data_folder(config, run_dir)
+def _prepare_data(config: Config, run_dir: Path, console: Console) -> None:
+    folder = data_folder(config, run_dir)
     if config.data.path is None and not folder.exists():
-        with _progress(console) as bar:
+        with progress_bar(console) as bar:
             task = bar.add_task("draw maps", total=config.data.train_maps + config.data.test_maps)
             write_dataset(
                 folder,
@@ -291,18 +367,6 @@ def _prepare_data(config: Config, run_dir: Path, console: Console) -> Path:
                 seed=config.data.seed,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
-    return folder
-
-
-def _data_folder(config: Config, run_dir: Path) -> Path:
-    if config.data.path is None:
-        return run_dir / "data"
-    folder = Path(config.data.path)
-    if not folder.is_dir():
-        raise DataError(
-            f"data.path='{folder}': no such folder; give a ReasonMap-Train folder, or leave it out to generate one"
-        )
-    return folder
 
 
 def _leading_sft(config: Config) -> list[StageConfig]:
@@ -314,57 +378,30 @@ def _leading_sft(config: Config) -> list[StageConfig]:
     return stages
 
 
-def _initial_policy(config: Config) -> Policy:
+def initial_policy(config: Config, settings: PolicyConfig | None = None) -> Policy:
     """The policy before the first step: named weights, the shipped warm start, or a new tiny model."""
     sources = [stage.checkpoint for stage in config.train.stages if stage.checkpoint is not None]
     if len(sources) > 1 or (sources and config.train.stages[0].checkpoint is None):
         raise ConfigError("only the first stage may name a checkpoint")
+    settings = settings or config.policy
     if sources:
-        return load_policy(tiny.WARM_START if sources[0] == "shipped" else sources[0], config.policy)
+        return load_policy(tiny.WARM_START if sources[0] == "shipped" else sources[0], settings)
     if config.policy.model == "tiny":
         return tiny.build_tiny(config.train.seed, config.policy.freeze_vision)
-    return load_policy(config.policy.model, config.policy)
+    return load_policy(config.policy.model, settings)
 
 
-def _first(problems: Sequence[Problem], count: int) -> Sequence[Problem]:
-    return problems[:count] if count else problems
+def _reference_is_named(config: Config) -> None:
+    """Raises ConfigError where the KL term's reference would be weights that this run makes."""
+    made = [stage.name for stage in config.train.stages if stage.kind == "sft" and stage.steps]
+    if made:
+        raise ConfigError(
+            f"train.kl_coef keeps the policy near the weights the run begins with, but stage '{made[0]}' trains them "
+            "first; run that stage alone and name its checkpoint as policy.model"
+        )
 
 
 def _describe(row: Mapping[str, object]) -> str:
     if "reward" in row:
         return f"{row['stage']}: reward {row['reward']:.2f}, right {row['accuracy']:.0%}"
     return f"{row['stage']}: loss {row['loss']:.3f}"
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<48}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
-@dataclass
-class _StopRequest:
-    requested: bool = False
-
-
-@contextmanager
-def _stop_request() -> Iterator[_StopRequest]:
-    """Ctrl-C and SIGTERM ask for a stop after the step in progress; a second one stops at once."""
-    stop = _StopRequest()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from rewardmap.policy import Policy
+from rewardmap.train.balance import CostModel
 from rewardmap.train.forest import Answers, PackedForest, pack_forest
-from rewardmap.train.forward import response_hidden
+from rewardmap.train.forward import Vision, response_hidden
+from rewardmap.train.parallel import Forward, each_micro_batch
+from rewardmap.train.ranks import ALONE, Ranks
 from rewardmap.types import Problem
 from rewardmap_kernels import PolicyObjective, linear_policy_loss
 
@@ -22,24 +26,41 @@ def gold_answers(policy: Policy, problem: Problem, text: str, number: int) -> An
     return Answers(policy.encode(problem), problem.image, ((*tokens, policy.stop_token_ids[0]),), (number,))
 
 
-def supervised_backward(policy: Policy, batch: Sequence[Answers], max_tokens: int) -> tuple[float, list[PackedForest]]:
-    """Accumulate the gradient of the mean negative log-likelihood over answer tokens.
+def supervised_backward(
+    policy: Policy,
+    batch: Sequence[Answers],
+    max_tokens: int,
+    *,
+    ranks: Ranks = ALONE,
+    forward: Forward | None = None,
+    cost: CostModel | None = None,
+) -> tuple[float, list[PackedForest]]:
+    """Accumulate the gradient of the mean negative log-likelihood over answer tokens; ranks share the work.
+
+    Args:
+        batch: the same on every rank.
+        forward: of a sharded policy; None: the policy is whole.
 
     Returns:
-        The loss in nats per token, and the packed micro-batches.
+        The loss in nats per token over all ranks, and this rank's micro-batches.
     """
-    forests = pack_forest(batch, max_tokens)
-    tokens = sum(len(forest.target) for forest in forests)
+    forward = forward or partial(response_hidden, policy)
+    forests = pack_forest(batch, max_tokens, ranks=ranks.size, rank=ranks.rank, cost=cost)
+    tokens = sum(len(response) for answers in batch for response in answers.responses)
+    vision = Vision(policy, forests, together=ranks.size > 1)
     loss = 0.0
-    for forest in forests:
+    for forest in each_micro_batch(policy, forests):
+        mask = forest.loss_mask.to(policy.device)
         out = linear_policy_loss(
-            response_hidden(policy, forest),
+            forward(forest, vision),
             policy.model.lm_head.weight,
             forest.target.to(policy.device),
             advantages=torch.ones(len(forest.target), device=policy.device),
             normalizer=float(tokens),
             objective=_LIKELIHOOD,
+            loss_mask=mask,
         )
         out.loss.backward()
-        loss -= float(out.logprobs.sum()) / tokens
-    return loss, forests
+        loss -= float((out.logprobs * mask).sum()) / tokens
+    vision.backward()
+    return ranks.sum({"loss": loss})["loss"], forests

@@ -1,29 +1,38 @@
 """The training step: a list of verbs.
 
 sample -> generate -> score -> advantage -> pack -> forward -> loss -> backward -> clip and step -> push weights.
+Under several ranks every rank makes the same step; they differ in what they sample and in the micro-batches they take.
 """
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rewardmap.config import Config, StageConfig
+from rewardmap.config import Config, ConfigError, StageConfig, stage_reward
 from rewardmap.curriculum import Curriculum
 from rewardmap.policy import Policy
 from rewardmap.profiling import PhaseTimer
-from rewardmap.rewards.rubric import RewardBatch, Rubric
+from rewardmap.rewards import Networks, RewardBatch, Rubric
 from rewardmap.rollout.engine import RolloutEngine
+from rewardmap.train.balance import CostModel
+from rewardmap.train.faults import Guard, dump_batch
 from rewardmap.train.forest import Answers, PackedForest, pack_forest
-from rewardmap.train.forward import response_hidden
+from rewardmap.train.forward import Vision, response_hidden
+from rewardmap.train.parallel import Forward, each_micro_batch, whole
+from rewardmap.train.ranks import ALONE, Ranks
+from rewardmap.train.reference import Reference
+from rewardmap.train.sound import fault_of
 from rewardmap.train.supervised import gold_answers, supervised_backward
 from rewardmap.transit.questions import gold_response
-from rewardmap.types import MetroData, Problem, RolloutGroup, SamplingParams
+from rewardmap.types import LEVELS, DataError, Problem, RolloutGroup, SamplingParams
 from rewardmap_kernels import (
     GroupAdvantage,
     PolicyObjective,
@@ -33,10 +42,8 @@ from rewardmap_kernels import (
 )
 
 Tensor = torch.Tensor
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not a number: training on would destroy the weights."""
+_BASELINES = {"group": "mean", "batch": "batch_mean", "greedy": "none"}
+"""``train.advantage_baseline`` in the words of ``group_advantage``; greedy rewards are subtracted before."""
 
 
 @dataclass
@@ -46,10 +53,17 @@ class Trainer:
     config: Config
     policy: Policy
     engine: RolloutEngine
-    rubric: Rubric
-    networks: Mapping[str, MetroData]
+    networks: Mapping[str, Networks]
+    """By reward mode, what its answers are scored on."""
     curriculum: Curriculum
     timer: PhaseTimer = field(default_factory=PhaseTimer)
+    ranks: Ranks = ALONE
+    forward: Forward | None = None
+    """Of a sharded policy; None: the policy is whole."""
+    reference: Reference | None = None
+    """Of the KL term; needed where ``train.kl_coef`` is not 0."""
+    faults: Path | None = None
+    """Where the batches of refused updates are written; None: nowhere."""
     version: int = 0
     """Optimizer steps taken: the policy version of the current weights."""
     optimizer: torch.optim.Optimizer = field(init=False)
@@ -61,7 +75,21 @@ class Trainer:
             clip_eps_low=train.clip_eps_low,
             clip_eps_high=train.clip_eps_high,
             entropy_coef=train.entropy_coef,
+            kl_coef=train.kl_coef,
+            kl_estimator=train.kl_estimator,
+            importance_correction=self.config.rollout.importance_correction,
+            importance_max=self.config.rollout.importance_max,
         )
+        if train.kl_coef and self.reference is None:
+            raise ConfigError(f"train.kl_coef={train.kl_coef} needs a reference policy; see train/reference.py")
+        self.guard = Guard(self.config.guard)
+        self._forward: Forward = self.forward or partial(response_hidden, self.policy)
+        self._cost = CostModel.of(
+            self.policy.model.config,
+            freeze_vision=self.policy.freeze_vision,
+            checkpointing=self.config.parallel.activation_checkpointing,
+        )
+        self._rubrics = {stage: stage_rubric(self.config, stage) for stage in self.curriculum.stages}
         trainable = [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
             trainable, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay, fused=True
@@ -70,31 +98,38 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One step of the curriculum. Returns its metrics, JSON values.
 
+        An update that the guard refuses leaves the weights as they were; the row then says why under ``refused``.
+
         Raises:
-            NonFiniteError: the loss or the gradient is not finite; the weights are those of before.
+            RefusedUpdatesError: too many updates in a row were refused.
         """
         stage, problems = self.curriculum.sample()
         step = self.supervised_step if stage.kind == "sft" else self.policy_step
-        return {"step": self.curriculum.step, "stage": stage.name} | step(stage, problems)
+        asked = {"asked": dict(Counter(problem.kind for problem in problems))}
+        return {"step": self.curriculum.step, "stage": stage.name} | asked | step(stage, problems)
 
     def policy_step(self, stage: StageConfig, problems: Sequence[Problem]) -> dict[str, Any]:
         """Group-relative policy optimisation on fresh answers (arXiv 2402.03300), on-policy: the ratio is 1."""
         with self.timer.phase("rollout"):
-            groups = self.engine.generate(problems, self.config.rollout.group_size, self._sampling())
+            size = stage.group_size or self.config.rollout.group_size
+            self.policy.prefetch(problems)
+            groups, bad = self._sound(self.engine.generate(problems, size, self._sampling()))
+            problems = [group.problem for group in groups]
+            greedy = self._greedy(problems)
         with self.timer.phase("reward"):
-            rewards = self._score(groups)
-            advantage = self._advantage(groups, rewards)
+            rewards = self._score(stage, groups)
+            baseline = self._score(stage, greedy).score.repeat(size) if greedy else None
+            advantage = self._advantage(groups, rewards, baseline)
+            self.curriculum.update(stage, problems, rewards.correct.reshape(-1, size).mean(1).tolist())
         with self.timer.phase("train"):
-            forests = self._pack(groups, advantage.degenerate.tolist())
-            loss, metrics = self._backward(forests, advantage.advantages, groups)
-            grad_norm = self._update(stage)
-        self.engine.update_weights(self.version)
-        return (
-            _step_metrics(groups, rewards, advantage)
-            | _sums(forests)
-            | metrics
-            | {"loss": loss, "grad_norm": grad_norm}
-        )
+            forests = self._pack(groups, advantage)
+            metrics = self._backward(forests, advantage.advantages, groups)
+            metrics |= self._update(stage, metrics["loss"], metrics["rollout_kl"])
+        if "refused" in metrics:
+            self._refuse(problems, groups, metrics | {"rewards": rewards.score.tolist()})
+        left_out: dict[str, Any] = {"bad_groups": bad} if bad else {}
+        row = _step_metrics(groups, rewards, advantage) | self._sums(forests) | metrics | left_out
+        return row | self._stage_metrics(stage) | self._sync()
 
     def supervised_step(self, stage: StageConfig, problems: Sequence[Problem]) -> dict[str, Any]:
         """Maximum likelihood of the ideal answers, mean over tokens."""
@@ -103,36 +138,80 @@ class Trainer:
                 gold_answers(self.policy, problem, gold_response(problem), number)
                 for number, problem in enumerate(problems)
             ]
-            loss, forests = supervised_backward(self.policy, batch, self.config.train.max_tokens_per_micro_batch)
-            grad_norm = self._update(stage)
-        self.engine.update_weights(self.version)
-        return _sums(forests) | {"loss": loss, "grad_norm": grad_norm}
+            loss, forests = supervised_backward(
+                self.policy,
+                batch,
+                self.config.train.max_tokens_per_micro_batch,
+                ranks=self.ranks,
+                forward=self._forward,
+                cost=self._cost,
+            )
+            metrics = {"loss": loss} | self._update(stage, loss, kl=0.0)
+        if "refused" in metrics:
+            self._refuse(problems, (), metrics)
+        return self._sums(forests) | metrics | {"learning_rate": self._rate(stage)} | self._sync()
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values: everything of the loop but weights and optimizer."""
-        return {"version": self.version, "curriculum": self.curriculum.state_dict()}
+        return {
+            "version": self.version,
+            "curriculum": self.curriculum.state_dict(),
+            "refused": [self.guard.streak, self.guard.refused],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.version = state["version"]
         self.curriculum.load_state_dict(state["curriculum"])
+        self.guard.streak, self.guard.refused = state["refused"]
         self.engine.update_weights(self.version)
+
+    def _sound(self, groups: Sequence[RolloutGroup]) -> tuple[list[RolloutGroup], list[str]]:
+        """Groups that can be trained on, and what is wrong with the others.
+
+        Raises:
+            DataError: any is wrong and ``train.on_bad_group`` is ``raise``, or all are.
+        """
+        limit = self.config.train.max_tokens_per_micro_batch
+        faults = [fault_of(group, self.policy, limit) for group in groups]
+        bad = [fault for fault in faults if fault is not None]
+        if bad and (self.config.train.on_bad_group == "raise" or len(bad) == len(groups)):
+            raise DataError(f"{bad[0]} (train.on_bad_group='skip' leaves such groups out and counts them)")
+        return [group for group, fault in zip(groups, faults, strict=True) if fault is None], bad
+
+    def _sync(self) -> dict[str, float]:
+        """The new weights to the engine; what it has to tell about that."""
+        with self.timer.phase("sync"):
+            self.engine.update_weights(self.version)
+        return self.engine.metrics()
 
     def _sampling(self) -> SamplingParams:
         rollout = self.config.rollout
         seed = int(np.random.SeedSequence([self.config.train.seed, self.curriculum.step]).generate_state(1)[0])
         return SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, seed)
 
-    def _score(self, groups: Sequence[RolloutGroup]) -> RewardBatch:
-        problems = [group.problem for group in groups for _ in group.rollouts]
-        return self.rubric.score(problems, [r.text for group in groups for r in group.rollouts], self.networks)
+    def _greedy(self, problems: Sequence[Problem]) -> list[RolloutGroup]:
+        """One greedy answer to each problem where the baseline asks for it (ReMax, arXiv 2310.10505), else none."""
+        if self.config.train.advantage_baseline != "greedy":
+            return []
+        return self.engine.generate(problems, 1, replace(self._sampling(), temperature=0.0))
 
-    def _advantage(self, groups: Sequence[RolloutGroup], rewards: RewardBatch) -> GroupAdvantage:
+    def _score(self, stage: StageConfig, groups: Sequence[RolloutGroup]) -> RewardBatch:
+        problems = [group.problem for group in groups for _ in group.rollouts]
+        texts = [rollout.text for group in groups for rollout in group.rollouts]
+        rubric = self._rubrics[stage]
+        return rubric.score(problems, texts, self.networks[rubric.mode])
+
+    def _advantage(
+        self, groups: Sequence[RolloutGroup], rewards: RewardBatch, baseline: np.ndarray | None
+    ) -> GroupAdvantage:
         """Advantages [B] of B answers in groups; the difficulty weight multiplies them where the rubric says so."""
         offsets = np.cumsum([0, *(len(group.rollouts) for group in groups)])
+        scores = rewards.score if baseline is None else rewards.score - baseline
         advantage = group_advantage(
-            torch.from_numpy(rewards.score).float(),
+            torch.from_numpy(scores).float(),
             torch.from_numpy(offsets),
             scale=self.config.train.advantage_scale,
+            baseline=_BASELINES[self.config.train.advantage_baseline],
             weights=torch.from_numpy(rewards.advantage_weight).float(),
         )
         control = self.config.train.advantage_control
@@ -148,31 +227,49 @@ class Trainer:
             )
         return advantage
 
-    def _pack(self, groups: Sequence[RolloutGroup], degenerate: Sequence[bool]) -> list[PackedForest]:
+    def _pack(self, groups: Sequence[RolloutGroup], advantage: GroupAdvantage) -> list[PackedForest]:
+        train = self.config.train
+        # With other terms, or against another baseline than its own mean, a group of equal rewards still teaches.
+        others = train.entropy_coef or train.kl_coef or train.advantage_baseline != "group"
+        may_skip = train.skip_equal_groups and not others
         batch, first = [], 0
-        for group, equal in zip(groups, degenerate, strict=True):
+        for group, equal in zip(groups, advantage.degenerate.tolist(), strict=True):
             numbers = tuple(range(first, first + len(group.rollouts)))
             first += len(group.rollouts)
-            if equal and self.config.train.skip_equal_groups and not self.config.train.entropy_coef:
+            if equal and may_skip:
                 continue
             responses = tuple(rollout.token_ids for rollout in group.rollouts)
             logprobs = tuple(rollout.rollout_logprobs for rollout in group.rollouts)
             problem = group.problem
             batch.append(Answers(self.policy.encode(problem), problem.image, responses, numbers, logprobs))
-        return pack_forest(batch, self.config.train.max_tokens_per_micro_batch)
+        return pack_forest(
+            batch,
+            train.max_tokens_per_micro_batch,
+            ranks=self.ranks.size,
+            rank=self.ranks.rank,
+            cost=self._cost,
+        )
 
     def _backward(
         self, forests: Sequence[PackedForest], advantages: Tensor, groups: Sequence[RolloutGroup]
-    ) -> tuple[float, dict[str, float]]:
-        """Accumulate gradients. Denominators count every answer of the step, also those of skipped groups."""
+    ) -> dict[str, float]:
+        """Accumulate gradients. Denominators count every answer of the step, also those of skipped groups.
+
+        Returns:
+            The step's loss, and means over the trained rows of all ranks.
+        """
         device = self.policy.device
         lengths = torch.tensor([len(rollout.token_ids) for group in groups for rollout in group.rollouts])
-        rows = int(sum(len(forest.target) for forest in forests))
-        totals = {"loss": 0.0, "entropy": 0.0, "rollout_drift": 0.0}
-        for forest in forests:
+        totals = dict.fromkeys(("loss", "rows", "entropy", "rollout_drift", "rollout_kl"), 0.0)
+        totals |= {} if self.reference is None else {"reference_kl": 0.0}
+        vision = Vision(self.policy, forests, together=self.ranks.size > 1)
+        for forest in each_micro_batch(self.policy, forests):
             weights = _row_normalizer(self.objective, forest.sequence, lengths, self.config.rollout.max_new_tokens)
+            ref = None
+            if self.reference is not None:
+                ref = self.reference.logprobs(forest, vision, self._forward, self.config.rollout.temperature)
             out = linear_policy_loss(
-                response_hidden(self.policy, forest),
+                self._forward(forest, vision),
                 self.policy.model.lm_head.weight,
                 forest.target.to(device),
                 advantages=advantages[forest.sequence].to(device),
@@ -181,35 +278,89 @@ class Trainer:
                 sequence=forest.sequence.to(device),
                 num_sequences=len(lengths),
                 temperature=self.config.rollout.temperature,
+                loss_mask=forest.loss_mask.to(device),
+                ref_logprobs=ref,
+                rollout_logprobs=None if forest.rollout_logprobs is None else forest.rollout_logprobs.to(device),
             )
             out.loss.backward()
+            trained = forest.loss_mask > 0
+            if ref is not None:
+                off = (ref.double() - out.logprobs.double()).cpu()[trained]
+                totals["reference_kl"] += float((off.expm1() - off).sum())
             totals["loss"] += float(out.loss.detach())
-            totals["entropy"] += float(out.entropy.sum()) / rows
+            totals["rows"] += int(trained.sum())
+            totals["entropy"] += float(out.entropy.cpu()[trained].sum())
             if forest.rollout_logprobs is not None:
-                drift = (out.logprobs.cpu() - forest.rollout_logprobs).abs().sum()
-                totals["rollout_drift"] += float(drift) / rows
-        return totals.pop("loss"), totals
+                off = (out.logprobs.double().cpu() - forest.rollout_logprobs.double())[trained]
+                totals["rollout_drift"] += float(off.abs().sum())
+                # k3, the sampling policy against this one (joschu.net/blog/kl-approx.html)
+                totals["rollout_kl"] += float((off.expm1() - off).sum())
+        vision.backward()
+        totals = self.ranks.sum(totals)
+        loss, rows = totals.pop("loss"), totals.pop("rows")
+        return {"loss": loss} | {name: value / max(rows, 1) for name, value in totals.items()}
 
-    def _update(self, stage: StageConfig) -> float:
-        """Clip, step, count. Returns the gradient norm before clipping."""
+    def _update(self, stage: StageConfig, loss: float, kl: float) -> dict[str, Any]:
+        """Clip, step, count, unless the guard refuses. Returns the gradient norm before clipping."""
         train = self.config.train
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm))
-        if not math.isfinite(norm):
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)))
+        refused = self.guard.check(loss, norm, kl)
+        if refused:
             self.optimizer.zero_grad()
-            raise NonFiniteError(
-                f"step {self.curriculum.step}: the gradient norm is {norm}; lower train.learning_rate and resume"
-            )
-        rate = train.learning_rate if stage.learning_rate is None else stage.learning_rate
-        warmup = min(1.0, (self.version + 1) / max(1, train.warmup_steps))
+            return {"grad_norm": norm, "refused": refused}
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * warmup
+            group["lr"] = self._rate(stage) * min(1.0, (self.version + 1) / max(1, train.warmup_steps))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if not self.policy.freeze_vision:
-            self.policy.forget_features()
         self.version += 1
-        return norm
+        return {"grad_norm": norm}
+
+    def _refuse(self, problems: Sequence[Problem], groups: Sequence[RolloutGroup], numbers: dict[str, Any]) -> None:
+        if self.faults is not None and self.ranks.is_first:
+            dump_batch(self.faults, self.curriculum.step, problems, groups, numbers)
+        self.guard.stop_after_streak(self.curriculum.step, numbers["refused"])
+
+    def _sums(self, forests: Sequence[PackedForest]) -> dict[str, Any]:
+        """What the step's micro-batches hold, over all ranks, and each rank's arithmetic."""
+        real = [forest for forest in forests if forest.logical_tokens]
+        sums = {
+            "packed_tokens": sum(len(forest.input_ids) for forest in real),
+            "logical_tokens": sum(forest.logical_tokens for forest in real),
+            "micro_batches": len(forests),
+        }
+        flop = sum(self._cost.flop(len(forest.input_ids), forest.pairs, len(forest.target)) for forest in real)
+        counts = {name: int(count) for name, count in self.ranks.sum(sums).items()}
+        return counts | {"train_flop": self.ranks.gather(flop)}
+
+    def _rate(self, stage: StageConfig) -> float:
+        return self.config.train.learning_rate if stage.learning_rate is None else stage.learning_rate
+
+    def _stage_metrics(self, stage: StageConfig) -> dict[str, Any]:
+        """What the stage sets, and where its gate and its pools stand."""
+        row: dict[str, Any] = {
+            "reward_mode": self._rubrics[stage].mode,
+            "group_size": stage.group_size or self.config.rollout.group_size,
+            "learning_rate": self._rate(stage),
+        }
+        if stage.advance_at is not None:
+            row |= {"gate": self.curriculum.success, "advance_at": stage.advance_at}
+        return row | ({"pools": self.curriculum.pool_shares} if stage.pools == "adaptive" else {})
+
+
+def stage_rubric(config: Config, stage: StageConfig) -> Rubric:
+    """The rubric inside a stage. Raises ConfigError for values that do not go together."""
+    reward = stage_reward(config.reward, stage)
+    try:
+        return Rubric(
+            mode=reward.mode,
+            weight_on=reward.weight_on,
+            map_weights=dict(zip(LEVELS, reward.map_weights, strict=True)),
+            transfer_weight=reward.transfer_weight,
+            alpha=reward.alpha,
+        )
+    except ValueError as error:
+        raise ConfigError(f"stage '{stage.name}': {error}") from None
 
 
 def _row_normalizer(objective: PolicyObjective, sequence: Tensor, lengths: Tensor, max_length: int) -> Tensor:
@@ -234,11 +385,4 @@ def _step_metrics(groups: Sequence[RolloutGroup], rewards: RewardBatch, advantag
         "response_length": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
         "truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
         "rollout_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
-    }
-
-
-def _sums(forests: Sequence[PackedForest]) -> dict[str, int]:
-    return {
-        "packed_tokens": sum(len(forest.input_ids) for forest in forests),
-        "logical_tokens": sum(forest.logical_tokens for forest in forests),
     }

@@ -128,7 +128,9 @@ def look(
         for group in optimizer.param_groups:
             group["lr"] = recipe["look_rate"] * min(1, (step + 1) / 20) * (1 - step / steps)
         chosen = rng.integers(len(maps), size=count)
-        features = torch.stack(policy.image_features([maps[index].problems[0].image for index in chosen]))
+        features = torch.stack(
+            [seen.merged for seen in policy.image_features([maps[i].problems[0].image for i in chosen])]
+        )
         said = probe(features)  # [images, cells, letters + 1 + marks]
         letter, mark = letters[chosen], marks[chosen]
         name, rest = said[..., : _LETTERS + 1], said[..., _LETTERS + 1 :]

@@ -1,0 +1,94 @@
+"""The rollout engine that a configuration asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rewardmap.config import Config, ConfigError
+from rewardmap.policy import Policy, load_policy
+from rewardmap.rollout.engine import RolloutEngine
+from rewardmap.rollout.local import LocalEngine
+from rewardmap.types import Problem
+
+SERVERS = "servers"
+"""Folder of a run with the servers' logs, keys and model files."""
+
+
+def make_engine(
+    config: Config, policy: Policy, folder: Path, problems: Sequence[Problem], progress: Callable[[str], None]
+) -> RolloutEngine:
+    """The engine of ``config.rollout``; its servers, if any, are running, hold the policy's weights and fit it.
+
+    Args:
+        folder: of the run.
+        problems: all that will be asked; each must fit into the servers' context.
+        progress: told what is going on while servers start.
+
+    Raises:
+        ConfigError: aiohttp is not installed, or a server does not fit.
+        RolloutError: servers that cannot be reached or started.
+    """
+    if config.rollout.engine == "local":
+        return LocalEngine(policy, config.rollout.batch_sequences)
+    need_client()
+    from rewardmap.train.synced import SyncedEngine
+
+    engine = SyncedEngine(policy, config.rollout.server, folder / SERVERS, progress)
+    try:
+        engine.check(problems, config.rollout.max_new_tokens)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def attach(config: Config, url: str, problems: Sequence[Problem]) -> tuple[RolloutEngine, str]:
+    """An engine on a running server, whose weights stay as they are, and what identifies them.
+
+    The tokenizer, the image processor and the configuration are read from ``policy.model`` or, where that is not set,
+    from the folder that the server serves.
+
+    Raises:
+        ConfigError: no such folder here, or a server that does not fit it or its questions.
+        RolloutError: it cannot be reached, or refuses the key.
+    """
+    need_client()
+    from rewardmap.rollout.sglang_client import EventLoop, SGLangClient
+    from rewardmap.rollout.sglang_engine import SGLangEngine
+    from rewardmap.rollout.sglang_server import Keys
+
+    server = replace(config.rollout.server, urls=(url,), router=False)
+    keys = Keys.read(server.keys_file) if server.keys_file else Keys()
+    loop, client = EventLoop(), SGLangClient(url, keys, server.request_timeout_s)
+
+    async def ask() -> dict[str, str]:
+        try:
+            answer: dict[str, str] = await client.call("/model_info", method="GET", admin=False)
+            return answer
+        finally:
+            await client.close()
+
+    try:
+        served = loop.run(ask())
+    finally:
+        loop.close()
+    folder = served["model_path"] if config.policy.model == "tiny" else config.policy.model
+    if config.policy.model == "tiny" and not Path(folder).is_dir():
+        raise ConfigError(f"{url} serves '{folder}', which is not here; name that model with policy.model=FOLDER")
+    engine = SGLangEngine(load_policy(folder, config.policy), server, [], keys)
+    try:
+        engine.check(problems, config.rollout.max_new_tokens)
+    except BaseException:
+        engine.close()
+        raise
+    return engine, f"{url} {served['model_path']} version {served['weight_version']}"
+
+
+def need_client() -> None:
+    """Raises ConfigError where the client's only dependency is missing."""
+    try:
+        import aiohttp  # noqa: F401
+    except ModuleNotFoundError:
+        raise ConfigError("SGLang servers are spoken to with aiohttp: pip install 'rewardmap[sglang]'") from None

@@ -1,0 +1,251 @@
+"""``rewardmap plan``: what a configuration needs per GPU and how long its phases take, before a GPU is asked for.
+
+Weights, gradients and optimizer are counted on a model without memory (the meta device). Activations and times are
+arithmetic on the shapes; nothing in here is fitted to a measurement, and neither has been held to one on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
+
+import torch
+from torch import nn
+
+from rewardmap.config import Config, ConfigError
+from rewardmap.train.balance import CostModel
+from rewardmap.train.parallel import freeze_matching
+from rewardmap_kernels._head import CHUNK_BYTES
+
+MFU, BANDWIDTH_SHARE = 0.4, 0.6
+"""Assumed: shares of a device's arithmetic in training and of its memory bandwidth in decoding."""
+ADAM_STATES = 2
+
+
+@dataclass(frozen=True)
+class Device:
+    """Data-sheet numbers: bytes, dense bf16 FLOP/s, bytes/s."""
+
+    memory: float
+    flops: float
+    bandwidth: float
+
+
+DEVICES = {
+    "H100": Device(80e9, 989.4e12, 3.35e12),
+    "H200": Device(141e9, 989.4e12, 4.8e12),
+    "A100": Device(80e9, 312e12, 2.04e12),
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step is assumed to look like."""
+
+    prompt_tokens: int = 6_000
+    answer_tokens: int = 500
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes per GPU by part, seconds of a step by phase, and what was assumed."""
+
+    memory: dict[str, float]
+    seconds: dict[str, float]
+    computed_tokens_per_second: float
+    """Of the training phase, all GPUs."""
+    logical_tokens_per_second: float
+    assumptions: tuple[str, ...]
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+
+def plan(config: Config, model_config: Any, gpus: int, device: str, work: Workload) -> Plan:
+    """Plan a run on ``gpus`` devices in all.
+
+    Raises:
+        ConfigError: ``parallel.shard`` does not divide the GPUs, or the run does not fit; what would make it fit is
+            named.
+    """
+    if gpus % (config.parallel.shard or gpus):
+        raise ConfigError(f"parallel.shard={config.parallel.shard} does not divide {gpus} GPUs; choose a divisor, or 0")
+    model = build_meta(config, model_config)
+    memory = memory_parts(config, model, gpus)
+    room = DEVICES[device].memory
+    if sum(memory.values()) > room:
+        largest = max(memory, key=lambda part: memory[part])
+        remedies = "; ".join(_remedies(config, model_config, gpus, room)) or "no single change helps: take more GPUs"
+        raise ConfigError(
+            f"needs {sum(memory.values()) / 1e9:.1f} GB per GPU, {device} has {room / 1e9:.0f} GB; most of it "
+            f"{largest} ({memory[largest] / 1e9:.1f} GB). What makes it fit: {remedies}"
+        )
+    return _timed(config, model, memory, gpus, DEVICES[device], work)
+
+
+def shapes_of(config: Config) -> Any:
+    """The transformers configuration of ``policy.model``. Raises ConfigError when there is none."""
+    from transformers import AutoConfig
+
+    if config.policy.model == "tiny":
+        from rewardmap.tiny import build_tiny
+
+        return build_tiny(0, config.policy.freeze_vision).model.config
+    try:
+        return AutoConfig.from_pretrained(config.policy.model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"policy.model='{config.policy.model}': no model configuration there ({error})") from None
+
+
+def table(found: Plan, gpus: int, device: str) -> str:
+    """For people."""
+    lines = [f"per GPU, of {DEVICES[device].memory / 1e9:.0f} GB ({gpus} x {device})"]
+    lines += [f"  {part:<26}{size / 1e9:8.2f} GB" for part, size in found.memory.items() if size]
+    lines += [f"  {'in all':<26}{found.total / 1e9:8.2f} GB", "a step"]
+    lines += [f"  {phase:<26}{seconds:8.2f} s" for phase, seconds in found.seconds.items()]
+    lines += [
+        f"  {'trained tokens, computed':<26}{found.computed_tokens_per_second:8,.0f} /s",
+        f"  {'trained tokens, logical':<26}{found.logical_tokens_per_second:8,.0f} /s",
+        "assumed",
+    ]
+    return "\n".join([*lines, *(f"  {line}" for line in found.assumptions)])
+
+
+def build_meta(config: Config, model_config: Any) -> nn.Module:
+    """The model without memory, with what the configuration freezes frozen."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForImageTextToText.from_config(
+            model_config, dtype=getattr(torch, config.policy.dtype)
+        )
+    if config.policy.freeze_vision:
+        model.model.visual.requires_grad_(False)  # type: ignore[union-attr,operator]
+    freeze_matching(model, config.policy.freeze)
+    return model
+
+
+def memory_parts(config: Config, model: Any, gpus: int) -> dict[str, float]:
+    """Bytes per GPU. A trained model's parts are split over ``parallel.shard`` ranks, rounded up to whole rows."""
+    shard = config.parallel.shard or gpus
+    master = getattr(torch, config.policy.dtype).itemsize
+    compute = getattr(torch, config.parallel.compute_dtype or config.policy.dtype).itemsize
+    text, tower = model.model.language_model, model.model.visual
+    frozen_tower = {id(p) for p in tower.parameters()} if config.policy.freeze_vision else set()
+    split = [p for p in model.parameters() if id(p) not in frozen_tower]
+    trained = [p for p in split if p.requires_grad]
+    resting = 0.0 if config.parallel.offload else 1.0
+    own = sum(_rows(p, shard) for p in trained) * master
+    block = _size(text.layers[0].parameters())
+    inside = {id(p) for module in (text.layers, tower) for p in module.parameters()}
+    ends = _size(p for p in split if id(p) not in inside)
+    parts = {
+        "weights": resting * sum(_rows(p, shard) for p in split) * master,
+        "gradients": resting * own,
+        "optimizer": resting * own * ADAM_STATES,
+        "frozen tower": float(_size(tower.parameters()) * compute) if frozen_tower else 0.0,
+    }
+    if gpus > 1 or compute != master or config.parallel.offload:
+        parts["gathered ends and head"] = float(ends * compute)
+        parts["gathered blocks"] = float(2 * block * compute)
+        parts["whole gradients"] = float((ends + block) * compute + block * master)
+        if not frozen_tower:
+            parts["gathered tower"] = float(_size(tower.parameters()) * compute)
+    return parts | _activations(config, model, compute)
+
+
+def _activations(config: Config, model: Any, compute: int) -> dict[str, float]:
+    """Of one micro-batch at its budget of tokens; its response rows are at most all of them."""
+    text = model.config.text_config
+    tokens, hidden, inner = config.train.max_tokens_per_micro_batch, text.hidden_size, text.intermediate_size
+    keys = hidden // text.num_attention_heads * text.num_key_value_heads
+    # Saved by one block: its input, both norms (in and out, one copy in float32), q k v before and after rotation, the
+    # attention's output, the residual, and gate, up, their activation and product.
+    one = tokens * ((7 * hidden + 4 * keys + 4 * inner) * compute + 2 * hidden * 4)
+    layers = text.num_hidden_layers
+    kept = layers * tokens * hidden * compute + one if config.parallel.activation_checkpointing else layers * one
+    return {
+        "activations": float(kept),
+        "logits of a chunk": float(min(CHUNK_BYTES, tokens * text.vocab_size * 4)),
+        "head gradient in float32": float(text.vocab_size * hidden * 4),
+    }
+
+
+def _timed(config: Config, model: Any, memory: dict[str, float], gpus: int, device: Device, work: Workload) -> Plan:
+    groups, size = config.train.prompts_per_step, config.rollout.group_size
+    answers = groups * size
+    packed = groups * (work.prompt_tokens + size * work.answer_tokens)
+    logical = answers * (work.prompt_tokens + work.answer_tokens)
+    prompt, answer = work.prompt_tokens, work.answer_tokens
+    pairs = groups * (prompt**2 // 2 + size * (prompt * answer + answer**2 // 2))
+    cost = CostModel.of(
+        model.config,
+        freeze_vision=config.policy.freeze_vision,
+        checkpointing=config.parallel.activation_checkpointing,
+    )
+    flop = cost.flop(packed, pairs, answers * answer)
+    patches = prompt * cost.merge
+    flop += groups * (cost.patch * patches + cost.patch_pair * patches**2)
+    train = flop / (gpus * device.flops * MFU)
+    weights = _size(model.parameters()) * 2
+    keys = model.config.text_config
+    cache = 2 * keys.num_hidden_layers * keys.hidden_size // keys.num_attention_heads * keys.num_key_value_heads * 2
+    mine = ceil(answers / gpus)
+    read = weights + cache * (mine * (prompt + answer / 2))
+    prefill = 2 * _size(model.parameters()) * ceil(groups / gpus) * prompt / (device.flops * MFU)
+    decode = answer * read / (device.bandwidth * BANDWIDTH_SHARE)
+    return Plan(
+        memory,
+        {"rollout: prefill": prefill, "rollout: decode": decode, "train": train},
+        packed / train,
+        logical / train,
+        (
+            f"{groups} questions of {prompt:,} tokens with {size} answers of {answer:,}, no picture shared",
+            f"training at {MFU:.0%} of the data sheet's bf16 arithmetic, communication hidden behind it",
+            f"decoding in bf16 at {BANDWIDTH_SHARE:.0%} of the memory bandwidth, all answers of a GPU side by side",
+            "memory beside the parts (context, fragments, NCCL) is not counted: leave a tenth of the GPU",
+            "time and activations are arithmetic, not yet held to a measured run on a GPU",
+        ),
+    )
+
+
+def _remedies(config: Config, model_config: Any, gpus: int, room: float) -> list[str]:
+    """Single changes under which the run fits."""
+    parallel, found = config.parallel, []
+    changes: list[tuple[str, Callable[[], tuple[Config, int]]]] = [
+        (
+            "parallel.activation_checkpointing=true",
+            lambda: (replace(config, parallel=replace(parallel, activation_checkpointing=True)), gpus),
+        ),
+        ("parallel.shard=0", lambda: (replace(config, parallel=replace(parallel, shard=0)), gpus)),
+        ("parallel.offload=true", lambda: (replace(config, parallel=replace(parallel, offload=True)), gpus)),
+        (
+            f"train.max_tokens_per_micro_batch={config.train.max_tokens_per_micro_batch // 2}",
+            lambda: (_half(config), gpus),
+        ),
+        (f"{2 * gpus} GPUs", lambda: (config, 2 * gpus)),
+        (f"{4 * gpus} GPUs", lambda: (config, 4 * gpus)),
+    ]
+    for name, change in changes:
+        other, count = change()
+        if sum(memory_parts(other, build_meta(other, model_config), count).values()) <= room:
+            found.append(name)
+    return found
+
+
+def _half(config: Config) -> Config:
+    budget = config.train.max_tokens_per_micro_batch // 2
+    return replace(config, train=replace(config.train, max_tokens_per_micro_batch=budget))
+
+
+def _size(parameters: Any) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _rows(parameter: nn.Parameter, shard: int) -> int:
+    """Elements of the first rank's shard: FSDP2 splits the first dimension into equal runs of rows."""
+    rows = parameter.shape[0]
+    return ceil(rows / shard) * (parameter.numel() // rows)

@@ -1,0 +1,213 @@
+"""The processes of one job: who this one is, and the few things ranks tell each other. Rank 0 of 1 without torchrun.
+
+Every rank holds the same curriculum, the same answers and the same advantages; they differ in the answers they
+sample and in the micro-batches they train on. Messages are JSON in tensors: no pickle crosses the network.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from rewardmap.rollout.engine import OnGroup, RolloutEngine
+from rewardmap.types import Problem, Rollout, RolloutGroup, SamplingParams
+
+T = TypeVar("T")
+
+
+class FirstRankError(RuntimeError):
+    """Rank 0 could not do what the others wait for; it says why itself."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the job.
+
+    Example:
+        with join_ranks(timeout_seconds=600) as ranks:
+            totals = ranks.sum({"loss": 0.25})
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """The rank that writes files and talks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's run of consecutive items; sizes differ by one at most."""
+        count = len(items)
+        return items[self.rank * count // self.size : (self.rank + 1) * count // self.size]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, in rank order, on every rank. Floats arrive bit for bit."""
+        if self.size == 1:
+            return [value]
+        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(message)]))
+        longest = int(max(lengths))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(message)] = message
+        everyone = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(everyone, padded)
+        return [json.loads(bytes(text[: int(length)].numpy())) for text, length in zip(everyone, lengths, strict=True)]
+
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over ranks by key, in float64; every rank passes the same keys in the same order."""
+        if self.size == 1:
+            return dict(values)
+        total = torch.tensor(list(values.values()), dtype=torch.float64)
+        dist.all_reduce(total)
+        return dict(zip(values, total.tolist(), strict=True))
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank when it is on one."""
+        return bool(self.sum({"flag": float(flag)})["flag"])
+
+    def most(self, number: int) -> int:
+        """The largest over ranks."""
+        return int(max(self.gather(number)))
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self.any(False)
+
+    def first(self, work: Callable[[], T]) -> T:
+        """``work()`` on rank 0 while the others wait; its JSON value on every rank.
+
+        Raises:
+            What ``work`` raises on rank 0, FirstRankError elsewhere.
+        """
+        if self.size == 1:
+            return work()
+        value, error = None, None
+        if self.is_first:
+            try:
+                value = work()
+            except Exception as caught:
+                error = caught
+        value, message = self.gather([value, None if error is None else f"{type(error).__name__}: {error}"])[0]
+        if error is not None:
+            raise error
+        if message is not None:
+            raise FirstRankError(f"stopped with rank 0: {message}")
+        return value  # type: ignore[return-value]
+
+
+ALONE = Ranks()
+
+
+def restarted() -> bool:
+    """Whether torchrun started the job anew after a rank died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def launched() -> bool:
+    """Whether a launcher such as torchrun started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def join_ranks(timeout_seconds: float, alone: bool = False) -> Iterator[Ranks]:
+    """Meet the other processes of the job; leave them when the block ends.
+
+    Without a launcher there is nobody to meet; ``alone`` then makes a process group of this process only, which
+    sharding needs for mixed precision and offload, without opening a port. CPU tensors travel by gloo, CUDA tensors by
+    NCCL; a collective that waits longer than ``timeout_seconds`` raises.
+    """
+    cuda = torch.cuda.is_available()
+    backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_seconds)
+    if launched():
+        ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
+        if cuda:
+            torch.cuda.set_device(ranks.local_rank)
+        dist.init_process_group(backend, timeout=timeout)
+    elif alone:
+        ranks = Ranks()
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        yield Ranks()
+        return
+    try:
+        yield ranks
+    finally:
+        dist.destroy_process_group()
+
+
+class SharedRollouts:
+    """A ``RolloutEngine`` over ranks: each rank samples its share of the problems with an engine of its own, then
+    all ranks hold all groups.
+
+    ``whole_weights``: an engine that calls the trainer's own model does so inside this context, which every rank
+    enters, also with nothing to sample.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        ranks: Ranks,
+        whole_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._engine, self._ranks, self._whole_weights = engine, ranks, whole_weights
+
+    def generate(
+        self,
+        problems: Sequence[Problem],
+        group_size: int,
+        sampling: SamplingParams,
+        on_group: OnGroup | None = None,
+    ) -> list[RolloutGroup]:
+        """As the engine's; every rank passes the same problems and gets the same groups, in the problems' order.
+        ``on_group`` sees them after the last was gathered."""
+        seed = sampling.seed  # rank 0's, so that one rank samples as the engine alone does
+        if not self._ranks.is_first:
+            seed = int(np.random.SeedSequence([seed, self._ranks.rank]).generate_state(1)[0])
+        mine = self._ranks.share(problems)
+        with self._whole_weights():
+            groups = self._engine.generate(mine, group_size, replace(sampling, seed=seed)) if mine else []
+        everyone = [group for share in self._ranks.gather([_to_json(group) for group in groups]) for group in share]
+        result = [_from_json(problem, group) for problem, group in zip(problems, everyone, strict=True)]
+        if on_group is not None:
+            for index, group in enumerate(result):
+                on_group(index, group)
+        return result
+
+    def metrics(self) -> dict[str, float]:
+        """The engine's of this rank."""
+        return self._engine.metrics()
+
+    def update_weights(self, version: int) -> None:
+        self._engine.update_weights(version)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def _to_json(group: RolloutGroup) -> list[Any]:
+    rollouts = [
+        [rollout.token_ids, rollout.rollout_logprobs, rollout.text, rollout.finish_reason, rollout.policy_version]
+        for rollout in group.rollouts
+    ]
+    return [group.prompt_token_ids, rollouts]
+
+
+def _from_json(problem: Problem, group: list[Any]) -> RolloutGroup:
+    prompt, rollouts = group
+    return RolloutGroup(
+        problem,
+        tuple(prompt),
+        tuple(Rollout(tuple(ids), tuple(nats), text, reason, version) for ids, nats, text, reason, version in rollouts),
+    )

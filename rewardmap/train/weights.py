@@ -1,0 +1,102 @@
+"""The trainer's weights as a server wants them: whole, merged, in its dtype, in buckets of bounded size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+Tensor = torch.Tensor
+_RENAMED = {
+    "_orig_mod.": "",  # torch.compile
+    "_checkpoint_wrapped_module.": "",
+    "base_model.model.": "",  # peft
+    ".base_layer.": ".",
+    "model.language_model.": "model.",  # transformers' name in memory: that in published checkpoints
+    "model.visual.": "visual.",
+}
+"""Parts of names in the trainer's memory, and what stands there in a published Qwen checkpoint, whose names every
+version of SGLang loads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One weight in a bucket."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """First byte."""
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    flat: Tensor
+    """[bytes] uint8: the weights one after the other. Overwritten by the next bucket."""
+    entries: tuple[Entry, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Views by name."""
+        return {e.name: self.flat[e.start : e.end].view(e.dtype).view(e.shape) for e in self.entries}
+
+
+def buckets(model: Any, dtype: torch.dtype, limit: int) -> Iterator[Bucket]:
+    """All weights of ``model`` in ``dtype``, one after the other in buckets of at most ``limit`` bytes; a larger
+    weight has one for itself.
+
+    One buffer serves all buckets, so besides the model there are never more than one bucket and one whole weight in
+    memory. With a sharded model every rank must take every bucket: each weight is gathered as it is reached.
+    """
+    entries: list[Entry] = []
+    flat: Tensor | None = None
+    end = 0
+    for name, weight in whole_weights(model):
+        size = weight.numel() * dtype.itemsize
+        if entries and end + size > limit:
+            assert flat is not None
+            yield Bucket(flat[:end], tuple(entries))
+            entries, end = [], 0
+        if flat is None or size > len(flat):
+            flat = torch.empty(max(size, limit), dtype=torch.uint8, device=weight.device)
+        flat[end : end + size].view(dtype).copy_(weight.detach().reshape(-1))
+        entries.append(Entry(name, dtype, tuple(weight.shape), end, end + size))
+        end += size
+    if entries:
+        assert flat is not None
+        yield Bucket(flat[:end], tuple(entries))
+
+
+def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight) of every parameter, under a checkpoint's names: shards gathered, a shared parameter once, low-rank
+    adapters multiplied into the weights they belong to."""
+    adapted = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            adapted[f"{name}.base_layer.weight"] = module
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        weight = _whole(parameter)
+        if name in adapted:
+            weight = _merged(weight, adapted[name])
+        for part, other in _RENAMED.items():
+            name = name.replace(part, other)
+        yield name, weight
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _merged(weight: Tensor, module: Any) -> Tensor:
+    """W + scaling B A of peft's layers, computed at least in fp32."""
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for adapter in module.lora_A:
+        down, up = _whole(module.lora_A[adapter].weight), _whole(module.lora_B[adapter].weight)
+        wide = wide + module.scaling[adapter] * (up.to(wide.dtype) @ down.to(wide.dtype))
+    return wide

@@ -1,0 +1,206 @@
+"""Pictures on the host, and what the vision tower made of them: each decoded once, each seen by the tower once.
+
+Both stores are bounded and give up what was used longest ago. Nothing stale is ever served: a picture is known by its
+file's identity (or its bytes), a tower's output by the pixels the processor made of it, which every processor setting
+shows in, and by a checksum over all of the tower's weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from PIL import Image
+
+from rewardmap.types import DataError
+
+Tensor = torch.Tensor
+Value = TypeVar("Value")
+DECODERS = 2
+"""Threads that decode and resize pictures ahead of need."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """A picture as the processor made it."""
+
+    pixel_values: Tensor
+    """[patches, channels · temporal · patch · patch], in pinned memory where there is a GPU."""
+    grid_thw: tuple[int, int, int]
+    digest: bytes
+    """Of pixels and grid."""
+
+
+class ImageFeatures(NamedTuple):
+    """What the tower says about one picture: H is the decoder's width."""
+
+    merged: Tensor
+    """[image tokens, H], in place of the placeholders' embeddings."""
+    deep: tuple[Tensor, ...] = ()
+    """Qwen3-VL's DeepStack: [image tokens, H] each, added after the decoder's first layers."""
+
+
+class Bounded(Generic[Value]):
+    """A dictionary that holds at most ``limit`` bytes and drops what was used longest ago. One value always fits."""
+
+    def __init__(self, limit: int, size: Callable[[Value], int]) -> None:
+        self.limit = limit
+        self.bytes = 0
+        self._size = size
+        self._items: OrderedDict[Any, Value] = OrderedDict()
+
+    def get(self, key: object) -> Value | None:
+        if key not in self._items:
+            return None
+        self._items.move_to_end(key)
+        return self._items[key]
+
+    def put(self, key: object, value: Value) -> None:
+        if key not in self._items:
+            self._items[key] = value
+            self.bytes += self._size(value)
+        while self.bytes > self.limit and len(self._items) > 1:
+            self.bytes -= self._size(self._items.popitem(last=False)[1])
+
+    def clear(self) -> None:
+        self._items.clear()
+        self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+class ImageStore:
+    """Decoded and resized pictures. Threads may ask at once; each picture is worked on by one of them."""
+
+    def __init__(self, processor: Any, limit: int) -> None:
+        self._processor = processor
+        self._done: Bounded[EncodedImage] = Bounded(limit, lambda image: image.pixel_values.nbytes)
+        self._running: dict[object, Future[EncodedImage]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def get(self, source: str | bytes) -> EncodedImage:
+        """Raises DataError, with the path, for a picture that cannot be read."""
+        found = self._start(source)
+        return found.result() if isinstance(found, Future) else found
+
+    def prefetch(self, sources: Sequence[str | bytes]) -> None:
+        """Begin to decode pictures that will be asked for; an unreadable one raises when it is."""
+        for source in dict.fromkeys(sources):
+            self._start(source)
+
+    def _start(self, source: str | bytes) -> EncodedImage | Future[EncodedImage]:
+        key = _identity(source)
+        with self._lock:
+            done = self._done.get(key)
+            if done is not None:
+                return done
+            if key not in self._running:
+                self._pool = self._pool or ThreadPoolExecutor(DECODERS, "pictures")
+                self._running[key] = self._pool.submit(self._decode, key, source)
+            return self._running[key]
+
+    def _decode(self, key: object, source: str | bytes) -> EncodedImage:
+        try:
+            out = self._processor(images=[read_image(source)], return_tensors="pt")
+            pixels, grid = out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
+            digest = hashlib.blake2b(pixels.numpy().data, digest_size=16, key=repr((grid, pixels.shape)).encode()[:64])
+            image = EncodedImage(pixels.pin_memory() if torch.cuda.is_available() else pixels, grid, digest.digest())
+        except BaseException:
+            with self._lock:
+                del self._running[key]
+            raise
+        with self._lock:
+            self._done.put(key, image)
+            del self._running[key]
+        return image
+
+
+@dataclass
+class FeatureCache:
+    """Outputs of a frozen tower, on the host (pinned where there is a GPU), so that they never crowd the weights."""
+
+    limit: int
+    _kept: Bounded[ImageFeatures] = field(init=False)
+    _tower: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._kept = Bounded(self.limit, lambda features: sum(x.nbytes for x in (features.merged, *features.deep)))
+
+    def open(self, tower: torch.nn.Module) -> None:
+        """Forget everything if any weight of the tower is other than it was."""
+        found = checksum(tower)
+        if found != self._tower:
+            self._kept.clear()
+            self._tower = found
+
+    def get(self, image: EncodedImage, device: torch.device) -> ImageFeatures | None:
+        kept = self._kept.get(image.digest)
+        return None if kept is None else _moved(kept, device)
+
+    def put(self, image: EncodedImage, features: ImageFeatures) -> None:
+        self._kept.put(image.digest, _to_host(features))
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+@torch.no_grad()
+def checksum(module: torch.nn.Module) -> tuple[int, ...]:
+    """One integer per parameter and buffer, of its bits and their places; any single change shows. One host sync."""
+    sums = []
+    for tensor in (*module.parameters(), *module.buffers()):
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a shard stands for its rank's part
+        if local.dtype.itemsize not in (1, 2, 4, 8) or local.is_complex():
+            raise TypeError(f"no checksum of {local.dtype}")
+        words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[local.dtype.itemsize]
+        bits = local.detach().contiguous().view(-1).view(words).long()
+        # Odd factors modulo 2**64: a change of one word cannot vanish, nor can two words trade places unseen.
+        factors = torch.arange(bits.numel(), device=bits.device) * 0x1E3779B97F4A7C14 + 0x632BE59BD9B4E019
+        sums.append((bits * factors).sum())
+    return tuple(torch.stack(sums).tolist()) if sums else ()
+
+
+def read_image(source: str | bytes) -> Image.Image:
+    """A picture as RGB, from a path or encoded bytes. Raises DataError."""
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+            return picture.convert("RGB")
+    except (OSError, Image.DecompressionBombError) as error:
+        name = "picture given as bytes" if isinstance(source, bytes) else source
+        raise DataError(f"{name}: cannot be read as an image ({error})") from None
+
+
+def _identity(source: str | bytes) -> object:
+    """Bytes are their own identity; a file that is written anew is another picture."""
+    if isinstance(source, bytes):
+        return source
+    try:
+        status = os.stat(source)
+    except OSError:
+        return source  # reading it will say what is wrong
+    return source, status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _to_host(features: ImageFeatures) -> ImageFeatures:
+    def keep(value: Tensor) -> Tensor:
+        host = value.detach().cpu()
+        return host.pin_memory() if value.device.type == "cuda" else host
+
+    return ImageFeatures(keep(features.merged), tuple(map(keep, features.deep)))
+
+
+def _moved(features: ImageFeatures, device: torch.device) -> ImageFeatures:
+    if device.type == "cpu":
+        return features
+    merged, *deep = (value.to(device, non_blocking=True) for value in (features.merged, *features.deep))
+    return ImageFeatures(merged, tuple(deep))

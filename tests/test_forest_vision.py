@@ -1,0 +1,161 @@
+"""Pictures are decoded once and seen once; nothing stale is served; the stores are bounded."""
+
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from rewardmap.train.forest import pack_forest
+from rewardmap.train.forward import Vision, response_hidden
+from rewardmap.types import DataError, Problem
+from rewardmap.vision import Bounded, ImageStore, checksum
+
+sys.path.append(str(Path(__file__).parent))
+import forest_models as models
+
+
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+def policy(request):
+    return models.build(request.param, freeze_vision=True)
+
+
+@pytest.fixture
+def seen(policy, monkeypatch):
+    """Pictures given to the tower, call by call."""
+    calls = []
+    tower = policy.model.model.get_image_features
+
+    def counted(pixels, grids, **options):
+        calls.append(len(grids))
+        return tower(pixels, grids, **options)
+
+    monkeypatch.setattr(policy.model.model, "get_image_features", counted)
+    return calls
+
+
+def same(a, b):
+    return torch.equal(a.merged, b.merged) and all(map(torch.equal, a.deep, b.deep)) and len(a.deep) == len(b.deep)
+
+
+def test_a_frozen_tower_sees_each_picture_once_per_run(policy, seen):
+    one, two = models.PICTURES
+    first = policy.image_features([one, two, one])
+    again = policy.image_features([two, one])
+    assert seen == [1, 1]
+    assert same(first[0], first[2]) and same(again[0], first[1]) and same(again[1], first[0])
+    assert len(first[0].deep) == (2 if policy.model.config.model_type == "qwen3_vl" else 0)
+    fresh = policy.frozen_copy().image_features([one])
+    assert same(fresh[0], first[0])
+
+
+@pytest.mark.parametrize("way", ["in-place", "data", "load", "buffer"])
+def test_changed_weights_are_seen(policy, seen, way):
+    picture = models.PICTURES[0]
+    before = policy.image_features([picture])[0]
+    tower = policy.vision_tower
+    weight = next(tower.parameters())
+    if way == "in-place":
+        with torch.no_grad():
+            weight[0].mul_(1.5)
+    elif way == "data":
+        weight.data[0, 0] += 0.5  # no version counter moves
+    elif way == "load":
+        tower.load_state_dict({name: value * 1.01 for name, value in tower.state_dict().items()})
+    else:
+        next(tower.buffers()).mul_(1.1)
+    after = policy.image_features([picture])[0]
+    assert len(seen) == 2 and not same(before, after)
+
+
+def test_a_picture_written_anew_is_another_picture(policy, seen, tmp_path):
+    path = tmp_path / "map.png"
+    Image.fromarray(np.full((64, 64, 3), 200, np.uint8)).save(path)
+    before = policy.image_features([str(path)])[0]
+    problem = Problem("p", str(path), "who?", "TorF1", 1, "", "", "a/b", "easy")
+    tokens = policy.encode(problem).image_tokens
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), np.uint8)).save(path)
+    assert len(policy.image_features([str(path)])[0].merged) != len(before.merged)
+    assert policy.encode(problem).image_tokens > tokens
+
+
+def test_another_processor_setting_is_another_picture(policy, seen):
+    policy.image_features([models.PICTURES[0]])
+    processor = policy.image_processor
+    processor.image_mean = [0.1, 0.2, 0.3]
+    policy._images = ImageStore(processor, 1 << 30)
+    policy.image_features([models.PICTURES[0]])
+    assert len(seen) == 2
+
+
+def test_a_trainable_tower_keeps_nothing_and_runs_once_a_step(request):
+    policy = models.build("qwen3_vl", freeze_vision=False)
+    calls = []
+    tower = policy.model.model.get_image_features
+    policy.model.model.get_image_features = lambda pixels, grids: (calls.append(len(grids)), tower(pixels, grids))[1]
+    batch = models.random_batch(policy, np.random.default_rng(0), prompts=8)
+    forests = pack_forest(batch, max(len(x.prompt.token_ids) + max(map(len, x.responses)) for x in batch))
+    assert sum(len(forest.images) for forest in forests) > len({x for forest in forests for x in forest.images})
+    for step in (1, 2):
+        vision = Vision(policy, forests)
+        for forest in forests:
+            response_hidden(policy, forest, vision).sum().backward()
+        vision.backward()
+        assert len(calls) == step and len(policy._features) == 0
+    assert all(p.grad is not None for p in policy.vision_tower.parameters())
+
+
+def test_the_checksum_knows_places():
+    module = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
+    before = checksum(module)
+    with torch.no_grad():
+        module.weight.copy_(module.weight.flip(0))
+    assert checksum(module) != before
+    with torch.no_grad():
+        module.weight.copy_(module.weight.flip(0))
+    assert checksum(module) == before
+
+
+def test_stores_are_bounded():
+    store = Bounded(10, len)
+    for key in "abc":
+        store.put(key, "xxxx")
+    assert store.get("a") is None and store.get("b") == "xxxx" and store.bytes == 8
+    store.put("d", "yyyy")
+    assert store.get("c") is None and store.get("b") == "xxxx", "what was used last stays"
+    store.put("e", "z" * 50)
+    assert len(store) == 1 and store.get("e"), "one always fits"
+
+
+def test_many_threads_decode_a_picture_once(policy):
+    decoded = []
+    processor = policy.image_processor
+
+    def counted(images, return_tensors):
+        decoded.append(1)
+        return processor(images=images, return_tensors=return_tensors)
+
+    store = ImageStore(counted, 1 << 30)
+    store.prefetch(models.PICTURES)
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(store.get(models.PICTURES[0]))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store.get(models.PICTURES[1])
+    assert len(decoded) == 2 and len({id(image) for image in results}) == 1
+
+
+def test_an_unreadable_picture_raises_each_time_it_is_asked_for(policy, tmp_path):
+    path = tmp_path / "late.png"
+    problem = Problem("p", str(path), "who?", "TorF1", 1, "", "", "a/b", "easy")
+    policy.prefetch([problem])
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"late\.png: cannot be read"):
+            policy.image(str(path))
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(path)
+    assert policy.image(str(path)).grid_thw
