@@ -17,7 +17,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from rewardmap.rewards import Rubric
+from rewardmap.rewards import Networks, Rubric
+from rewardmap.transit.graph import Network
 from rewardmap.types import DataError, MetroData, Problem
 
 MAX_ROUTES = 20
@@ -28,7 +29,7 @@ def blind_policies(
     kind: str,
     seen: Sequence[Problem],
     asked: Sequence[Problem],
-    networks: Mapping[str, MetroData],
+    networks: Networks,
     rubric: Rubric,
 ) -> dict[str, NDArray[np.bool_]]:
     """Every policy for one kind, fitted on ``seen``: name -> which of the n ``asked`` it gets right, [n].
@@ -85,10 +86,10 @@ def _choices(problem: Problem) -> list[int]:
 
 
 def _planning_policies(
-    seen: Sequence[Problem], asked: Sequence[Problem], networks: Mapping[str, MetroData], rubric: Rubric
+    seen: Sequence[Problem], asked: Sequence[Problem], networks: Networks, rubric: Rubric
 ) -> dict[str, NDArray[np.bool_]]:
     """Correctness [asked] of the best one-leg and the best two-leg answer on ``seen``."""
-    lines = Counter(line for problem in seen for line in networks[problem.network_id])
+    lines = Counter(line for problem in seen for line in _line_names(networks[problem.network_id]))
     changes = Counter(
         (first["route_name"], first["arrival_stop"], second["route_name"])
         for problem in seen
@@ -106,8 +107,12 @@ def _planning_policies(
     return found
 
 
+def _line_names(network: MetroData | Network) -> list[str]:
+    return [line.name for line in network.lines] if isinstance(network, Network) else list(network)
+
+
 def _accepted(
-    route: tuple[str, ...], problems: Sequence[Problem], networks: Mapping[str, MetroData], rubric: Rubric
+    route: tuple[str, ...], problems: Sequence[Problem], networks: Networks, rubric: Rubric
 ) -> NDArray[np.bool_]:
     """Which problems a fixed route solves: lines at even places, stops to change at between them."""
     answers = []

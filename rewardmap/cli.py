@@ -1,12 +1,13 @@
-"""The command line: ``rewardmap train | eval | generate | score``.
+"""The command line: ``rewardmap train | eval | serve | generate | show | score``.
 
 Heavy imports wait until a command runs, so that ``--help`` is quick. A user's mistake ends in one line on
-stderr and exit code 2, a failure in exit code 1, Ctrl-C in 130; ``--debug`` shows the traceback.
+stderr and exit code 2, a failure in exit code 1, Ctrl-C in 130, SIGTERM in 143; ``--debug`` shows the traceback.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,12 +74,10 @@ def train(
 
         from rewardmap.config import ConfigError, load_config
 
-        settings = settings or []
         if resume is not None and (settings or run_dir):
             raise ConfigError("--resume goes on with the run's own config.toml; give no configuration beside it")
-        named = bool(settings) and ("=" not in settings[0] or Path(settings[0]).is_file())
-        source = settings[0] if named else "tiny"
-        config = None if resume else load_config(source, settings[1:] if named else settings)
+        source, overrides = _source(settings or [])
+        config = None if resume else load_config(source, overrides)
 
         from rewardmap.train import run
 
@@ -92,24 +91,124 @@ def train(
             run.train(config, run_dir or Path("runs") / f"{Path(source).stem}-{stamp}", console=console)
 
 
-@app.command("eval")
-def evaluate(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    data: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="A ReasonMap-Train folder. Default: the run's own data."),
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Default: the run's test split.")] = None,
+@app.command()
+def plan(
+    settings: Annotated[
+        list[str], typer.Argument(metavar="CONFIG KEY=VALUE", help="As for train; policy.model names the weights.")
+    ],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpu: Annotated[str, typer.Option(help="H100, H200 or A100.")] = "H100",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a question with its map.")] = 6_000,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 500,
     debug: Debug = False,
 ) -> None:
-    """Evaluate a run's newest checkpoint again and print the closing table."""
+    """Say what a configuration needs per GPU and about how long a step takes; an error where it cannot fit."""
+    with _errors(debug):
+        from rewardmap.config import ConfigError, load_config
+        from rewardmap.train import plan as planning
+
+        if gpu not in planning.DEVICES:
+            raise ConfigError(f"--gpu {gpu}: choose one of {', '.join(planning.DEVICES)}")
+        config = load_config(settings[0], settings[1:])
+        work = planning.Workload(prompt_tokens, answer_tokens)
+        found = planning.plan(config, planning.shapes_of(config), gpus * nodes, gpu, work)
+        typer.echo(planning.table(found, gpus * nodes, gpu))
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="TARGET", help="A run folder, a folder of weights, or the URL of an SGLang server."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings that override the run's, such as eval.max_problems=100."),
+    ] = None,
+    responses: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.jsonl", help="Judge these answers ('uid' and 'response' a line); asks no model."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A ReasonMap, -Plus or -Train folder. Default: the run's own data."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Default: the run's test split, else test.")] = None,
+    questions: Annotated[str, typer.Option(help="ReasonMap's planning questions: short or long.")] = "short",
+    normaliser: Annotated[
+        str | None,
+        typer.Option(
+            help="Names in routes read as the training reward does (training; default for a run), or as "
+            "ReasonMap's evaluation does, stricter (evaluation; default else)."
+        ),
+    ] = None,
+    extraction: Annotated[
+        str, typer.Option(help="Short answers read as published, or lenient as VLMEvalKit does.")
+    ] = "published",
+    map_scores: Annotated[bool, typer.Option(help="Routes get ReasonMap's map score.")] = True,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder for tables and answers.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Evaluate a run, weights, a server or a file of answers as ReasonMap and ReasonMap-Plus do."""
     with _errors(debug):
         from rich.console import Console
 
-        from rewardmap.train import run
+        if target is not None and "=" in target and not Path(target).exists():
+            settings, target = [target, *(settings or [])], None
+        request = {
+            "questions": _one_of("--questions", questions, ("short", "long")),
+            "normaliser": normaliser and _one_of("--normaliser", normaliser, ("training", "evaluation")),
+            "extraction": _one_of("--extraction", extraction, ("published", "lenient")),
+        }
+
+        from rewardmap.train.examine import EvalRequest, evaluate_target
 
         _quiet()
-        run.evaluate_run(run_dir, data, split, console=Console())
+        evaluate_target(
+            EvalRequest(
+                target=target,
+                responses=responses,
+                data=data,
+                split=split,
+                map_scores=map_scores,
+                out=out,
+                settings=settings or [],
+                **request,  # type: ignore[arg-type]
+            ),
+            Console(),
+        )
+
+
+@app.command()
+def serve(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG KEY=VALUE",
+            help="A TOML file or the name of a shipped one (default: tiny), then settings that override it, "
+            "such as rollout.server.replicas=2.",
+        ),
+    ] = None,
+    folder: Annotated[
+        Path, typer.Option(help="For keys, logs and the weights; called again, the keys stay the same.")
+    ] = Path("servers"),
+    debug: Debug = False,
+) -> None:
+    """Start a configuration's SGLang servers alone, until Ctrl-C."""
+    with _errors(debug):
+        from rich.console import Console
+
+        from rewardmap.config import load_config
+        from rewardmap.train.engines import need_client
+
+        config = load_config(*_source(settings or []))
+        need_client()
+
+        from rewardmap.train.serve import serve as start
+
+        _quiet()
+        start(config, folder, console=Console())
 
 
 @app.command()
@@ -120,10 +219,15 @@ def generate(
         int | None, typer.Option(min=1, help="How many of them are held out. Default: two fifths, as published.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same data set.")] = 0,
-    level: Annotated[str, typer.Option(help="Size of the maps: full, or tiny for the small policy.")] = "full",
+    level: Annotated[
+        str, typer.Option(help="The maps: full, or tiny for the small policy; grid or grid-tiny for a world without trains.")
+    ] = "full",
+    form: Annotated[
+        str, typer.Option(help="ReasonMap-Train (all questions), ReasonMap (planning) or ReasonMap-Plus (the others).")
+    ] = "ReasonMap-Train",
     debug: Debug = False,
 ) -> None:
-    """Draw maps and write a data set in ReasonMap-Train's form."""
+    """Draw maps and write a data set in ReasonMap's, ReasonMap-Plus's or ReasonMap-Train's form."""
     with _errors(debug, user_errors=(ValueError,)):
         from rich.progress import Progress
 
@@ -139,9 +243,40 @@ def generate(
                 maps={"train": maps - held_out, "test": held_out},
                 preset=level,
                 seed=seed,
+                form=form,  # type: ignore[arg-type]
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
         typer.echo(f"data set: {out}")
+
+
+@app.command()
+def show(
+    picked: Annotated[
+        Path, typer.Argument(metavar="MAP", help="A map of a generated data folder: DIR/maps/COUNTRY/CITY.png.")
+    ],
+    route: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="START GOAL", help="Lay the best route between two stations over it."),
+    ] = None,
+    question: Annotated[str | None, typer.Option(metavar="UID", help="Lay a question and its steps over it.")] = None,
+    answer: Annotated[
+        str | None, typer.Option(metavar="TEXT|FILE", help="Lay a planning answer over it and say what is wrong.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="PNG", help="Where the picture goes.")] = Path("map.png"),
+    debug: Debug = False,
+) -> None:
+    """Draw a map with a route, a question or an answer laid over it."""
+    with _errors(debug):
+        from rewardmap import show as shown
+        from rewardmap.config import ConfigError
+        from rewardmap.files import replacing
+
+        if sum(option is not None for option in (route, question, answer)) > 1:
+            raise ConfigError("give one of --route, --question and --answer")
+        picture = shown.show(picked, route=route, question=question, answer=answer)
+        with replacing(out) as file:
+            picture.save(file, format="PNG")
+        typer.echo(f"picture: {out}")
 
 
 @app.command()
@@ -168,6 +303,20 @@ def score(
         typer.echo(score_file(answers, out, known[mode], stations).table())
 
 
+def _source(settings: list[str]) -> tuple[str, list[str]]:
+    """The configuration that is named, or ``tiny``, and the settings that override it."""
+    named = bool(settings) and ("=" not in settings[0] or Path(settings[0]).is_file())
+    return (settings[0], settings[1:]) if named else ("tiny", settings)
+
+
+def _one_of(option: str, value: str, known: tuple[str, ...]) -> str:
+    from rewardmap.config import ConfigError
+
+    if value not in known:
+        raise ConfigError(f"{option} {value}: choose one of {', '.join(known)}")
+    return value
+
+
 def _quiet() -> None:
     """No progress bars of transformers between ours."""
     from transformers.utils import logging
@@ -183,15 +332,20 @@ def _errors(debug: bool, user_errors: tuple[type[Exception], ...] = ()) -> Itera
     except (typer.Exit, typer.BadParameter):
         raise
     except KeyboardInterrupt as stop:
-        _fail(INTERRUPTED, f"interrupted; {stop}" if str(stop) else "interrupted")
+        # A run that a signal stopped brings that signal's own code.
+        code = getattr(stop, "exit_code", INTERRUPTED)
+        _fail(code, f"interrupted; {stop}" if str(stop) else "interrupted")
     except Exception as error:
         if debug:
             raise
         from rewardmap.config import ConfigError
+        from rewardmap.rollout.engine import RolloutError
         from rewardmap.types import DataError
 
         if isinstance(error, (ConfigError, DataError, *user_errors)):
             _fail(USER_ERROR, f"error: {error}")
+        if isinstance(error, RolloutError):
+            _fail(FAILURE, f"error: {error}")
         _fail(FAILURE, f"error: {explain(error)}")
 
 
@@ -217,6 +371,8 @@ def _disk_is_full(error: BaseException) -> bool:
 
 def _fail(code: int, line: str) -> NoReturn:
     sys.stdout.flush()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        line = f"rank {os.environ.get('RANK')}: {line}"
     typer.echo(" ".join(line.split()), err=True)
     raise typer.Exit(code)
 

@@ -52,22 +52,92 @@ class PolicyConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     freeze_vision: bool = True
     """The vision tower does not train: its outputs are computed once per map and run."""
+    freeze: tuple[str, ...] = ()
+    """Names of parameters that do not train, ``*`` for any text: ``*.embed_tokens.*``, ``lm_head.*``."""
+    lora_rank: int = 0
+    """Train adapters of this rank instead of the decoder's weights (needs ``peft``); 0: train the weights."""
+    lora_alpha: int = 16
+    """Adapters are scaled by ``lora_alpha / lora_rank``."""
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     min_pixels: int = 3136
     """Smallest picture the processor makes, in pixels."""
     max_pixels: int = 12_845_056
     """Largest picture the processor makes, in pixels (16,384 visual tokens of 28 x 28)."""
+    image_cache_gb: float = 8.0
+    """Decoded pictures kept in host memory at most, and as much again of a frozen tower's outputs."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ServerConfig:
+    """SGLang servers: started by us, or running ones named in ``urls``. ``docs/rollouts.md`` explains each choice."""
+
+    urls: tuple[str, ...] = ()
+    """Servers that run already, one URL each. Empty: start our own."""
+    keys_file: str | None = None
+    """JSON with ``api_key`` and ``admin_key`` of the servers in ``urls`` (``rewardmap serve`` writes one)."""
+    python: str | None = None
+    """Interpreter of the environment that holds SGLang. None: this one."""
+    replicas: int = 1
+    tensor_parallel: int = 1
+    """GPUs that one replica spreads over."""
+    gpus: tuple[int, ...] = ()
+    """GPUs of our own servers, in order, ``tensor_parallel`` a replica. Empty: the trainer's own view of them."""
+    host: str = "127.0.0.1"
+    """Address our own servers listen on; another than loopback opens them to the network, behind their keys."""
+    router: bool = False
+    """Send requests through sglang-router, installed beside SGLang. Otherwise this client spreads them itself."""
+    colocated: bool = False
+    """Servers share the trainer's GPUs: they give up memory while it trains (``--enable-memory-saver``)."""
+    deterministic: bool = False
+    """``--enable-deterministic-inference``: answers do not depend on what else is in the batch."""
+    args: tuple[str, ...] = ()
+    """Further options of ``sglang.launch_server``, as on its command line."""
+    concurrency: int = 64
+    """Groups in flight at each replica."""
+    start_timeout_s: float = 900.0
+    request_timeout_s: float = 600.0
+    """For one group, retries included; and for each call of a weight sync."""
+    sync: Literal["tensor", "distributed", "disk"] = "tensor"
+    """How new weights reach the servers: over CUDA IPC (by value on a CPU), broadcast, or as files both see."""
+    bucket_mb: int = 512
+    """Largest piece of the weights held twice during a sync."""
+    drift_alarm: float = 0.1
+    """Mean difference of log-probabilities in nats, servers against trainer, above which a run stops."""
+
+    def __post_init__(self) -> None:
+        at_least_one = ("replicas", "tensor_parallel", "concurrency", "bucket_mb")
+        wrong = [f"{name}={getattr(self, name)}" for name in at_least_one if getattr(self, name) < 1]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: at least 1")
+        if self.gpus and len(self.gpus) != self.replicas * self.tensor_parallel:
+            raise ValueError(
+                f"gpus={list(self.gpus)}: {self.replicas} replicas of {self.tensor_parallel} GPUs need "
+                f"{self.replicas * self.tensor_parallel}"
+            )
+        if self.urls and self.router:
+            raise ValueError("router=true is for servers we start; with urls, name the servers themselves")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class RolloutConfig:
-    engine: Literal["local"] = "local"
+    engine: Literal["local", "sglang"] = "local"
+    """``local``: in the trainer's process. ``sglang``: servers, as ``server`` says."""
     group_size: int = 8
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
     max_new_tokens: int = 512
     batch_sequences: int = 256
-    """Answers decoded side by side."""
+    """Answers decoded side by side by the local engine."""
+    importance_correction: Literal["none", "truncate", "mask"] = "none"
+    """Weighs each token by its probability at the trainer over that at the engine: ``truncate`` caps the weight at
+    ``importance_max``, ``mask`` leaves tokens above it out. For engines whose numerics are not the trainer's."""
+    importance_max: float = 2.0
+    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
+
+    def __post_init__(self) -> None:
+        if not self.importance_max > 0:
+            raise ValueError(f"importance_max={self.importance_max:g}: above 0")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -75,6 +145,12 @@ class RewardConfig:
     mode: Literal["reference", "paper", "graph"] = "reference"
     weight_on: Literal["reward", "advantage"] = "advantage"
     """Where the difficulty weight acts. On the reward, division by the group's deviation cancels it exactly."""
+    alpha: float = 0.5
+    """Weight of the detail reward; 0 leaves format and correctness."""
+    map_weights: tuple[float, float, float] = (1.0, 1.2, 1.5)
+    """Difficulty weight of easy, middle and hard maps."""
+    transfer_weight: float = 0.5
+    """Added to the difficulty weight of planning questions that need a transfer."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -82,11 +158,32 @@ class StageConfig:
     name: str
     kind: Literal["sft", "rl"] = "rl"
     steps: int = 100
+    """Steps of the stage; with ``advance_at`` the most it may take."""
     question_kinds: tuple[str, ...] = KINDS
+    pools: Literal["uniform", "adaptive"] = "uniform"
+    """``adaptive``: questions by kind, map level and transfers; those whose groups disagree most are drawn most."""
+    maps_per_step: int = 0
+    """Draw each batch from so few maps, whose pictures then stand once for all questions about them; 0: from any."""
     replay: float = 0.0
-    """Share of each batch drawn from all kinds instead of ``question_kinds`` (0..1)."""
+    """Share of each batch drawn from ``replay_from`` instead of ``question_kinds`` (0..1)."""
+    replay_from: Literal["all", "earlier"] = "all"
+    """``all``: every kind of the data. ``earlier``: the kinds of the stages before this one."""
+    advance_at: float | None = None
+    """Gate: the stage ends once this share of the answers to its own kinds is right (0..1)."""
+    advance_window: int = 10
+    """Steps over which the gate averages."""
+    min_steps: int = 0
+    """The gate stays shut before so many steps."""
     learning_rate: float | None = None
     """Overrides ``train.learning_rate`` inside the stage."""
+    group_size: int | None = None
+    """Overrides ``rollout.group_size`` inside the stage."""
+    reward_mode: Literal["reference", "paper", "graph"] | None = None
+    """Overrides ``reward.mode`` inside the stage; the next four likewise."""
+    weight_on: Literal["reward", "advantage"] | None = None
+    alpha: float | None = None
+    map_weights: tuple[float, float, float] | None = None
+    transfer_weight: float | None = None
     checkpoint: str | None = None
     """Only for ``sft``: load these weights instead of training (``shipped``: the tiny warm start in the package)."""
 
@@ -96,23 +193,75 @@ class StageConfig:
             raise ValueError(f"question_kinds={list(self.question_kinds)}: choose from {', '.join(KINDS)}")
         if not 0 <= self.replay <= 1:
             raise ValueError(f"replay={self.replay}: a share between 0 and 1")
+        if self.advance_at is not None and not 0 < self.advance_at <= 1:
+            raise ValueError(f"advance_at={self.advance_at}: a share of right answers above 0, at most 1")
+        if self.maps_per_step < 0 or (self.maps_per_step and (self.pools == "adaptive" or self.replay)):
+            raise ValueError(
+                f"maps_per_step={self.maps_per_step}: 0, or so many maps; adaptive pools and replay draw from all maps"
+            )
+        if self.advance_window < 1:
+            raise ValueError(f"advance_window={self.advance_window}: at least one step")
+        if self.min_steps > self.steps:
+            raise ValueError(f"min_steps={self.min_steps}: not more than steps={self.steps}")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size}: at least one answer")
         if self.checkpoint is not None and self.kind != "sft":
             raise ValueError("checkpoint is only for a stage of kind 'sft'")
+        if self.kind == "sft" and (self.advance_at is not None or self.pools == "adaptive"):
+            raise ValueError("advance_at and adaptive pools need sampled answers: only for a stage of kind 'rl'")
 
 
-def _default_stages() -> tuple[StageConfig, ...]:
-    return (
-        StageConfig(name="true-false", question_kinds=("TorF1", "TorF2")),
-        StageConfig(name="counting", question_kinds=("Counting2", "Counting3")),
-        StageConfig(name="local-counting", question_kinds=("Counting1",)),
-        StageConfig(name="planning", question_kinds=("planning",)),
+ORDERS: dict[str, tuple[tuple[str, tuple[str, ...], int], ...]] = {
+    "paper": (
+        ("true-false", ("TorF1", "TorF2"), 79),
+        ("counting", ("Counting2", "Counting3"), 40),
+        ("local-counting", ("Counting1",), 41),
+        ("planning", ("planning",), 43),
+    ),
+    "coarse": (("plus", tuple(kind for kind in KINDS if kind != "planning"), 160), ("planning", ("planning",), 43)),
+    "fine": (
+        ("true-false-1", ("TorF1",), 42),
+        ("true-false-2", ("TorF2",), 37),
+        ("global-counting", ("Counting3",), 1),
+        ("line-counting", ("Counting2",), 39),
+        ("local-counting", ("Counting1",), 41),
+        ("planning", ("planning",), 43),
+    ),
+}
+"""Orders of the published code: (name, kinds, steps) of each stage. One pass over ReasonMap-Train is 203 updates of 16
+questions; how they fall to the stages is estimated from the published counts of kinds."""
+
+
+def ordered_stages(order: str, steps: int = 203) -> tuple[StageConfig, ...]:
+    """The stages of one of ``ORDERS``, ``steps`` in all, shared out as there. Raises ConfigError for another name."""
+    if order not in ORDERS:
+        raise ConfigError(f"train.stages='{order}': a list of stages, or one of the orders {', '.join(ORDERS)}")
+    parts = ORDERS[order]
+    whole = sum(share for _, _, share in parts)
+    ends = [round(steps * sum(share for _, _, share in parts[: i + 1]) / whole) for i in range(len(parts))]
+    return tuple(
+        StageConfig(name=name, question_kinds=kinds, steps=end - begin)
+        for (name, kinds, _), begin, end in zip(parts, [0, *ends], ends, strict=False)
     )
+
+
+def stage_reward(reward: RewardConfig, stage: StageConfig) -> RewardConfig:
+    """The reward inside a stage."""
+    own: dict[str, Any] = {
+        "mode": stage.reward_mode,
+        "weight_on": stage.weight_on,
+        "alpha": stage.alpha,
+        "map_weights": stage.map_weights,
+        "transfer_weight": stage.transfer_weight,
+    }
+    return dataclasses.replace(reward, **{name: value for name, value in own.items() if value is not None})
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainConfig:
     seed: int = 0
-    stages: tuple[StageConfig, ...] = dataclasses.field(default_factory=_default_stages)
+    stages: tuple[StageConfig, ...] = dataclasses.field(default_factory=lambda: ordered_stages("paper"))
+    """In order. In a file also the name of one of ``ORDERS``, with ``train.steps`` for its length."""
     prompts_per_step: int = 16
     learning_rate: float = 1e-6
     warmup_steps: int = 0
@@ -124,18 +273,69 @@ class TrainConfig:
     clip_eps_low: float = 0.2
     clip_eps_high: float = 0.2
     entropy_coef: float = 0.0
+    kl_coef: float = 0.0
+    """Weight of the divergence from the policy the run began with (under LoRA from the model without adapters)."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """Divide mean-centred rewards by the group's or the batch's standard deviation, or not at all (Dr.GRPO)."""
+    advantage_baseline: Literal["group", "batch", "greedy"] = "group"
+    """What is subtracted from a reward: its group's mean (GRPO), the batch's mean (REINFORCE++), or the reward of the
+    greedy answer to the same question (ReMax). The last two go with ``advantage_scale`` ``batch`` or ``none``."""
     advantage_control: Literal["none", "zero", "shuffle"] = "none"
     """A control experiment: advantages set to zero, or shuffled within the batch. Learning must vanish."""
     skip_equal_groups: bool = True
     """Groups whose rewards are all equal give no gradient and are left out (they still count in the normaliser)."""
+    on_bad_group: Literal["raise", "skip"] = "raise"
+    """What answers do that cannot be trained on (none at all, a sampled image placeholder, a prompt that is not the
+    trainer's, more tokens than a micro-batch takes): stop before the step, or be left out of it and counted."""
     max_tokens_per_micro_batch: int = 16_384
     checkpoint_every: int = 100
     """Steps between checkpoints; also one at each stage's end."""
     keep_checkpoints: int = 2
+    """The newest so many stay."""
+    keep_best: int = 0
+    """Beside them so many of the newest one's stage, those with the most right answers since the one before."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+
+    def __post_init__(self) -> None:
+        if self.advantage_baseline != "group" and self.advantage_scale == "group":
+            raise ValueError(
+                f"advantage_baseline='{self.advantage_baseline}' goes with advantage_scale='batch' or 'none': the "
+                "deviation of a group whose rewards are equal is 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class ParallelConfig:
+    """How one model lies over the GPUs of a job; start several processes with ``torchrun``."""
+
+    shard: int = 0
+    """Ranks that share one copy of the weights (FSDP); a divisor of all ranks makes replicas (hybrid sharding): set it
+    to the GPUs of one node. 0: all ranks share one copy."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of forward and backward; weights, gradient sums and optimizer stay in ``policy.dtype``. None: the same."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and compute the block again in the backward pass."""
+    offload: bool = False
+    """Weights, gradients and optimizer rest in host memory."""
+    compile: bool = False
+    """Compile the decoder's blocks (torch.compile)."""
+    timeout_seconds: float = 600.0
+    """A collective that waits longer ends the job."""
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class GuardConfig:
+    """Updates that must not touch the weights: they are skipped, counted, and their batches written down. A loss or
+    gradient that is no finite number always is one."""
+
+    max_streak: int = 3
+    """The run stops after so many refused updates in a row."""
+    max_grad_norm: float = 0.0
+    """Refuse above this gradient norm (before clipping); 0: never."""
+    max_kl: float = 0.0
+    """Refuse above this divergence of the sampling policy from the trained one, nats per token; 0: never."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -159,32 +359,44 @@ class Config:
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
 
 _ADAPTER = TypeAdapter(Config)
 
 
-def load_config(source: str | Path = "tiny", overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file (a path, or the name of a shipped one such as ``tiny``) and apply ``key.path=value`` overrides.
+def load_config(source: str | Path | None = "tiny", overrides: Sequence[str] = ()) -> Config:
+    """Read a TOML file (a path, or the name of a shipped one such as ``tiny``; None: the defaults) and apply
+    ``key.path=value`` overrides.
 
     Override values are TOML (``train.seed=3``, ``data.path="maps"``); a bare word is taken as a string.
 
     Raises:
         ConfigError: no such file, not TOML, an unknown key (the nearest known one is named), a value of the wrong type.
     """
-    path = _find(source)
-    try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    tree: dict[str, Any] = {}
+    where = "configuration"
+    if source is not None:
+        path = _find(source)
+        where = str(path)
+        try:
+            tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:
         _apply_override(tree, override)
-    return from_dict(tree, where=str(path))
+    return from_dict(tree, where=where)
 
 
 def from_dict(tree: dict[str, Any], where: str = "configuration") -> Config:
     """Build and check a ``Config`` from nested dictionaries. Raises ConfigError."""
+    train = tree.get("train")
+    if isinstance(train, dict) and isinstance(train.get("stages"), str):
+        train = dict(train)
+        stages = ordered_stages(train["stages"], train.pop("steps", 203))
+        tree = {**tree, "train": {**train, "stages": [_without_none(dataclasses.asdict(stage)) for stage in stages]}}
     try:
         return _ADAPTER.validate_python(tree)
     except ValidationError as error:

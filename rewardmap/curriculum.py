@@ -1,10 +1,11 @@
-"""The curriculum: stages in order, each with its own question kinds, shuffled inside a stage, seeded and resumable.
+"""The curriculum: stages in order, each with its own questions; gates, replay and pools that adapt; seeded, resumable.
 
 RewardMap (arXiv 2510.02240, section 4.3): from judgement over counting to planning, and random order inside a stage.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,21 +15,66 @@ import numpy as np
 from rewardmap.config import ConfigError, StageConfig
 from rewardmap.types import KINDS, Problem
 
+FLOOR = 0.1
+"""Weight of an adaptive pool that teaches nothing at present; one whose groups all disagree has 1 + FLOOR."""
+MEMORY = 0.9
+"""How much of a pool's old signal one step of new groups keeps."""
+
 
 @dataclass(frozen=True)
-class StagePosition:
-    """Where a step stands."""
+class _Pool:
+    """Questions walked in a fresh random order per pass, so that none repeats before all were seen."""
 
-    index: int
-    stage: StageConfig
-    step_in_stage: int
+    name: str
+    problems: tuple[Problem, ...]
+    seed: tuple[int, ...]
+    maps: int = 0
+    """From how many maps a draw of ``batch`` questions comes; 0: from any."""
+    batch: int = 0
+
+    def draw(self, start: int, count: int) -> list[Problem]:
+        """``count`` problems from place ``start`` of the endless walk."""
+        drawn: list[Problem] = []
+        while len(drawn) < count:
+            lap, offset = divmod(start + len(drawn), len(self.problems))
+            order = self._order(lap)
+            drawn += [self.problems[index] for index in order[offset : offset + count - len(drawn)]]
+        return drawn
+
+    def _order(self, lap: int) -> np.ndarray:
+        """Places of all questions as one pass walks them."""
+        rng = np.random.default_rng([*self.seed, lap])
+        order = rng.permutation(len(self.problems))
+        if not self.maps:
+            return order
+        left: dict[str, list[int]] = {}
+        for index in order.tolist():
+            left.setdefault(self.problems[index].network_id, []).append(index)
+        # The batch that the last pass began goes on over its end: passes rarely hold whole batches.
+        size = (-lap * len(self.problems)) % self.batch or self.batch
+        walk: list[int] = []
+        while left:
+            names = list(left)
+            rng.shuffle(names)
+            count = self.maps
+            while count < len(names) and sum(len(left[name]) for name in names[:count]) < size:
+                count += 1
+            chosen = [index for name in names[:count] for index in left[name]]
+            taken = rng.permutation(chosen)[:size].tolist()
+            walk += taken
+            gone = set(taken)
+            for name in names[:count]:
+                left[name] = [index for index in left[name] if index not in gone]
+                if not left[name]:
+                    del left[name]
+            size = self.batch
+        return np.array(walk)
 
 
 class Curriculum:
-    """Draws each step's problems.
+    """Draws each step's problems. Draws depend on the seed and on the state alone.
 
-    Every pool (a stage's own kinds, or all kinds for its replay share) is walked in a fresh random order per pass, so
-    no problem repeats before all of its pool were seen. Draws depend on the seed and on the state alone.
+    One step: ``sample``, then ``update`` with how the answers fared, on which gates and adaptive pools depend.
     """
 
     def __init__(self, problems: Sequence[Problem], stages: Sequence[StageConfig], batch: int, seed: int) -> None:
@@ -37,68 +83,153 @@ class Curriculum:
         self.stages = tuple(stages)
         self._batch = batch
         self._seed = seed
-        self._pools = [self._pool(problems, stage) for stage in stages]
-        self._all = tuple(problems)
+        self._pools = [self._stage_pools(problems, number) for number in range(len(stages))]
+        self._replay = [self._replay_pool(problems, number) for number in range(len(stages))]
         self._step = 0
-        self._drawn = [0] * len(self.stages)
-        self._replayed = 0
-
-    @property
-    def total_steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
+        self._stage = 0
+        self._in_stage = 0
+        self._passed = False
+        self._rates: list[float] = []
+        self._drawn: dict[str, int] = {}
+        self._signal: dict[str, float] = {}
+        self._skip_empty()
 
     @property
     def step(self) -> int:
         """Steps drawn so far."""
         return self._step
 
-    def position(self, step: int) -> StagePosition:
-        """The stage of a step (0-based); the last stage after the end."""
-        for index, stage in enumerate(self.stages):
-            if step < stage.steps:
-                return StagePosition(index, stage, step)
-            step -= stage.steps
-        return StagePosition(len(self.stages) - 1, self.stages[-1], self.stages[-1].steps)
+    @property
+    def total_steps(self) -> int:
+        """Steps drawn so far and those that may still come; fewer when a gate opens early."""
+        left = 0 if self.stage_ended else self.stages[self._stage].steps - self._in_stage
+        return self._step + left + sum(stage.steps for stage in self.stages[self._stage + 1 :])
+
+    @property
+    def stage_ended(self) -> bool:
+        """Whether the step drawn last was its stage's last one."""
+        return self._passed or self._in_stage >= self.stages[self._stage].steps
+
+    @property
+    def success(self) -> float | None:
+        """What the current stage's gate compares with ``advance_at``; None before the first update of a stage."""
+        window = self._rates[-self.stages[self._stage].advance_window :]
+        return sum(window) / len(window) if window else None
+
+    @property
+    def pool_shares(self) -> dict[str, float]:
+        """Present share of each pool of an adaptive stage; empty for a uniform one."""
+        pools = self._pools[self._stage]
+        if self.stages[self._stage].pools == "uniform":
+            return {}
+        return dict(zip((pool.name for pool in pools), self._shares(pools).tolist(), strict=True))
 
     def sample(self) -> tuple[StageConfig, list[Problem]]:
-        """The next step's stage and problems."""
-        at = self.position(self._step)
-        replay = round(self._batch * at.stage.replay)
-        pool = self._pools[at.index]
-        problems = self._draw(pool, at.index, self._drawn[at.index], self._batch - replay)
-        problems += self._draw(self._all, len(self.stages), self._replayed, replay)
-        self._drawn[at.index] += self._batch - replay
-        self._replayed += replay
+        """The next step's stage and problems; after the end, more of the last stage."""
+        if self.stage_ended and self._stage + 1 < len(self.stages):
+            self._stage, self._in_stage, self._passed, self._rates = self._stage + 1, 0, False, []
+            self._skip_empty()
+        stage, pools = self.stages[self._stage], self._pools[self._stage]
+        replay = round(self._batch * stage.replay)
+        counts = [self._batch - replay]
+        if len(pools) > 1:
+            rng = np.random.default_rng([self._seed, self._stage, self._step])
+            counts = rng.multinomial(counts[0], self._shares(pools)).tolist()
+        problems: list[Problem] = []
+        for pool, count in zip((*pools, self._replay[self._stage]), (*counts, replay), strict=True):
+            if count:
+                problems += pool.draw(self._drawn.get(pool.name, 0), count)
+                self._drawn[pool.name] = self._drawn.get(pool.name, 0) + count
         self._step += 1
-        return at.stage, problems
+        self._in_stage += 1
+        return stage, problems
+
+    def update(self, stage: StageConfig, problems: Sequence[Problem], success: Sequence[float]) -> None:
+        """Take note of how a step's answers fared.
+
+        Args:
+            stage, problems: as ``sample`` gave them.
+            success: [n] share of right answers in each problem's group, 0..1.
+        """
+        signals: dict[str, list[float]] = {}
+        own = []
+        for problem, rate in zip(problems, success, strict=True):
+            signals.setdefault(_bucket(problem), []).append(4 * rate * (1 - rate))
+            if problem.kind in stage.question_kinds:
+                own.append(float(rate))
+        for bucket, values in signals.items():
+            self._signal[bucket] = MEMORY * self._signal.get(bucket, 1.0) + (1 - MEMORY) * float(np.mean(values))
+        if stage is not self.stages[self._stage] or stage.advance_at is None or not own:
+            return
+        self._rates = [*self._rates, float(np.mean(own))][-stage.advance_window :]
+        full = len(self._rates) == stage.advance_window and self._in_stage >= stage.min_steps
+        self._passed = full and float(np.mean(self._rates)) >= stage.advance_at
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values from which ``load_state_dict`` goes on exactly."""
-        return {"step": self._step, "drawn": list(self._drawn), "replayed": self._replayed}
+        return {
+            "stages": len(self.stages),
+            "step": self._step,
+            "stage": self._stage,
+            "in_stage": self._in_stage,
+            "passed": self._passed,
+            "rates": list(self._rates),
+            "drawn": dict(self._drawn),
+            "signal": dict(self._signal),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if len(state["drawn"]) != len(self.stages):
+        """Raises ConfigError where the state is of other stages."""
+        if state["stages"] != len(self.stages):
             raise ConfigError(
-                f"the checkpoint was made with {len(state['drawn'])} stages, the configuration has {len(self.stages)}; "
+                f"the checkpoint was made with {state['stages']} stages, the configuration has {len(self.stages)}; "
                 "resume with the run's own config.toml"
             )
-        self._step, self._drawn, self._replayed = state["step"], list(state["drawn"]), state["replayed"]
+        self._step, self._stage, self._in_stage = state["step"], state["stage"], state["in_stage"]
+        self._passed, self._rates = state["passed"], list(state["rates"])
+        self._drawn, self._signal = dict(state["drawn"]), dict(state["signal"])
 
-    def _draw(self, pool: Sequence[Problem], pool_number: int, start: int, count: int) -> list[Problem]:
-        drawn: list[Problem] = []
-        while len(drawn) < count:
-            lap, offset = divmod(start + len(drawn), len(pool))
-            order = np.random.default_rng([self._seed, pool_number, lap]).permutation(len(pool))
-            drawn += [pool[index] for index in order[offset : offset + count - len(drawn)]]
-        return drawn
+    def _skip_empty(self) -> None:
+        while not self.stages[self._stage].steps and self._stage + 1 < len(self.stages):
+            self._stage += 1
 
-    @staticmethod
-    def _pool(problems: Sequence[Problem], stage: StageConfig) -> tuple[Problem, ...]:
-        pool = tuple(problem for problem in problems if problem.kind in stage.question_kinds)
-        if not pool and stage.steps:
+    def _shares(self, pools: Sequence[_Pool]) -> np.ndarray:
+        """[pools] share of each: as many as it has questions, times how much its groups teach."""
+        weights = np.array([len(pool.problems) * (FLOOR + self._signal.get(pool.name, 1.0)) for pool in pools])
+        return weights / weights.sum()
+
+    def _stage_pools(self, problems: Sequence[Problem], number: int) -> list[_Pool]:
+        stage = self.stages[number]
+        chosen = tuple(problem for problem in problems if problem.kind in stage.question_kinds)
+        if not chosen and stage.steps:
             present = ", ".join(kind for kind in KINDS if any(problem.kind == kind for problem in problems))
             raise ConfigError(
                 f"stage '{stage.name}' asks for {', '.join(stage.question_kinds)}, "
                 f"but the data has only: {present or 'nothing'}"
             )
-        return pool
+        if stage.pools == "uniform":
+            return [_Pool(f"stage {number}", chosen, (self._seed, number), stage.maps_per_step, self._batch)]
+        buckets: dict[str, list[Problem]] = {}
+        for problem in chosen:
+            buckets.setdefault(_bucket(problem), []).append(problem)
+        # Named and seeded by what is inside: a later stage goes on with the same walk.
+        return [
+            _Pool(bucket, tuple(found), (self._seed, zlib.crc32(bucket.encode())))
+            for bucket, found in sorted(buckets.items())
+        ]
+
+    def _replay_pool(self, problems: Sequence[Problem], number: int) -> _Pool:
+        stage = self.stages[number]
+        if stage.replay_from == "all":
+            return _Pool("replay", tuple(problems), (self._seed, len(self.stages)))
+        earlier = {kind for before in self.stages[:number] if before.steps for kind in before.question_kinds}
+        chosen = tuple(problem for problem in problems if problem.kind in earlier)
+        if stage.replay and not chosen:
+            raise ConfigError(f"stage '{stage.name}' replays earlier stages, but none before it draws questions")
+        return _Pool(f"replay {number}", chosen, (self._seed, len(self.stages) + 1 + number))
+
+
+def _bucket(problem: Problem) -> str:
+    """Difficulty pool of a question: ``planning/hard/1`` by kind, map level and transfers, ``TorF1/easy`` else."""
+    name = f"{problem.kind}/{problem.map_difficulty}"
+    return f"{name}/{min(problem.transfers_required, 2)}" if problem.kind == "planning" else name

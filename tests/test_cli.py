@@ -16,7 +16,10 @@ from typer.testing import CliRunner, Result
 import rewardmap
 from rewardmap.cli import app, explain
 from rewardmap.config import Config
+from rewardmap.rollout.engine import RolloutError
+from rewardmap.train import examine
 from rewardmap.train import run as runs
+from rewardmap.train.examine import EvalRequest
 from rewardmap.types import DataError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -34,8 +37,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 
         return called
 
-    for name in ("train", "resume", "evaluate_run"):
+    for name in ("train", "resume"):
         monkeypatch.setattr(runs, name, record(name))
+    monkeypatch.setattr(examine, "evaluate_target", record("evaluate_target"))
     return made
 
 
@@ -84,10 +88,26 @@ def test_resume(calls: list[Call], tmp_path: Path) -> None:
 def test_eval(calls: list[Call], tmp_path: Path) -> None:
     assert invoke("eval", str(tmp_path), "--data", "maps", "--split", "val").exit_code == 0
     assert invoke("eval", str(tmp_path)).exit_code == 0
-    assert [call[0] for call in calls] == [
-        ("evaluate_run", tmp_path, Path("maps"), "val"),
-        ("evaluate_run", tmp_path, None, None),
+    answers = ("--responses", "a.jsonl", "--data", "maps", "--normaliser", "training", "--extraction", "lenient")
+    assert invoke("eval", *answers, "--questions", "long", "--no-map-scores").exit_code == 0
+    assert invoke("eval", "eval.max_problems=3", "--responses", "a.jsonl").exit_code == 0
+    assert [call[0][1] for call in calls] == [
+        EvalRequest(str(tmp_path), data=Path("maps"), split="val", settings=[]),
+        EvalRequest(str(tmp_path), settings=[]),
+        EvalRequest(
+            None,
+            Path("a.jsonl"),
+            data=Path("maps"),
+            questions="long",
+            normaliser="training",
+            extraction="lenient",
+            map_scores=False,
+            settings=[],
+        ),
+        EvalRequest(None, Path("a.jsonl"), settings=["eval.max_problems=3"]),
     ]
+    result = invoke("eval", str(tmp_path), "--normaliser", "strict")
+    assert result.exit_code == 2 and "--normaliser strict: choose one of training, evaluation" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -119,6 +139,7 @@ def test_a_wrong_setting_ends_in_one_line(arguments: list[str], named: str, call
         ),
         (RuntimeError("IoError(Os { code: 28, kind: StorageFull })"), 1, "no space left"),
         (RuntimeError("the gradient\nis nan"), 1, "RuntimeError: the gradient is nan"),
+        (RolloutError("http://x: the key is refused"), 1, "error: http://x: the key is refused\n"),
         (KeyboardInterrupt("saved after step 7"), 130, "saved after step 7"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -171,7 +192,7 @@ def test_help_is_quick_and_names_the_commands() -> None:
     )
     result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert all(command in result.stdout for command in ("train", "eval", "generate", "score"))
+    assert all(command in result.stdout for command in ("train", "eval", "serve", "generate", "score"))
 
 
 def test_version() -> None:

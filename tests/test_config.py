@@ -54,7 +54,7 @@ def test_every_field_survives_a_round_trip(tmp_path: Path) -> None:
                 assert getattr(getattr(again, section), key) != getattr(getattr(Config(), section), key), key
 
 
-CHOICES = {"tiny", "raise", "auto", "float32", "local", "reference", "advantage", "grpo", "group", "none"}
+CHOICES = {"tiny", "raise", "auto", "float32", "local", "reference", "advantage", "grpo", "group", "none", "k3"}
 """Defaults of fields with fixed choices: kept, the parser checks these."""
 
 
@@ -120,6 +120,11 @@ def test_overrides() -> None:
         ('train.stages=[{name="a", question_kinds=["routes"]}]', ["routes", "planning"]),
         ('train.stages=[{name="a", replay=2}]', ["replay"]),
         ('train.stages=[{name="a", checkpoint="shipped"}]', ["checkpoint", "sft"]),
+        ('train.stages=[{name="a", advance_at=2.0}]', ["advance_at", "2.0"]),
+        ('train.stages=[{name="a", steps=3, min_steps=4}]', ["min_steps", "steps=3"]),
+        ('train.stages=[{name="a", group_size=0}]', ["group_size"]),
+        ('train.stages=[{name="a", kind="sft", pools="adaptive"}]', ["adaptive", "rl"]),
+        ("train.advantage_baseline=greedy", ["advantage_baseline", "advantage_scale"]),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_remedy(override: str, named: list[str]) -> None:

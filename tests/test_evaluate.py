@@ -13,8 +13,9 @@ from rewardmap.evaluate import (
     DIRECT,
     TRANSFER,
     Evaluation,
+    Judge,
     Record,
-    evaluate,
+    ask,
     evaluation_weight,
     swap_maps,
     text_prior,
@@ -176,9 +177,7 @@ def test_a_paired_gain_needs_the_same_questions() -> None:
 
 
 def test_jsonl_round_trip_and_bad_lines(tmp_path: Path) -> None:
-    evaluation = Evaluation(
-        (dataclasses.replace(record(0, True), response="Tøyen\n“x” 济南"), record(1, False))
-    )
+    evaluation = Evaluation((dataclasses.replace(record(0, True), response="Tøyen\n“x” 济南"), record(1, False)))
     path = tmp_path / "after.jsonl"
     evaluation.to_jsonl(path)
     assert Evaluation.from_jsonl(path) == evaluation
@@ -195,9 +194,7 @@ class ScriptedEngine:
         self.seen: list[tuple[int, SamplingParams]] = []
         self._pictures = pictures
 
-    def generate(
-        self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams
-    ) -> list[RolloutGroup]:
+    def generate(self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams) -> list[RolloutGroup]:
         self.seen.append((len(problems), sampling))
         groups = []
         for asked in problems:
@@ -208,27 +205,27 @@ class ScriptedEngine:
 
     def update_weights(self, version: int) -> None: ...
 
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     def close(self) -> None: ...
 
 
 def counting_data(cities: int) -> tuple[list[Problem], dict[str, dict[str, list[str]]]]:
     problems = [
-        problem(kind, answer=city, city=f"m{city}")
-        for city in range(cities)
-        for kind in ("Counting2", "Counting3")
+        problem(kind, answer=city, city=f"m{city}") for city in range(cities) for kind in ("Counting2", "Counting3")
     ]
     return problems, {item.network_id: NETWORK for item in problems}
 
 
-def test_evaluate_is_greedy_batched_and_in_order() -> None:
+def test_asking_is_greedy_batched_and_in_order() -> None:
     problems, networks = counting_data(5)
     engine = ScriptedEngine({f"{item.image!r}{item.kind}": item for item in problems})
     assert isinstance(engine, RolloutEngine)
     calls: list[tuple[int, int]] = []
     sampling = SamplingParams(temperature=0.7, max_new_tokens=33)
-    result = evaluate(
-        engine, problems, networks, Rubric(), sampling, lambda done, of: calls.append((done, of)), batch=4
-    )
+    answers = ask(engine, problems, sampling, progress=lambda done, of: calls.append((done, of)), batch=4)
+    result = Judge().evaluation(problems, answers, networks)
     assert [item.uid for item in result.records] == [item.uid for item in problems]
     assert calls == [(4, 10), (8, 10), (10, 10)]
     assert [count for count, _ in engine.seen] == [4, 4, 2]
@@ -246,7 +243,8 @@ def test_swapped_maps_expose_who_reads_the_picture() -> None:
         assert dataclasses.replace(after, image=before.image) == before
     assert {item.image for item in swapped} == {item.image for item in problems}
     assert swapped == swap_maps(problems, seed=5) != swap_maps(problems, seed=6)
-    assert evaluate(engine, swapped, networks, Rubric(), SamplingParams()).weighted_accuracy == 0.0
+    answers = ask(engine, swapped, SamplingParams())
+    assert Judge().evaluation(swapped, answers, networks).weighted_accuracy == 0.0
 
 
 def test_one_map_cannot_be_swapped() -> None:

@@ -51,6 +51,7 @@ def test_every_source_and_shipped_file_is_inside(wheel: zipfile.ZipFile) -> None
     for top, folder in (
         ("rewardmap", ROOT / "rewardmap"),
         ("rewardmap_kernels", ROOT / "kernels/rewardmap_kernels"),
+        ("rewardmap_kernels/csrc", ROOT / "csrc"),
     ):
         for file in folder.rglob("*"):
             if file.is_file() and "__pycache__" not in file.parts:

@@ -16,6 +16,7 @@ from rich.table import Table
 import rewardmap
 from rewardmap.evaluate import DIRECT, TRANSFER, Estimate, Evaluation, TextPrior
 from rewardmap.files import write_text
+from rewardmap.report.parts import parts_markdown, parts_report, parts_table
 from rewardmap.types import KINDS
 
 NAMES = {
@@ -40,8 +41,8 @@ def write_report(
     tokens_per_second: float | None,
     phases: Mapping[str, float],
     peak_rss_bytes: int,
-    seed: int,
-    steps: int,
+    seed: int | None,
+    steps: int | None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Write ``report.json`` and ``report.md`` into ``run_dir`` and print the table.
@@ -53,7 +54,7 @@ def write_report(
         prior: what the best answers that ignore the picture score.
         seconds: wall clock of the whole run; ``phases``: its parts.
         tokens_per_second: sampled tokens per second of rollout; None where nothing was sampled.
-        steps: optimizer steps taken.
+        steps: optimizer steps taken; None, as for ``seed``: not those of a run.
 
     Returns:
         What ``report.json`` holds: fractions in 0..1, seconds, null for what was not measured.
@@ -87,6 +88,7 @@ def write_report(
         "tokens_per_second": tokens_per_second,
         "seconds_by_phase": dict(phases),
         "peak_rss_bytes": peak_rss_bytes,
+        "parts": parts_report(after),
         "questions": len(after.records),
         "maps": len({record.network_id for record in after.records}),
         "steps": steps,
@@ -94,14 +96,26 @@ def write_report(
         "version": rewardmap.__version__,
     }
     write_text(run_dir / "report.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
-    footer = _footer(report)
-    rows = [_row(metric, before, after, text_only, prior, 1) for metric in _metrics(after)]
-    write_text(run_dir / "report.md", _markdown(rows, footer))
+    footer = footer_lines(report)
+    rows = closing_rows(after, before, text_only, prior)
+    write_text(run_dir / "report.md", _markdown(rows, footer) + "\n" + parts_markdown(after))
     if console is not None:
-        console.print(_rich([_row(metric, before, after, text_only, prior, 0) for metric in _metrics(after)]))
+        console.print(_rich(closing_rows(after, before, text_only, prior, digits=0)))
+        console.print(parts_table(after))
         for line in footer:
             console.print(line, style="dim", highlight=False)
     return report
+
+
+def closing_rows(
+    after: Evaluation,
+    before: Evaluation | None = None,
+    text_only: Evaluation | None = None,
+    prior: TextPrior | None = None,
+    digits: int = 1,
+) -> list[tuple[str, ...]]:
+    """The closing table: cells under ``HEAD``, a row for each metric; ``digits`` of the intervals."""
+    return [_row(metric, before, after, text_only, prior, digits) for metric in _metrics(after)]
 
 
 def _gain_above_floor(before: Evaluation | None, after: Evaluation, prior: TextPrior | None) -> float | None:
@@ -162,17 +176,18 @@ def _percent(estimate: Estimate, digits: int, sign: str = "") -> str:
     return f"{value} [{100 * estimate.low:{sign}.{digits}f}…{100 * estimate.high:{sign}.{digits}f}]"
 
 
-def _footer(report: Mapping[str, Any]) -> list[str]:
+def footer_lines(report: Mapping[str, Any]) -> list[str]:
+    """What stands below the closing table."""
     gain = report["gain_above_floor"]
     phases = sorted(report["seconds_by_phase"].items(), key=lambda item: -item[1])
     speed = report["tokens_per_second"]
     facts = [
         f"{report['questions']} questions about {report['maps']} held-out maps",
-        f"{report['steps']} steps",
+        *([] if report["steps"] is None else [f"{report['steps']} steps"]),
         f"{report['seconds']:.0f} s",
         *([] if speed is None else [f"{speed:.0f} sampled tokens/s"]),
         f"peak memory {report['peak_rss_bytes'] / 2**20:.0f} MiB",
-        f"seed {report['seed']}",
+        *([] if report["seed"] is None else [f"seed {report['seed']}"]),
         f"rewardmap {report['version']}",
     ]
     lines = [" · ".join(facts)]
