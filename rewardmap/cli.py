@@ -220,7 +220,7 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Same seed, same data set.")] = 0,
     level: Annotated[
-        str, typer.Option(help="The maps: full, or tiny for the small policy; grid or grid-tiny for a world without trains.")
+        str, typer.Option(help="The maps: full, or tiny for the small policy; grid, grid-tiny: a world without trains.")
     ] = "full",
     form: Annotated[
         str, typer.Option(help="ReasonMap-Train (all questions), ReasonMap (planning) or ReasonMap-Plus (the others).")
