@@ -1,9 +1,12 @@
 """The local engine samples what the model says, records the log-probabilities it sampled with, and repeats itself by
 seed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 from rewardmap.config import PolicyConfig
 from rewardmap.policy import load_policy, mrope_positions
@@ -153,3 +156,13 @@ def test_broken_picture_is_named(policy, tmp_path):
     bad = Problem("bad-2", str(path), "who?", "TorF1", 1, "", "", "a/0", "easy")
     with pytest.raises(DataError, match=r"broken\.png"):
         policy.encode(bad)
+
+
+def test_room_for_the_next_tokens_changes_nothing(policy, problems, monkeypatch):
+    """Keys and values in place are, to the last bit, those that transformers' own cache copies at every token."""
+    endless = replace(policy, stop_token_ids=policy.banned_token_ids[1:])  # beyond the first room
+    cases = [(policy, SamplingParams(max_new_tokens=24, seed=1)), (endless, SamplingParams(max_new_tokens=80, seed=2))]
+    ours = [LocalEngine(own, 64).generate(problems[:6], 4, sampling) for own, sampling in cases]
+    monkeypatch.setattr("rewardmap.rollout.local._Roomy", DynamicLayer)
+    assert [LocalEngine(own, 64).generate(problems[:6], 4, sampling) for own, sampling in cases] == ours
+    assert {len(rollout.token_ids) for group in ours[1] for rollout in group.rollouts} == {80}

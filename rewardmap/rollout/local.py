@@ -7,15 +7,18 @@ leave the batch, and log-probabilities are recorded as each token is sampled.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from rewardmap.policy import EncodedPrompt, Policy
 from rewardmap.rollout.engine import OnGroup
 from rewardmap.types import FinishReason, Problem, Rollout, RolloutGroup, SamplingParams
 
 Tensor = torch.Tensor
+_ROOM = 64
+"""Tokens that keys and values have room for beyond those they hold."""
 
 
 class LocalEngine:
@@ -141,7 +144,7 @@ class LocalEngine:
 
     def _prefill(
         self, problems: Sequence[Problem], prompts: Sequence[EncodedPrompt]
-    ) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
+    ) -> tuple[Tensor, Cache, Tensor, Tensor]:
         """One pass over B left-padded prompts.
 
         Returns:
@@ -164,7 +167,7 @@ class LocalEngine:
         causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
         # A padding query sees itself, or its softmax would be empty.
         visible = causal & padding[:, None, :] | torch.eye(longest, dtype=torch.bool, device=device)
-        cache = DynamicCache(config=policy.text_model.config)
+        cache = Cache(layers=[_Roomy() for _ in range(policy.text_model.config.num_hidden_layers)])
         out = policy.text_model(
             **policy.text_inputs(ids, features),
             position_ids=positions.to(device),
@@ -174,6 +177,40 @@ class LocalEngine:
         )
         logits = policy.model.lm_head(out.last_hidden_state[:, -1])
         return logits, cache, padding, positions.amax((0, 2)).to(device) + 1
+
+
+class _Roomy(DynamicLayer):
+    """One layer's keys and values [S, heads, T, D] with room behind them for the next tokens. ``DynamicLayer`` copies
+    all it holds at every token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rooms: list[Tensor] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.keys, self.values, self.is_initialized = key_states, value_states, True
+            return key_states, value_states
+        length = self.get_seq_length()
+        end = length + key_states.shape[2]
+        if not self._rooms or end > self._rooms[0].shape[2]:
+            self._move(slice(None))
+        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
+            room[:, :, length:end] = states
+        self.keys, self.values = (room[:, :, :end] for room in self._rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._move(indices)
+
+    def _move(self, rows: Tensor | slice) -> None:
+        """``rows`` into new rooms."""
+        kept = [held[rows] for held in (self.keys, self.values) if held is not None]
+        length = kept[0].shape[2]
+        self._rooms = [one.new_empty(*one.shape[:2], length + _ROOM, one.shape[3]) for one in kept]
+        for room, one in zip(self._rooms, kept, strict=True):
+            room[:, :, :length] = one
+        self.keys, self.values = (room[:, :, :length] for room in self._rooms)
 
 
 def sample(
