@@ -1,10 +1,11 @@
 """Sampling and weight syncs, timed. Writes ``bench/results/rollout-<machine>.json``; prints it too.
 
     python bench/bench_rollout.py                       # the local engine beside transformers' generate
-    python bench/bench_rollout.py --python ENV/bin/python   # SGLang as well: our client, bare requests, syncs
+    python bench/bench_rollout.py --python ENV/bin/python   # SGLang as well: our client, SGLang's own, syncs
 
 All on the tiny model with pictures and answers of a fixed length, so that every contender samples the same number of
-tokens. The bare requests are the client's own bodies sent by aiohttp and thrown away: no client can be faster.
+tokens. SGLang's benchmark client (``rollout_peer.py``) sends one request an answer, as it always does; the bare
+requests are our client's own bodies, one a group, whose replies are thrown away unread: no client can be faster.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +35,7 @@ from step_tiny import make_problems
 from rewardmap.config import PolicyConfig, ServerConfig
 from rewardmap.policy import Policy, load_policy
 from rewardmap.rollout.local import LocalEngine
+from rewardmap.rollout.sglang_server import KEYS_FILE, Keys
 from rewardmap.tiny import WARM_START
 from rewardmap.types import Problem, SamplingParams
 
@@ -49,8 +53,9 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", help="one line of JSON, no file: for bench/gpu.py")
     arguments = parser.parse_args()
     policy = load_policy(WARM_START, PolicyConfig(device=arguments.device))
-    # A token that is never sampled: answers end at the limit.
-    policy = replace(policy, stop_token_ids=policy.banned_token_ids[:1])
+    # Nothing that ends an answer is ever sampled, by anyone: answers end at the limit.
+    banned = (*policy.banned_token_ids, *policy.stop_token_ids)
+    policy = replace(policy, stop_token_ids=policy.banned_token_ids[1:], banned_token_ids=banned)
     problems = make_problems(arguments.problems)[0][:: max(1, len(make_problems(1)[0]))][: arguments.problems]
     row: dict[str, Any] = {
         "machine": machine(arguments.device),
@@ -119,7 +124,8 @@ def generate(policy: Policy, problems: Sequence[Problem], tokens: int) -> Any:
 
 
 def servers(policy: Policy, problems: Sequence[Problem], tokens: int, python: str) -> dict[str, Any]:
-    """Tokens a second through the client and by bare requests, counters of the server, seconds of each sync route."""
+    """Tokens a second through our client, SGLang's and by bare requests, counters of the server, seconds of each sync
+    route."""
     from rewardmap.train.synced import SyncedEngine
     from rewardmap.train.weight_sync import WeightSync
 
@@ -151,12 +157,24 @@ def servers(policy: Policy, problems: Sequence[Problem], tokens: int, python: st
 
             through = total / seconds(lambda: engine.generate(problems, GROUP, sampling))
             lower = total / seconds(lambda: inner.loop.run(bare()))
+            requests = Path(folder) / "requests.json"
+            requests.write_text(json.dumps(bodies))
+            environment = os.environ | {"OPENAI_API_KEY": Keys.read(Path(folder) / KEYS_FILE).api or ""}
+            peer = subprocess.run(
+                (python, str(Path(__file__).with_name("rollout_peer.py")), client.url, str(requests), str(REPEATS)),
+                check=True,
+                stdout=subprocess.PIPE,
+                env=environment,
+            )
+            own = total / json.loads(peer.stdout.splitlines()[-1])["seconds"]
             info = inner.loop.run(client.call("/server_info", method="GET", admin=False))
             row: dict[str, Any] = {
                 "version": info["version"],
                 "client_tokens_per_second": through,
                 "bare_tokens_per_second": lower,
-                "client_share": through / lower,
+                "client_share_of_bare": through / lower,
+                "sglang_client_tokens_per_second": own,
+                "client_share_of_sglang_client": through / own,
                 "prompt_tokens": sum(meta["prompt_tokens"] for meta in counts),
                 "cached_tokens": sum(meta["cached_tokens"] for meta in counts),
                 "requests": len(bodies),
