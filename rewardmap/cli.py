@@ -1,4 +1,4 @@
-"""The command line: ``rewardmap train | eval | serve | generate | show | score``.
+"""The command line: ``rewardmap train | plan | profile | eval | serve | generate | show | score``.
 
 Heavy imports wait until a command runs, so that ``--help`` is quick. A user's mistake ends in one line on
 stderr and exit code 2, a failure in exit code 1, Ctrl-C in 130, SIGTERM in 143; ``--debug`` shows the traceback.
@@ -114,6 +114,33 @@ def plan(
         work = planning.Workload(prompt_tokens, answer_tokens)
         found = planning.plan(config, planning.shapes_of(config), gpus * nodes, gpu, work)
         typer.echo(planning.table(found, gpus * nodes, gpu))
+
+
+@app.command()
+def profile(
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="CONFIG KEY=VALUE", help="As for train (default: tiny).")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to record, after one that warms up.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A new folder. Default: runs/profile-<date and time>.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Record the first steps of a run: a trace, a table of where their time goes, a roofline picture."""
+    with _errors(debug):
+        from rich.console import Console
+
+        from rewardmap.config import load_config
+
+        source, overrides = _source(settings or [])
+        config = load_config(source, overrides)
+
+        from rewardmap.train.profile import profile as record
+
+        _quiet()
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        record(config, out or Path("runs") / f"profile-{stamp}", steps=steps, console=Console())
 
 
 @app.command("eval")

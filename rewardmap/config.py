@@ -133,11 +133,20 @@ class RolloutConfig:
     """Weighs each token by its probability at the trainer over that at the engine: ``truncate`` caps the weight at
     ``importance_max``, ``mask`` leaves tokens above it out. For engines whose numerics are not the trainer's."""
     importance_max: float = 2.0
+    staleness: Literal[0, 1] = 0
+    """Updates by which answers may lag behind the weights they train. 1: the next step's answers are sampled while this
+    one trains (one-step-off); needs ``importance_correction``, and servers on GPUs of their own to gain time."""
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
         if not self.importance_max > 0:
             raise ValueError(f"importance_max={self.importance_max:g}: above 0")
+        if self.staleness and self.importance_correction == "none":
+            raise ValueError(
+                "staleness=1 trains on answers of the weights before: set importance_correction='truncate' or 'mask'"
+            )
+        if self.staleness and self.server.colocated:
+            raise ValueError("staleness=1 samples while it trains: not with server.colocated=true, which takes turns")
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -295,6 +304,8 @@ class TrainConfig:
     """The newest so many stay."""
     keep_best: int = 0
     """Beside them so many of the newest one's stage, those with the most right answers since the one before."""
+    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Also log each step there, beside TensorBoard. Each is an extra of the package."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
 
@@ -369,7 +380,7 @@ _ADAPTER = TypeAdapter(Config)
 
 def load_config(source: str | Path | None = "tiny", overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file (a path, or the name of a shipped one such as ``tiny``; None: the defaults) and apply
-    ``key.path=value`` overrides.
+    ``key.path=value`` overrides, in order; one that is the path of another TOML file lays that file over the first.
 
     Override values are TOML (``train.seed=3``, ``data.path="maps"``); a bare word is taken as a string.
 
@@ -381,12 +392,13 @@ def load_config(source: str | Path | None = "tiny", overrides: Sequence[str] = (
     if source is not None:
         path = _find(source)
         where = str(path)
-        try:
-            tree = tomllib.loads(path.read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        tree = _read(path)
     for override in overrides:
-        _apply_override(tree, override)
+        if override.endswith(".toml") and "=" not in override:
+            where += f" with {override}"
+            _lay_over(tree, _read(_find(override)))
+        else:
+            _apply_override(tree, override)
     return from_dict(tree, where=where)
 
 
@@ -411,6 +423,22 @@ def to_dict(config: Config) -> dict[str, Any]:
 def dump_toml(config: Config) -> str:
     """The resolved configuration as TOML; ``load_config`` reads it back to an equal ``Config``."""
     return tomli_w.dumps(to_dict(config))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _lay_over(tree: dict[str, Any], other: dict[str, Any]) -> None:
+    """Set every value of ``other`` in ``tree``."""
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(tree.get(key), dict):
+            _lay_over(tree[key], value)
+        else:
+            tree[key] = value
 
 
 def _find(source: str | Path) -> Path:

@@ -81,6 +81,7 @@ class Curriculum:
         if not stages:
             raise ConfigError("train.stages is empty; give at least one stage")
         self.stages = tuple(stages)
+        self.problems = tuple(problems)
         self._batch = batch
         self._seed = seed
         self._pools = [self._stage_pools(problems, number) for number in range(len(stages))]

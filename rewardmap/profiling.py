@@ -14,7 +14,8 @@ import torch
 class PhaseTimer:
     """Seconds by named phase, for the current step and in total.
 
-    A phase inside a phase is charged to the inner one alone, so that totals add up to the time inside phases.
+    A phase inside a phase is charged to the inner one alone, so that totals add up to the time inside phases. In a
+    trace of ``torch.profiler`` phases are ranges of their name.
 
     Example:
         timer = PhaseTimer()
@@ -36,7 +37,8 @@ class PhaseTimer:
         self._charge()
         self._open.append(name)
         try:
-            yield
+            with torch.profiler.record_function(name):
+                yield
         finally:
             self._charge()
             self._open.pop()

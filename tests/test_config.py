@@ -34,6 +34,19 @@ def test_shipped_file_parses_and_survives_a_round_trip(path: Path, tmp_path: Pat
     assert load_config(copy) == config
 
 
+def test_a_file_is_laid_over_another_and_settings_over_both(tmp_path: Path) -> None:
+    layout = tmp_path / "layout.toml"
+    layout.write_text("[rollout]\nengine = 'sglang'\n[rollout.server]\nreplicas = 4\n", encoding="utf-8")
+    config = load_config("tiny", [str(layout), "rollout.group_size=3"])
+    assert config.rollout.engine == "sglang" and config.rollout.server.replicas == 4 and config.rollout.group_size == 3
+    assert config.train == load_config("tiny").train and config.rollout.max_new_tokens == 24
+    layout.write_text("[rollout]\nengin = 'sglang'\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"tiny\.toml with .*layout\.toml: unknown key .rollout\.engin"):
+        load_config("tiny", [str(layout)])
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        load_config("tiny", ["nowhere.toml"])
+
+
 def test_every_field_survives_a_round_trip(tmp_path: Path) -> None:
     """A value other than the default in every scalar field: none is lost or read back as another."""
     tree = to_dict(Config())
@@ -42,6 +55,7 @@ def test_every_field_survives_a_round_trip(tmp_path: Path) -> None:
         for section, fields in tree.items()
     }
     changed["data"]["path"] = "maps of Oslo"
+    changed["rollout"]["importance_correction"] = "mask"  # staleness=1 needs one
     changed["train"]["stages"] = [{"name": "s", "kind": "sft", "steps": 3, "checkpoint": "shipped"}]
     config = from_dict(changed)
     copy = tmp_path / "config.toml"

@@ -5,8 +5,8 @@ pytest -m slow tests/test_kills.py
 
 from __future__ import annotations
 
+import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from rewardmap.report import read_metrics
-from rewardmap.train.checkpoint import find_damage, list_checkpoints
+from rewardmap.train.checkpoint import list_checkpoints
 from rewardmap.transit.reasonmap import write_dataset
 
 pytestmark = pytest.mark.slow
+JOB = Path(__file__).parent / "kill_job.py"
 KILLS = 20
 SETTINGS = [
     "train.prompts_per_step=6",
@@ -75,30 +76,21 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def test_kills_at_random_moments_change_nothing(tmp_path, data):
-    whole, broken, log = tmp_path / "whole", tmp_path / "broken", tmp_path / "log"
-    started = time.monotonic()
-    finish(begin(whole, data), log)
-    longest = time.monotonic() - started
-    rng = random.Random(int(os.environ.get("KILL_SEED", "0")))
-    done = 0
-    for _ in range(KILLS):
-        process = start(begin(broken, data), log)
-        try:
-            process.wait(timeout=rng.uniform(0.3, 1.0) * longest)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        checkpoints = list_checkpoints(broken / "checkpoints")
-        assert all(find_damage(path) is None for path in checkpoints)  # never a half-written one
-        step = int(checkpoints[-1].name.removeprefix("step-")) if checkpoints else 0
-        assert step >= done  # no step that a checkpoint holds is ever lost
-        done = step
-        if process.returncode == 0:
-            break
-    finish(begin(broken, data), log)
-    assert numbers(broken) == numbers(whole)
-    expected, got = weights(whole), weights(broken)
-    assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+    """No step that a checkpoint holds is lost and none is half written: ``kill_job.py`` looks after every kill."""
+    (tmp_path / "settings.json").write_text(json.dumps(["tiny", f"data.path={data}", *SETTINGS]))
+    command = [sys.executable, str(JOB), str(tmp_path), str(KILLS), os.environ.get("KILL_SEED", "0")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    job = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, check=False)
+    assert job.returncode == 0, job.stderr[-4000:]
+    seen = json.loads(job.stdout.splitlines()[-1])
+    print(json.dumps(seen))
+    assert len(seen["kills"]) == KILLS and seen["left_half_saved"] > 0
+    whole = tmp_path / "whole"
+    for number in range(seen["runs"]):
+        broken = tmp_path / f"broken-{number}"
+        assert numbers(broken) == numbers(whole)
+        expected, got = weights(whole), weights(broken)
+        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_job_of_two_ranks_resumes_with_one_and_with_three(tmp_path, data):

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity
 from transformers import Qwen2_5_VLConfig
 
 from rewardmap.config import Config, ConfigError, ParallelConfig, PolicyConfig, load_config
-from rewardmap.tiny import build_tiny
+from rewardmap.curriculum import Curriculum
+from rewardmap.policy import EncodedPrompt, assemble, load_policy, mrope_positions
+from rewardmap.rollout.local import LocalEngine
+from rewardmap.tiny import WARM_START, build_tiny
+from rewardmap.train.forest import Answers, pack_forest
+from rewardmap.train.forward import gather_rows
 from rewardmap.train.parallel import prepare_policy, shard_policy
 from rewardmap.train.plan import Workload, build_meta, memory_parts, plan, table
 from rewardmap.train.ranks import join_ranks
+from rewardmap.train.trainer import Trainer
+from rewardmap.transit.reasonmap import load_dataset, write_dataset
+from rewardmap_kernels import PolicyObjective, linear_policy_loss
+from rewardmap_kernels.tree_attention import tree_mask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TEXT_3B = {
@@ -39,7 +52,7 @@ def test_counted_bytes_are_those_of_a_sharded_policy(freeze_vision):
         parallel=ParallelConfig(compute_dtype="bfloat16"),
     )
     policy = build_tiny(0, freeze_vision)
-    parts = memory_parts(config, build_meta(config, policy.model.config), 1)
+    parts = memory_parts(config, build_meta(config, policy.model.config), 1, Workload())
     prepare_policy(policy, config)
     with join_ranks(60, alone=True) as ranks:
         shard_policy(policy, config.parallel, ranks, torch.device("cpu"))
@@ -57,22 +70,123 @@ def test_counted_bytes_are_those_of_a_sharded_policy(freeze_vision):
         assert parts["frozen tower"] == sum(p.nbytes for p in policy.vision_tower.parameters() if id(p) in tower)
 
 
-@pytest.mark.parametrize(("name", "text", "billions"), [("3b", TEXT_3B, 3.75), ("7b", TEXT_7B, 8.29)])
-@pytest.mark.parametrize(("nodes", "shard"), [(1, 0), (4, 8)])
-def test_recipes_plan_on_one_node_and_on_four(name, text, billions, nodes, shard):
-    config = load_config(CONFIGS / f"rewardmap_qwen2_5_vl_{name}.toml", [f"parallel.shard={shard}"])
+def peak_bytes(work) -> int:
+    """The most that tensors made inside ``work`` held at once, by torch's own record of its allocations."""
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(accumulate(sizes))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("freeze_vision", [True, False])
+def test_planned_memory_is_the_measured_peak_of_the_tiny_job(tmp_path, monkeypatch, freeze_vision, checkpointing):
+    """Within 15 %, with nothing fitted: weights and optimizer, and what forward and backward allocate on top."""
+    write_dataset(tmp_path / "maps", maps={"train": 6, "test": 3}, seed=1)
+    settings = [
+        "train.prompts_per_step=48", "train.skip_equal_groups=false", "train.max_tokens_per_micro_batch=2048",
+        f"policy.freeze_vision={freeze_vision}".lower(), f"parallel.activation_checkpointing={checkpointing}".lower(),
+        "train.stages=[{name='all', steps=9, question_kinds=['planning'], maps_per_step=6}]",
+    ]  # fmt: skip
+    config = load_config("tiny", settings)
+    data = load_dataset(tmp_path / "maps", "train")
+    policy = load_policy(WARM_START, config.policy)
+    prepare_policy(policy, config)
+    curriculum = Curriculum(data.problems, config.train.stages, config.train.prompts_per_step, seed=0)
+    trainer = Trainer(config, policy, LocalEngine(policy, 512), {"reference": data.networks}, curriculum)
+    trainer.train_step()  # makes the optimizer's state
+    backward, seen = trainer._backward, {}
+
+    def measured(forests, *rest):
+        out = {}
+        seen.update(forests=forests, peak=peak_bytes(lambda: out.update(backward(forests, *rest))))
+        return out
+
+    monkeypatch.setattr(trainer, "_backward", measured)
+    trainer.train_step()
+    resting = sum(parameter.nbytes for parameter in policy.model.parameters())
+    resting += sum(tensor.nbytes for state in trainer.optimizer.state.values() for tensor in state.values())
+    [forest] = seen["forests"]
+    config = replace(config, train=replace(config.train, max_tokens_per_micro_batch=len(forest.input_ids)))
+    prompt = np.mean([len(policy.encode(problem).token_ids) for problem in data.problems])
+    answer = len(forest.target) / (48 * 8)
+    parts = memory_parts(config, build_meta(config, policy.model.config), 1, Workload(round(prompt), round(answer)))
+    assert sum(parts.values()) == pytest.approx(resting + seen["peak"], rel=0.15)
+
+
+RECIPES = [("3b", TEXT_3B, 3.75), ("7b", TEXT_7B, 8.29)]
+LAYOUTS = [
+    ("one_node_colocated", 8),
+    ("one_node_disaggregated", 4),
+    ("four_nodes_colocated", 32),
+    ("four_nodes_disaggregated", 24),
+]
+"""Of ``configs/layouts``, with the GPUs that train."""
+
+
+def test_every_layout_is_tested():
+    assert sorted(name for name, _ in LAYOUTS) == sorted(path.stem for path in (CONFIGS / "layouts").iterdir())
+
+
+@pytest.mark.parametrize(("name", "text", "billions"), RECIPES)
+@pytest.mark.parametrize(("layout", "gpus"), LAYOUTS)
+def test_recipes_plan_in_every_layout(name, text, billions, layout, gpus):
+    recipe = CONFIGS / f"rewardmap_qwen2_5_vl_{name}.toml"
+    config, alone = load_config(recipe, [str(CONFIGS / "layouts" / f"{layout}.toml")]), load_config(recipe)
+    budget = alone.train.max_tokens_per_micro_batch  # how a batch is split does not change what is learned
+    assert replace(config.train, max_tokens_per_micro_batch=budget) == alone.train and config.policy == alone.policy
     shapes = qwen(text)
     model = build_meta(config, shapes)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
-    found = plan(config, shapes, 8 * nodes, "H100", Workload())
-    assert 16 * billions / 8 < found.total / 1e9 < 80
+    found = plan(config, shapes, gpus, "H100", Workload())
+    assert 16 * billions / 8 < found.total / 1e9 < 0.9 * 80  # a tenth stays for what is not counted
     assert found.logical_tokens_per_second > found.computed_tokens_per_second
-    assert "assumed" in table(found, 8 * nodes, "H100")
+    assert "assumed" in table(found, gpus, "H100")
+
+
+@pytest.mark.parametrize(("name", "text", "billions"), RECIPES)
+def test_recipes_make_a_step_on_weights_without_memory(name, text, billions):
+    """The published shapes go through packing, checkpointed blocks, fused head, loss and backward."""
+    config, shapes = load_config(CONFIGS / f"rewardmap_qwen2_5_vl_{name}.toml"), qwen(text)
+    model = build_meta(config, shapes).to(getattr(torch, config.parallel.compute_dtype))
+    policy = assemble(model, SimpleNamespace(eos_token_id=0), None, config.policy.freeze_vision)
+    prepare_policy(policy, config)
+    prompt = EncodedPrompt((1, *[shapes.image_token_id] * 64, 2), mrope_positions(66, 1, (1, 8, 8)), 66, 64, "a")
+    answers = tuple(tuple(range(3, 3 + length)) for length in (5, 9, 7, 4))
+    nats = tuple((-1.0,) * len(answer) for answer in answers)
+    [forest] = pack_forest(
+        [Answers(prompt, b"", answers, tuple(range(4)), nats)], config.train.max_tokens_per_micro_batch
+    )
+    mask = replace(tree_mask(forest.subtree_end), device=torch.device("meta"))
+    with torch.device("meta"):
+        hidden = policy.text_model(
+            inputs_embeds=torch.empty(
+                1, len(forest.input_ids), text["hidden_size"], dtype=model.dtype
+            ).requires_grad_(),
+            position_ids=forest.position_ids[:, None].to("meta"),
+            attention_mask=torch.empty(1, 1, 0, 0),
+            use_cache=False,
+            tree_mask=mask,
+        ).last_hidden_state[0]
+        rows = gather_rows(hidden, forest.hidden_index)
+        out = linear_policy_loss(
+            rows,
+            model.lm_head.weight,
+            forest.target.to("meta"),
+            advantages=torch.empty(len(forest.target)),
+            normalizer=25.0,
+            objective=PolicyObjective(config.train.objective, entropy_coef=config.train.entropy_coef),
+        )
+        assert out.logprobs.shape == (25,)
+        out.loss.backward()
+    trained = [*policy.text_model.layers.parameters(), model.lm_head.weight]
+    assert all(parameter.grad.shape == parameter.shape for parameter in trained)
 
 
 def test_what_cannot_fit_is_an_error_with_a_remedy():
     config = load_config(CONFIGS / "rewardmap_qwen2_5_vl_7b.toml")
-    with pytest.raises(ConfigError, match=r"needs 1\d\d\.\d GB per GPU, H100 has 80 GB.*optimizer.*fit: .*4 GPUs"):
+    with pytest.raises(ConfigError, match=r"needs 2\d\d\.\d GB per GPU, H100 has 80 GB.*optimizer.*fit: .*8 GPUs"):
         plan(config, qwen(TEXT_7B), 1, "H100", Workload())
     kept = replace(config, parallel=replace(config.parallel, activation_checkpointing=False))
     with pytest.raises(ConfigError, match=r"activation_checkpointing=true"):

@@ -11,8 +11,8 @@ from rewardmap.blind import blind_policies
 from rewardmap.config import load_config
 from rewardmap.rewards import FAILURES, Rubric
 from rewardmap.rewards.rubric import Mode
-from rewardmap.train import run
 from rewardmap.train.examine import networks_for
+from rewardmap.train.start import set_up
 from rewardmap.transit.graph import Network
 from rewardmap.transit.reasonmap import MapData, write_dataset
 from rewardmap.types import Problem
@@ -36,7 +36,7 @@ def test_the_trainer_and_the_examiner_get_them(tmp_path: Path) -> None:
     write_dataset(tmp_path / "maps", maps={"train": 2, "test": 2}, seed=1)
     stages = "[{name='w', kind='sft', steps=0, checkpoint='shipped'}, {name='a'}, {name='b', reward_mode='paper'}]"
     settings = [f"data.path={tmp_path / 'maps'}", "reward.mode=graph", f"train.stages={stages}"]
-    trainer, examiner, _ = run._set_up(load_config("tiny", settings), tmp_path / "run", Console(quiet=True))
+    trainer, examiner, _ = set_up(load_config("tiny", settings), tmp_path / "run", Console(quiet=True))
     assert set(trainer.networks) == {"graph", "paper"}
     for mode, networks in trainer.networks.items():
         assert len(networks) == 4

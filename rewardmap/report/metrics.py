@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,11 +24,15 @@ class MetricsLog:
             0.1}})
     """
 
-    def __init__(self, run_dir: Path, last_step: int = 0) -> None:
-        """Rows after ``last_step`` are cut away in both files: a run resumes from there. 0 starts anew."""
+    def __init__(self, run_dir: Path, last_step: int = 0, trackers: Sequence[Any] = ()) -> None:
+        """Rows after ``last_step`` are cut away in both files: a run resumes from there. 0 starts anew.
+
+        Args:
+            trackers: told each row's numbers with ``log(numbers, step=step)``, ended with ``finish()``.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        self._path = run_dir / FILE
+        self._path, self._trackers = run_dir / FILE, trackers
         kept = [row for row in read_metrics(run_dir) if row["step"] <= last_step]
         write_text(self._path, "".join(_line(row) for row in kept))
         # Unbuffered: nothing is left to be written, and to fail again, when the log closes after a full disk.
@@ -48,9 +52,11 @@ class MetricsLog:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
-        for name, value in _scalars(row):
-            if name != "step":
-                self._events.add_scalar(name, value, row["step"])
+        numbers = {name: value for name, value in _scalars(row) if name != "step"}
+        for name, value in numbers.items():
+            self._events.add_scalar(name, value, row["step"])
+        for tracker in self._trackers:
+            tracker.log(numbers, step=row["step"])
         if row.get("stage") != self._stage:
             self._stage = row.get("stage")
             self._events.add_text("stage", str(self._stage), row["step"])
@@ -58,6 +64,8 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
         self._events.close()
+        for tracker in self._trackers:
+            tracker.finish()
 
     def __enter__(self) -> Self:
         return self

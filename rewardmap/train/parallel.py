@@ -56,10 +56,13 @@ def prepare_policy(policy: Policy, config: Config) -> None:
     freeze_matching(policy.model, config.policy.freeze)
     if config.policy.lora_rank:
         add_lora(policy, config.policy)
-    for block in policy.text_model.layers:
-        if config.parallel.compile:
+    blocks = list(policy.text_model.layers)
+    if config.parallel.compile:
+        for block in blocks:
             block.forward = torch.compile(block.forward, dynamic=True)
-        if config.parallel.activation_checkpointing:
+    if config.parallel.activation_checkpointing:
+        # A tower that trains keeps all pictures of a step until its backward pass.
+        for block in (*blocks, *([] if policy.freeze_vision else policy.vision_tower.blocks)):
             block.forward = partial(_recomputed, block.forward)
 
 

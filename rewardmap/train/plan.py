@@ -74,11 +74,11 @@ def plan(config: Config, model_config: Any, gpus: int, device: str, work: Worklo
     if gpus % (config.parallel.shard or gpus):
         raise ConfigError(f"parallel.shard={config.parallel.shard} does not divide {gpus} GPUs; choose a divisor, or 0")
     model = build_meta(config, model_config)
-    memory = memory_parts(config, model, gpus)
+    memory = memory_parts(config, model, gpus, work)
     room = DEVICES[device].memory
     if sum(memory.values()) > room:
         largest = max(memory, key=lambda part: memory[part])
-        remedies = "; ".join(_remedies(config, model_config, gpus, room)) or "no single change helps: take more GPUs"
+        remedies = "; ".join(_remedies(config, model_config, gpus, work, room)) or "no single change: take more GPUs"
         raise ConfigError(
             f"needs {sum(memory.values()) / 1e9:.1f} GB per GPU, {device} has {room / 1e9:.0f} GB; most of it "
             f"{largest} ({memory[largest] / 1e9:.1f} GB). What makes it fit: {remedies}"
@@ -128,7 +128,7 @@ def build_meta(config: Config, model_config: Any) -> nn.Module:
     return model
 
 
-def memory_parts(config: Config, model: Any, gpus: int) -> dict[str, float]:
+def memory_parts(config: Config, model: Any, gpus: int, work: Workload) -> dict[str, float]:
     """Bytes per GPU. A trained model's parts are split over ``parallel.shard`` ranks, rounded up to whole rows."""
     shard = config.parallel.shard or gpus
     master = getattr(torch, config.policy.dtype).itemsize
@@ -154,24 +154,38 @@ def memory_parts(config: Config, model: Any, gpus: int) -> dict[str, float]:
         parts["whole gradients"] = float((ends + block) * compute + block * master)
         if not frozen_tower:
             parts["gathered tower"] = float(_size(tower.parameters()) * compute)
-    return parts | _activations(config, model, compute)
+    return parts | _activations(config, model, compute, gpus, work)
 
 
-def _activations(config: Config, model: Any, compute: int) -> dict[str, float]:
-    """Of one micro-batch at its budget of tokens; its response rows are at most all of them."""
+def _activations(config: Config, model: Any, compute: int, gpus: int, work: Workload) -> dict[str, float]:
+    """Of one micro-batch at its budget of tokens, whose response rows are at most all of them, and of the pictures of
+    a step, which a tower that trains keeps until the last micro-batch."""
     text = model.config.text_config
-    tokens, hidden, inner = config.train.max_tokens_per_micro_batch, text.hidden_size, text.intermediate_size
+    tokens, hidden = config.train.max_tokens_per_micro_batch, text.hidden_size
     keys = hidden // text.num_attention_heads * text.num_key_value_heads
-    # Saved by one block: its input, both norms (in and out, one copy in float32), q k v before and after rotation, the
-    # attention's output, the residual, and gate, up, their activation and product.
-    one = tokens * ((7 * hidden + 4 * keys + 4 * inner) * compute + 2 * hidden * 4)
-    layers = text.num_hidden_layers
-    kept = layers * tokens * hidden * compute + one if config.parallel.activation_checkpointing else layers * one
-    return {
-        "activations": float(kept),
+    kept = config.parallel.activation_checkpointing
+    parts = {
+        "activations": _kept(tokens, hidden, keys, text.intermediate_size, text.num_hidden_layers, compute, kept),
         "logits of a chunk": float(min(CHUNK_BYTES, tokens * text.vocab_size * 4)),
         "head gradient in float32": float(text.vocab_size * hidden * 4),
     }
+    if not config.policy.freeze_vision:
+        tower = model.config.vision_config
+        questions = config.train.prompts_per_step
+        pictures = ceil(max(stage.maps_per_step or questions for stage in config.train.stages) / gpus)
+        patches, width = pictures * work.prompt_tokens * tower.spatial_merge_size**2, tower.hidden_size
+        parts["activations of the tower"] = _kept(
+            patches, width, width, tower.intermediate_size, tower.depth, compute, kept
+        )
+    return parts
+
+
+def _kept(tokens: int, hidden: int, keys: int, inner: int, layers: int, compute: int, checkpointing: bool) -> float:
+    """Bytes that ``layers`` blocks keep for their backward pass."""
+    # Saved by one block: its input, both norms (in and out, one copy in float32), q k v before and after rotation, the
+    # attention's output, the residual, and gate, up, their activation and product.
+    one = tokens * ((7 * hidden + 4 * keys + 4 * inner) * compute + 2 * hidden * 4)
+    return float(layers * tokens * hidden * compute + one if checkpointing else layers * one)
 
 
 def _timed(config: Config, model: Any, memory: dict[str, float], gpus: int, device: Device, work: Workload) -> Plan:
@@ -212,7 +226,7 @@ def _timed(config: Config, model: Any, memory: dict[str, float], gpus: int, devi
     )
 
 
-def _remedies(config: Config, model_config: Any, gpus: int, room: float) -> list[str]:
+def _remedies(config: Config, model_config: Any, gpus: int, work: Workload, room: float) -> list[str]:
     """Single changes under which the run fits."""
     parallel, found = config.parallel, []
     changes: list[tuple[str, Callable[[], tuple[Config, int]]]] = [
@@ -228,10 +242,11 @@ def _remedies(config: Config, model_config: Any, gpus: int, room: float) -> list
         ),
         (f"{2 * gpus} GPUs", lambda: (config, 2 * gpus)),
         (f"{4 * gpus} GPUs", lambda: (config, 4 * gpus)),
+        (f"{8 * gpus} GPUs", lambda: (config, 8 * gpus)),
     ]
     for name, change in changes:
         other, count = change()
-        if sum(memory_parts(other, build_meta(other, model_config), count).values()) <= room:
+        if sum(memory_parts(other, build_meta(other, model_config), count, work).values()) <= room:
             found.append(name)
     return found
 

@@ -40,6 +40,12 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    group: Any = None
+    """The process group that messages travel in; None: that of the job."""
+
+    def apart(self) -> Ranks:
+        """The same ranks, whose messages never meet those sent from other threads. Every rank makes this call."""
+        return self if self.size == 1 else replace(self, group=dist.new_group(backend="gloo"))
 
     @property
     def is_first(self) -> bool:
@@ -57,12 +63,12 @@ class Ranks:
             return [value]
         message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        dist.all_gather(lengths, torch.tensor([len(message)]))
+        dist.all_gather(lengths, torch.tensor([len(message)]), group=self.group)
         longest = int(max(lengths))
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(message)] = message
         everyone = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(everyone, padded)
+        dist.all_gather(everyone, padded, group=self.group)
         return [json.loads(bytes(text[: int(length)].numpy())) for text, length in zip(everyone, lengths, strict=True)]
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -70,7 +76,7 @@ class Ranks:
         if self.size == 1:
             return dict(values)
         total = torch.tensor(list(values.values()), dtype=torch.float64)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.group)
         return dict(zip(values, total.tolist(), strict=True))
 
     def any(self, flag: bool) -> bool:
@@ -161,7 +167,8 @@ class SharedRollouts:
         ranks: Ranks,
         whole_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._engine, self._ranks, self._whole_weights = engine, ranks, whole_weights
+        self._engine, self._whole_weights = engine, whole_weights
+        self._ranks = ranks.apart()  # answers may be gathered while the trainer's collectives run
 
     def generate(
         self,
@@ -178,8 +185,9 @@ class SharedRollouts:
         mine = self._ranks.share(problems)
         with self._whole_weights():
             groups = self._engine.generate(mine, group_size, replace(sampling, seed=seed)) if mine else []
-        everyone = [group for share in self._ranks.gather([_to_json(group) for group in groups]) for group in share]
-        result = [_from_json(problem, group) for problem, group in zip(problems, everyone, strict=True)]
+        shares = self._ranks.gather([group_to_json(group) for group in groups])
+        everyone = [group for share in shares for group in share]
+        result = [group_from_json(problem, group) for problem, group in zip(problems, everyone, strict=True)]
         if on_group is not None:
             for index, group in enumerate(result):
                 on_group(index, group)
@@ -196,7 +204,8 @@ class SharedRollouts:
         self._engine.close()
 
 
-def _to_json(group: RolloutGroup) -> list[Any]:
+def group_to_json(group: RolloutGroup) -> list[Any]:
+    """Without its problem."""
     rollouts = [
         [rollout.token_ids, rollout.rollout_logprobs, rollout.text, rollout.finish_reason, rollout.policy_version]
         for rollout in group.rollouts
@@ -204,7 +213,8 @@ def _to_json(group: RolloutGroup) -> list[Any]:
     return [group.prompt_token_ids, rollouts]
 
 
-def _from_json(problem: Problem, group: list[Any]) -> RolloutGroup:
+def group_from_json(problem: Problem, group: list[Any]) -> RolloutGroup:
+    """Back from ``group_to_json``, floats bit for bit."""
     prompt, rollouts = group
     return RolloutGroup(
         problem,

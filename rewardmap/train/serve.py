@@ -12,7 +12,7 @@ from rewardmap.config import Config, ConfigError
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.sglang_server import KEYS_FILE, Router
 from rewardmap.train.faults import stop_request
-from rewardmap.train.run import initial_policy
+from rewardmap.train.start import initial_policy
 from rewardmap.train.synced import start_servers
 
 _POLL_S = 1.0

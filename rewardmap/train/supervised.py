@@ -48,7 +48,7 @@ def supervised_backward(
     forests = pack_forest(batch, max_tokens, ranks=ranks.size, rank=ranks.rank, cost=cost)
     tokens = sum(len(response) for answers in batch for response in answers.responses)
     vision = Vision(policy, forests, together=ranks.size > 1)
-    loss = 0.0
+    nats = torch.zeros((), dtype=torch.float64, device=policy.device)  # one host sync a step
     for forest in each_micro_batch(policy, forests):
         mask = forest.loss_mask.to(policy.device)
         out = linear_policy_loss(
@@ -61,6 +61,6 @@ def supervised_backward(
             loss_mask=mask,
         )
         out.loss.backward()
-        loss -= float((out.logprobs * mask).sum()) / tokens
+        nats -= (out.logprobs.detach() * mask).sum()
     vision.backward()
-    return ranks.sum({"loss": loss})["loss"], forests
+    return ranks.sum({"loss": float(nats) / tokens})["loss"], forests

@@ -35,6 +35,7 @@ from rewardmap.transit.questions import gold_response
 from rewardmap.types import LEVELS, DataError, Problem, RolloutGroup, SamplingParams
 from rewardmap_kernels import (
     GroupAdvantage,
+    LinearPolicyLoss,
     PolicyObjective,
     group_advantage,
     linear_policy_loss,
@@ -44,6 +45,21 @@ from rewardmap_kernels import (
 Tensor = torch.Tensor
 _BASELINES = {"group": "mean", "batch": "batch_mean", "greedy": "none"}
 """``train.advantage_baseline`` in the words of ``group_advantage``; greedy rewards are subtracted before."""
+
+_SUMS = ("loss", "rows", "entropy", "rollout_drift", "rollout_kl", "reference_kl")
+"""What a step adds up over its rows."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The questions of one step, and the answers to them once they are sampled."""
+
+    stage: StageConfig
+    problems: Sequence[Problem]
+    sampling: SamplingParams
+    groups: Sequence[RolloutGroup] = ()
+    greedy: Sequence[RolloutGroup] = ()
+    """One greedy answer to each, where ``train.advantage_baseline`` asks for it."""
 
 
 @dataclass
@@ -64,6 +80,8 @@ class Trainer:
     """Of the KL term; needed where ``train.kl_coef`` is not 0."""
     faults: Path | None = None
     """Where the batches of refused updates are written; None: nowhere."""
+    step: int = 0
+    """Steps made, refused updates included."""
     version: int = 0
     """Optimizer steps taken: the policy version of the current weights."""
     optimizer: torch.optim.Optimizer = field(init=False)
@@ -103,20 +121,46 @@ class Trainer:
         Raises:
             RefusedUpdatesError: too many updates in a row were refused.
         """
-        stage, problems = self.curriculum.sample()
-        step = self.supervised_step if stage.kind == "sft" else self.policy_step
-        asked = {"asked": dict(Counter(problem.kind for problem in problems))}
-        return {"step": self.curriculum.step, "stage": stage.name} | asked | step(stage, problems)
+        return self._learn(self._answer(self._draw()))
 
-    def policy_step(self, stage: StageConfig, problems: Sequence[Problem]) -> dict[str, Any]:
-        """Group-relative policy optimisation on fresh answers (arXiv 2402.03300), on-policy: the ratio is 1."""
+    @property
+    def stage_ended(self) -> bool:
+        """Whether the step made last was its stage's last one."""
+        return self.curriculum.stage_ended
+
+    def _draw(self) -> Draw:
+        stage, problems = self.curriculum.sample()
+        self.policy.prefetch(problems)
+        return Draw(stage, problems, self._sampling())
+
+    def _answer(self, draw: Draw) -> Draw:
+        """With the engine's answers; a supervised step needs none."""
+        if draw.stage.kind == "sft":
+            return draw
         with self.timer.phase("rollout"):
-            size = stage.group_size or self.config.rollout.group_size
-            self.policy.prefetch(problems)
-            groups, bad = self._sound(self.engine.generate(problems, size, self._sampling()))
-            problems = [group.problem for group in groups]
-            greedy = self._greedy(problems)
+            return self._sample(draw)
+
+    def _sample(self, draw: Draw) -> Draw:
+        size = draw.stage.group_size or self.config.rollout.group_size
+        groups = self.engine.generate(draw.problems, size, draw.sampling)
+        greedy: list[RolloutGroup] = []
+        if self.config.train.advantage_baseline == "greedy":  # ReMax, arXiv 2310.10505
+            greedy = self.engine.generate(draw.problems, 1, replace(draw.sampling, temperature=0.0))
+        return replace(draw, groups=groups, greedy=greedy)
+
+    def _learn(self, draw: Draw) -> dict[str, Any]:
+        self.step += 1
+        asked = {"asked": dict(Counter(problem.kind for problem in draw.problems))}
+        step = self.supervised_step if draw.stage.kind == "sft" else self.policy_step
+        return {"step": self.step, "stage": draw.stage.name} | asked | step(draw)
+
+    def policy_step(self, draw: Draw) -> dict[str, Any]:
+        """Group-relative policy optimisation (arXiv 2402.03300). One update a batch: the ratio to the policy before it
+        is 1; what the engine's policy was is ``rollout.importance_correction``'s."""
+        stage = draw.stage
         with self.timer.phase("reward"):
+            groups, greedy, bad = self._sound(draw)
+            problems, size = [group.problem for group in groups], len(groups[0].rollouts)
             rewards = self._score(stage, groups)
             baseline = self._score(stage, greedy).score.repeat(size) if greedy else None
             advantage = self._advantage(groups, rewards, baseline)
@@ -131,8 +175,9 @@ class Trainer:
         row = _step_metrics(groups, rewards, advantage) | self._sums(forests) | metrics | left_out
         return row | self._stage_metrics(stage) | self._sync()
 
-    def supervised_step(self, stage: StageConfig, problems: Sequence[Problem]) -> dict[str, Any]:
+    def supervised_step(self, draw: Draw) -> dict[str, Any]:
         """Maximum likelihood of the ideal answers, mean over tokens."""
+        stage, problems = draw.stage, draw.problems
         with self.timer.phase("train"):
             batch = [
                 gold_answers(self.policy, problem, gold_response(problem), number)
@@ -154,29 +199,31 @@ class Trainer:
     def state_dict(self) -> dict[str, Any]:
         """JSON values: everything of the loop but weights and optimizer."""
         return {
+            "step": self.step,
             "version": self.version,
             "curriculum": self.curriculum.state_dict(),
             "refused": [self.guard.streak, self.guard.refused],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.version = state["version"]
+        self.step, self.version = state["step"], state["version"]
         self.curriculum.load_state_dict(state["curriculum"])
         self.guard.streak, self.guard.refused = state["refused"]
         self.engine.update_weights(self.version)
 
-    def _sound(self, groups: Sequence[RolloutGroup]) -> tuple[list[RolloutGroup], list[str]]:
-        """Groups that can be trained on, and what is wrong with the others.
+    def _sound(self, draw: Draw) -> tuple[list[RolloutGroup], list[RolloutGroup], list[str]]:
+        """Groups that can be trained on, their greedy answers, and what is wrong with the other groups.
 
         Raises:
             DataError: any is wrong and ``train.on_bad_group`` is ``raise``, or all are.
         """
         limit = self.config.train.max_tokens_per_micro_batch
-        faults = [fault_of(group, self.policy, limit) for group in groups]
+        faults = [fault_of(group, self.policy, limit) for group in draw.groups]
         bad = [fault for fault in faults if fault is not None]
-        if bad and (self.config.train.on_bad_group == "raise" or len(bad) == len(groups)):
+        if bad and (self.config.train.on_bad_group == "raise" or len(bad) == len(faults)):
             raise DataError(f"{bad[0]} (train.on_bad_group='skip' leaves such groups out and counts them)")
-        return [group for group, fault in zip(groups, faults, strict=True) if fault is None], bad
+        sound = [number for number, fault in enumerate(faults) if fault is None]
+        return [draw.groups[n] for n in sound], [draw.greedy[n] for n in sound if draw.greedy], bad
 
     def _sync(self) -> dict[str, float]:
         """The new weights to the engine; what it has to tell about that."""
@@ -188,12 +235,6 @@ class Trainer:
         rollout = self.config.rollout
         seed = int(np.random.SeedSequence([self.config.train.seed, self.curriculum.step]).generate_state(1)[0])
         return SamplingParams(rollout.temperature, rollout.top_p, rollout.top_k, rollout.max_new_tokens, seed)
-
-    def _greedy(self, problems: Sequence[Problem]) -> list[RolloutGroup]:
-        """One greedy answer to each problem where the baseline asks for it (ReMax, arXiv 2310.10505), else none."""
-        if self.config.train.advantage_baseline != "greedy":
-            return []
-        return self.engine.generate(problems, 1, replace(self._sampling(), temperature=0.0))
 
     def _score(self, stage: StageConfig, groups: Sequence[RolloutGroup]) -> RewardBatch:
         problems = [group.problem for group in groups for _ in group.rollouts]
@@ -218,9 +259,7 @@ class Trainer:
         if control == "zero":
             return advantage._replace(advantages=torch.zeros_like(advantage.advantages))
         if control == "shuffle":
-            order = np.random.default_rng([self.config.train.seed, self.curriculum.step]).permutation(
-                len(rewards.score)
-            )
+            order = np.random.default_rng([self.config.train.seed, self.step]).permutation(len(rewards.score))
             return advantage._replace(
                 advantages=advantage.advantages[torch.from_numpy(order)],
                 degenerate=torch.zeros_like(advantage.degenerate),
@@ -260,11 +299,12 @@ class Trainer:
         """
         device = self.policy.device
         lengths = torch.tensor([len(rollout.token_ids) for group in groups for rollout in group.rollouts])
-        totals = dict.fromkeys(("loss", "rows", "entropy", "rollout_drift", "rollout_kl"), 0.0)
-        totals |= {} if self.reference is None else {"reference_kl": 0.0}
+        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)  # one host sync a step
         vision = Vision(self.policy, forests, together=self.ranks.size > 1)
         for forest in each_micro_batch(self.policy, forests):
             weights = _row_normalizer(self.objective, forest.sequence, lengths, self.config.rollout.max_new_tokens)
+            mask = forest.loss_mask.to(device)
+            sampled = None if forest.rollout_logprobs is None else forest.rollout_logprobs.to(device)
             ref = None
             if self.reference is not None:
                 ref = self.reference.logprobs(forest, vision, self._forward, self.config.rollout.temperature)
@@ -278,30 +318,22 @@ class Trainer:
                 sequence=forest.sequence.to(device),
                 num_sequences=len(lengths),
                 temperature=self.config.rollout.temperature,
-                loss_mask=forest.loss_mask.to(device),
+                loss_mask=mask,
                 ref_logprobs=ref,
-                rollout_logprobs=None if forest.rollout_logprobs is None else forest.rollout_logprobs.to(device),
+                rollout_logprobs=sampled,
             )
             out.loss.backward()
-            trained = forest.loss_mask > 0
-            if ref is not None:
-                off = (ref.double() - out.logprobs.double()).cpu()[trained]
-                totals["reference_kl"] += float((off.expm1() - off).sum())
-            totals["loss"] += float(out.loss.detach())
-            totals["rows"] += int(trained.sum())
-            totals["entropy"] += float(out.entropy.cpu()[trained].sum())
-            if forest.rollout_logprobs is not None:
-                off = (out.logprobs.double().cpu() - forest.rollout_logprobs.double())[trained]
-                totals["rollout_drift"] += float(off.abs().sum())
-                # k3, the sampling policy against this one (joschu.net/blog/kl-approx.html)
-                totals["rollout_kl"] += float((off.expm1() - off).sum())
+            sums += _row_sums(out, mask, sampled, ref)
         vision.backward()
-        totals = self.ranks.sum(totals)
+        totals = self.ranks.sum(dict(zip(_SUMS, sums.tolist(), strict=True)))
         loss, rows = totals.pop("loss"), totals.pop("rows")
+        if self.reference is None:
+            del totals["reference_kl"]
         return {"loss": loss} | {name: value / max(rows, 1) for name, value in totals.items()}
 
     def _update(self, stage: StageConfig, loss: float, kl: float) -> dict[str, Any]:
         """Clip, step, count, unless the guard refuses. Returns the gradient norm before clipping."""
+        self._before_update()
         train = self.config.train
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)))
@@ -316,10 +348,13 @@ class Trainer:
         self.version += 1
         return {"grad_norm": norm}
 
+    def _before_update(self) -> None:
+        """The weights are about to change."""
+
     def _refuse(self, problems: Sequence[Problem], groups: Sequence[RolloutGroup], numbers: dict[str, Any]) -> None:
         if self.faults is not None and self.ranks.is_first:
-            dump_batch(self.faults, self.curriculum.step, problems, groups, numbers)
-        self.guard.stop_after_streak(self.curriculum.step, numbers["refused"])
+            dump_batch(self.faults, self.step, problems, groups, numbers)
+        self.guard.stop_after_streak(self.step, numbers["refused"])
 
     def _sums(self, forests: Sequence[PackedForest]) -> dict[str, Any]:
         """What the step's micro-batches hold, over all ranks, and each rank's arithmetic."""
@@ -371,6 +406,23 @@ def _row_normalizer(objective: PolicyObjective, sequence: Tensor, lengths: Tenso
     if objective.name == "dr_grpo":
         return torch.tensor(float(len(lengths) * max_length))
     return loss_normalizer(objective, torch.ones(len(sequence)), total_tokens=float(lengths.sum()))
+
+
+def _row_sums(out: LinearPolicyLoss, mask: Tensor, sampled: Tensor | None, ref: Tensor | None) -> Tensor:
+    """``_SUMS`` [6] float64 of one micro-batch on its device, over rows [N] whose ``mask`` is not 0."""
+    trained, logprobs = mask > 0, out.logprobs.detach().double()
+
+    def total(rows: Tensor) -> Tensor:
+        return torch.where(trained, rows.double(), 0.0).sum()
+
+    def k3(off: Tensor) -> Tensor:
+        """The other policy against this one (joschu.net/blog/kl-approx.html)."""
+        return total(off.expm1() - off)
+
+    off = torch.zeros_like(logprobs) if sampled is None else logprobs - sampled.double()
+    away = torch.zeros_like(logprobs) if ref is None else ref.double() - logprobs
+    loss = out.loss.detach().double()
+    return torch.stack([loss, trained.sum().double(), total(out.entropy), total(off.abs()), k3(off), k3(away)])
 
 
 def _step_metrics(groups: Sequence[RolloutGroup], rewards: RewardBatch, advantage: GroupAdvantage) -> dict[str, Any]:

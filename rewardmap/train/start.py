@@ -1,0 +1,199 @@
+"""What a run needs before its first step: data, policy, engine, trainer, as the newest intact checkpoint left them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from rewardmap import tiny
+from rewardmap.config import Config, ConfigError, PolicyConfig, dump_toml, stage_reward
+from rewardmap.curriculum import Curriculum
+from rewardmap.files import write_text
+from rewardmap.policy import Policy, load_policy, pick_device
+from rewardmap.profiling import PhaseTimer
+from rewardmap.rewards import Networks
+from rewardmap.train.ahead import OneStepOff
+from rewardmap.train.checkpoint import load_training_state, newest_intact
+from rewardmap.train.engines import make_engine
+from rewardmap.train.examine import (
+    CHECKPOINTS,
+    Examiner,
+    data_folder,
+    make_examiner,
+    networks_for,
+    progress_bar,
+)
+from rewardmap.train.identity import changes, identity, restore_random_state
+from rewardmap.train.parallel import needs_sharding, prepare_policy, shard_policy
+from rewardmap.train.ranks import ALONE, Ranks, SharedRollouts, join_ranks
+from rewardmap.train.reference import make_reference
+from rewardmap.train.trainer import Trainer
+from rewardmap.transit.reasonmap import MapData, load_dataset, write_dataset
+from rewardmap.types import Problem
+
+FAULTS = "faults"
+
+
+def join(config: Config) -> AbstractContextManager[Ranks]:
+    """The ranks of the job, as the configuration needs them."""
+    parallel = config.parallel
+    return join_ranks(parallel.timeout_seconds, alone=needs_sharding(parallel, ALONE, config.policy.dtype))
+
+
+def begin_folder(config: Config, run_dir: Path) -> None:
+    """A new run folder with its ``config.toml``. Raises ConfigError where anything is there already."""
+    if (run_dir / "config.toml").exists():
+        remedy = f"resume it with --resume {run_dir}, or choose another --run-dir"
+        raise ConfigError(f"{run_dir} already holds a run; {remedy}")
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise ConfigError(f"{run_dir} is not empty; choose another --run-dir")
+    write_text(run_dir / "config.toml", dump_toml(config))
+
+
+def set_up(
+    config: Config, run_dir: Path, console: Console, ranks: Ranks = ALONE
+) -> tuple[Trainer, Examiner, dict[str, Any]]:
+    """Trainer and examiner as the newest intact checkpoint left them, and what identifies the run."""
+    timer = PhaseTimer()
+    with timer.phase("data"):
+        training, testing = _load_data(config, run_dir, ranks, console)
+    examiner = make_examiner(config, testing, training, console)
+    itself = identity(config, {"train": training.problems, "test": examiner.problems}, ranks)
+    with timer.phase("load"):
+        newest = ranks.first(lambda: newest_intact(run_dir / CHECKPOINTS, partial(_warn, console)))
+    asked = (*training.problems, *examiner.problems)
+    trainer = _make_trainer(config, training, testing, asked, newest, run_dir, ranks, timer, console)
+    try:
+        if newest:
+            _restore(trainer, itself, Path(newest), console)
+    except BaseException:
+        trainer.engine.close()
+        raise
+    return trainer, examiner, itself
+
+
+def _load_data(config: Config, run_dir: Path, ranks: Ranks, console: Console) -> tuple[MapData, MapData]:
+    ranks.first(lambda: _prepare_data(config, run_dir, console))
+    folder = data_folder(config, run_dir)
+    training = load_dataset(folder, config.data.train_split, on_bad_row=config.data.on_bad_row)
+    testing = load_dataset(folder, config.data.test_split, on_bad_row=config.data.on_bad_row)
+    for skipped in (*training.skipped, *testing.skipped):
+        console.print(f"skipped: {skipped}", style="yellow", highlight=False)
+    return training, testing
+
+
+def _make_trainer(
+    config: Config,
+    training: MapData,
+    testing: MapData,
+    asked: Sequence[Problem],
+    newest: str | None,
+    run_dir: Path,
+    ranks: Ranks,
+    timer: PhaseTimer,
+    console: Console,
+) -> Trainer:
+    """Policy, engine and trainer over the ranks, with the weights of the newest checkpoint if there is one."""
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    modes = {config.reward.mode, *(stage_reward(config.reward, stage).mode for stage in config.train.stages)}
+    networks: dict[str, Networks] = {mode: networks_for(mode, training, testing) for mode in modes}
+    curriculum = Curriculum(training.problems, config.train.stages, config.train.prompts_per_step, config.train.seed)
+    sharded = needs_sharding(config.parallel, ranks, config.policy.dtype)
+    if sharded and config.rollout.engine != "local":
+        raise ConfigError(
+            f"rollout.engine='{config.rollout.engine}' trains on one process, with parallel.compute_dtype unset and "
+            "without parallel.offload: its weights are not pushed from shards yet"
+        )
+    settings = replace(config.policy, device="cpu") if sharded else config.policy  # split before they go to the GPU
+    with timer.phase("load"):
+        # Adapters lie beside the weights they began with.
+        begin = newest is None or config.policy.lora_rank
+        policy = initial_policy(config, settings) if begin else load_policy(str(newest), settings)
+        initial = None
+        if config.train.kl_coef and not config.policy.lora_rank:
+            _reference_is_named(config)
+            initial = initial_policy(config) if newest or sharded else policy
+        reference = make_reference(policy, config, initial)
+        prepare_policy(policy, config)
+        forward = shard_policy(policy, config.parallel, ranks, pick_device(config.policy)) if sharded else None
+    with timer.phase("servers"):
+        engine = make_engine(config, policy, run_dir, asked, partial(console.print, highlight=False))
+        engine = SharedRollouts(engine, ranks, policy.whole_weights) if sharded else engine
+    try:
+        return (OneStepOff if config.rollout.staleness else Trainer)(
+            config,
+            policy,
+            engine,
+            networks,
+            curriculum,
+            timer,
+            ranks=ranks,
+            forward=forward,
+            reference=reference,
+            faults=run_dir / FAULTS,
+        )
+    except BaseException:
+        engine.close()
+        raise
+
+
+def _restore(trainer: Trainer, itself: Mapping[str, Any], newest: Path, console: Console) -> None:
+    """Take over the rest of a checkpoint, and say what is no longer as it was."""
+    state = load_training_state(newest, trainer.policy, trainer.optimizer)
+    for line in changes(state["identity"], itself):
+        _warn(console, f"changed since {newest.name}: {line}")
+    trainer.load_state_dict(state)
+    restore_random_state(state["random"])
+    console.print(f"resuming after step {trainer.step} of {trainer.curriculum.total_steps}", highlight=False)
+
+
+def _warn(console: Console, line: str) -> None:
+    console.print(line, style="yellow", highlight=False, soft_wrap=True)
+
+
+def _prepare_data(config: Config, run_dir: Path, console: Console) -> None:
+    folder = data_folder(config, run_dir)
+    if config.data.path is None and not folder.exists():
+        with progress_bar(console) as bar:
+            task = bar.add_task("draw maps", total=config.data.train_maps + config.data.test_maps)
+            write_dataset(
+                folder,
+                maps={
+                    config.data.train_split: config.data.train_maps,
+                    config.data.test_split: config.data.test_maps,
+                },
+                preset=config.data.level,
+                seed=config.data.seed,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+
+
+def initial_policy(config: Config, settings: PolicyConfig | None = None) -> Policy:
+    """The policy before the first step: named weights, the shipped warm start, or a new tiny model."""
+    sources = [stage.checkpoint for stage in config.train.stages if stage.checkpoint is not None]
+    if len(sources) > 1 or (sources and config.train.stages[0].checkpoint is None):
+        raise ConfigError("only the first stage may name a checkpoint")
+    settings = settings or config.policy
+    if sources:
+        return load_policy(tiny.WARM_START if sources[0] == "shipped" else sources[0], settings)
+    if config.policy.model == "tiny":
+        return tiny.build_tiny(config.train.seed, config.policy.freeze_vision)
+    return load_policy(config.policy.model, settings)
+
+
+def _reference_is_named(config: Config) -> None:
+    """Raises ConfigError where the KL term's reference would be weights that this run makes."""
+    made = [stage.name for stage in config.train.stages if stage.kind == "sft" and stage.steps]
+    if made:
+        raise ConfigError(
+            f"train.kl_coef keeps the policy near the weights the run begins with, but stage '{made[0]}' trains them "
+            "first; run that stage alone and name its checkpoint as policy.model"
+        )

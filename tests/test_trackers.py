@@ -1,0 +1,57 @@
+"""Weights & Biases and trackio are told what TensorBoard is told; stand-ins keep the test off the network."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from rewardmap.config import ConfigError
+from rewardmap.report import MetricsLog, read_metrics
+from rewardmap.train.trackers import open_trackers
+
+
+class Library(SimpleNamespace):
+    """What both libraries share: ``init`` gives a run with ``log`` and ``finish``."""
+
+    def __init__(self) -> None:
+        super().__init__(begun=[], rows=[], finished=0)
+
+    def init(self, **settings):
+        self.begun.append(settings)
+        return self
+
+    def log(self, numbers, step=None):
+        self.rows.append((step, numbers))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_each_step_reaches_each_tracker(tmp_path, monkeypatch):
+    libraries = {name: Library() for name in ("wandb", "trackio")}
+    for name, library in libraries.items():
+        monkeypatch.setitem(sys.modules, name, library)
+    run_dir = tmp_path / "seed-3"
+    run_dir.mkdir()
+    for last in (0, 2):  # a run, and its resumption after step 2
+        trackers = open_trackers(["wandb", "trackio"], run_dir, {"train": {"seed": 3}})
+        with MetricsLog(run_dir, last, trackers) as log:
+            log.append({"step": last + 1, "stage": "a", "reward": 1.5, "seconds": {"train": 0.25}})
+            log.append({"step": last + 2, "stage": "a", "reward": 2.5, "seconds": {"train": 0.5}})
+    assert [row["step"] for row in read_metrics(run_dir)] == [1, 2, 3, 4]
+    for name, library in libraries.items():
+        begun = library.begun[1]
+        assert (begun["project"], begun["name"], begun["resume"]) == ("rewardmap", "seed-3", "allow")
+        assert begun["config"] == {"train": {"seed": 3}} and ("id" in begun) == (name == "wandb")
+        assert [step for step, _ in library.rows] == [1, 2, 3, 4] and library.finished == 2
+        assert library.rows[0][1] == {"reward": 1.5, "seconds/train": 0.25}
+
+
+def test_a_tracker_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "trackio", Library())
+    with pytest.raises(ConfigError, match=r"'wandb', which is not installed: pip install 'rewardmap\[wandb\]'"):
+        open_trackers(["trackio", "wandb"], tmp_path, {})
+    assert sys.modules["trackio"].begun == []
