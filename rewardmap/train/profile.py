@@ -171,17 +171,18 @@ def draw_roofline(products: Sequence[Product], flops: float, bandwidth: float, p
     low, high = (f(p.intensity for p in products) if products else ridge for f in (min, max))
     ends = [min(low, ridge) / 4, ridge, max(high, ridge) * 4]
     axes.plot(ends, [ends[0] * bandwidth, flops, flops], color=INK, linewidth=1.6)
-    axes.annotate(f"{bandwidth / 1e9:,.0f} GB/s", (ends[0], ends[0] * bandwidth), (4, 10), textcoords="offset points",
+    axes.annotate(f"{bandwidth / 1e9:,.0f} GB/s", (ends[0], ends[0] * bandwidth), (14, 0), textcoords="offset points",
                   color=MUTED)  # fmt: skip
     axes.annotate(f"{flops / 1e9:,.0f} GFLOP/s", (ends[2], flops), (-4, 6), textcoords="offset points", color=MUTED,
                   ha="right")  # fmt: skip
     whole = sum(product.seconds for product in products) or 1.0
     axes.scatter([p.intensity for p in products], [p.rate for p in products],
                  s=[20 + 900 * p.seconds / whole for p in products], color=POINT, alpha=0.45, linewidths=0)  # fmt: skip
-    line = {"arrowstyle": "-", "color": GRID}
-    for place, product in enumerate(products[:4]):
-        axes.annotate(product.name, (product.intensity, product.rate), (0.99, 0.05 + 0.05 * place), fontsize=8,
-                      color=INK, textcoords="axes fraction", ha="right", arrowprops=line)  # fmt: skip
+    for place, product in enumerate(products[:5], 1):
+        axes.annotate(str(place), (product.intensity, product.rate), (9, 5), fontsize=9, color=INK,
+                      textcoords="offset points")  # fmt: skip
+    slowest = [f"{place}  {product.name}" for place, product in enumerate(products[:5], 1)]
+    axes.text(0.98, 0.04, "\n".join(slowest), transform=axes.transAxes, ha="right", fontsize=8, color=INK)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("FLOP per byte", color=MUTED)
