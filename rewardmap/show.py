@@ -45,9 +45,10 @@ def read_map(path: Path) -> tuple[Path, Network]:
     country, kind = path.parent, path.parent.parent
     root, network_id = kind.parent, f"{country.name}/{path.stem}"
     geometry = root / "geometry" / f"{network_id}.json"
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; name a map of a data folder, such as DIR/maps/COUNTRY/CITY.png")
-    if kind.name not in _FOLDERS or not geometry.is_file():
+    if not path.is_file() or kind.name not in _FOLDERS:
+        fault = "not the file of a map" if path.is_file() else "no such file"
+        raise DataError(f"{path}: {fault}; name a map of a data folder, such as DIR/maps/COUNTRY/CITY.png")
+    if not geometry.is_file():
         raise DataError(
             f"{path}: its coordinates are not known ({geometry} is missing); only generated maps, inside the folder "
             "that `rewardmap generate` wrote, can be drawn over"
@@ -105,7 +106,8 @@ def question_on_map(network: Network, problem: Problem) -> Image.Image:
         told = "; ".join(f"{stop}: {', '.join(through)}" for stop, through in steps.items())
         answer = str(problem.answer) if problem.kind == "Counting2" else "yes" if problem.answer else "no"
         answer += f" ({told})"
-    return with_caption(picture, f"{text.split('. According to')[-1].strip()}\nAnswer: {answer}")
+    asked = text[max(0, text.find("According to")) :]
+    return with_caption(picture, f"{asked}\nAnswer: {answer}")
 
 
 def answer_on_map(network: Network, answer: str) -> Image.Image:
@@ -144,6 +146,8 @@ def read_answer(text: str) -> str:
     """``text`` itself, or the content of the file of that name (a JSON object's ``response``). Raises DataError."""
     path = Path(text)
     if "\n" in text or len(text) > 250 or not path.is_file():
+        if path.suffix in (".txt", ".json"):
+            raise DataError(f"--answer {text}: no such file; give the answer itself or the file that holds it")
         return text.replace("\\n", "\n")
     try:
         content = path.read_text(encoding="utf-8")

@@ -148,6 +148,7 @@ def test_lines_and_stations_can_be_marked() -> None:
         (["--route", "Nowhere", "B Station"], "no station 'Nowhere'"),
         (["--question", "x"], "no question 'x' about"),
         (["--answer", "take the train"], "states no leg"),
+        (["--answer", "answers/absent.txt"], "--answer answers/absent.txt: no such file"),
         (["--route", "A", "B", "--question", "x"], "give one of --route, --question and --answer"),
     ],
 )
@@ -159,6 +160,7 @@ def test_a_mistake_ends_in_one_line(data: Path, arguments: list[str], named: str
 
 def test_a_map_without_coordinates_is_refused(data: Path, tmp_path: Path) -> None:
     assert "no such file" in run(tmp_path / "maps" / "a" / "b.png").stderr
+    assert "not the file of a map; name a map" in run(data / "README.md").stderr
     lonely = tmp_path / "maps" / "norway" / "oslo.png"
     lonely.parent.mkdir(parents=True)
     Image.new("RGB", (9, 9)).save(lonely)

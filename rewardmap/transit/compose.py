@@ -20,7 +20,7 @@ from rewardmap.transit.styles import PALETTE, STYLES, Style, badge_texts, line_n
 _UNIT_PX, _CROWDED_UNIT_PX, _CROWDED = 50, 60, 12
 """Pixels between neighbouring nodes of the sketch; more on maps of more lines than ``_CROWDED``."""
 _TRIES = 4
-"""A sketch costs more than all that follows: so often its names, style and spacing are drawn before another is made."""
+"""A sketch costs more than all that follows: so often its names and spacing are drawn before another is made."""
 _SIDE_PX, _TOP_PX = 125, 140
 _LEGEND_ROW_PX, _LEGEND_ENTRY_PX, _LEGEND_SIDE_PX, _LEGEND_PILLS_PX = 38, 170, 200, 140
 _SCRIPT_SHARES = (0.2, 0.16, 0.16, 0.16, 0.1, 0.11, 0.11)
@@ -61,22 +61,25 @@ def compose(level: str, rng: np.random.Generator, network_id: str) -> Network:
     """A random full-size network with its geometry in ``extras``; ``draw_map`` draws it.
 
     Draws again until every interchange and terminal has room for its label and the size fits the level. The wished
-    number of lines is drawn once, for large networks succeed less often than small ones.
+    number of lines, the style and the script are drawn once, for not all succeed as often.
     """
     shape = _LEVELS[level]
     plan = shape.plan(int(rng.choice(shape.lines)))
+    style = STYLES[str(rng.choice(sorted(STYLES)))]
+    script = str(rng.choice(SCRIPTS, p=_SCRIPT_SHARES))
     while True:
         tracks = sketch_lines(plan, rng)
         for _ in range(_TRIES if tracks is not None else 0):
-            network = _attempt(level, tracks or [], rng, network_id)
+            network = _attempt(level, tracks or [], style, script, rng, network_id)
             if network is not None:
                 return network
 
 
-def _attempt(level: str, tracks: list[Track], rng: np.random.Generator, network_id: str) -> Network | None:
+def _attempt(
+    level: str, tracks: list[Track], style: Style, script: str, rng: np.random.Generator, network_id: str
+) -> Network | None:
     shape = _LEVELS[level]
     fewest, most = shape.stations
-    style = STYLES[str(rng.choice(sorted(STYLES)))]
     unit = _CROWDED_UNIT_PX if len(tracks) > _CROWDED else _UNIT_PX
     length = unit * sum(len(path) for track in tracks for path in track.paths())
     spacing = max(rng.uniform(54, 70), length / (0.95 * most))
@@ -85,7 +88,6 @@ def _attempt(level: str, tracks: list[Track], rng: np.random.Generator, network_
         return None
     if sum(len(stop.tracks) > 1 for stop in layout.stops) < shape.interchanges:
         return None
-    script = str(rng.choice(SCRIPTS, p=_SCRIPT_SHARES))
     city, *names = make_names(rng, len(layout.stops) + 1, script)
     city = city_name(city, script)
     tints = line_tints(style, level, len(tracks), rng)

@@ -29,7 +29,7 @@ from rewardmap.transit.topology import network_as_json
 from rewardmap.types import KINDS
 
 DATA_FOLDER = "data/ReasonMap-Train"
-GENERATOR_VERSION = "2.0"
+GENERATOR_VERSION = "2.1"
 """Changes whenever a seed gives other bytes than before."""
 PRESET_LEVELS = {"tiny": TINY_LEVELS, "full": FULL_LEVELS, "grid-tiny": TINY_GRID_LEVELS, "grid": FLOOR_LEVELS}
 """Map levels of a preset; maps take them in turn, so that each level has a third of the maps."""

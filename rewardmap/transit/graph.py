@@ -209,7 +209,10 @@ class Network:
         fewest = np.full(rides.shape, -1)
         reached = rides
         for transfers in range(len(self._services)):
-            fewest[(reached > 0) & (fewest < 0)] = transfers
+            new = (reached > 0) & (fewest < 0)
+            if not new.any():
+                break
+            fewest[new] = transfers
             reached = ((reached @ rides) > 0).astype(np.float32)
         return fewest
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -110,20 +111,24 @@ class Canvas:
 def place_labels(spots: list[Spot], canvas: Canvas, lettering: Lettering) -> dict[str, Label | None] | None:
     """A label for each spot, or None where none fits; ``canvas`` then holds the labels too.
 
-    Spots that need a label come first; ordinary ones that would lie as close to such a label as its own
-    station go without. Then the ordinary ones with least room. None in all where a needed label does not fit.
+    Spots that need a label come first, if need be further out than others; ordinary ones that would lie as close to
+    such a label as its own station go without. Then the ordinary ones with least room. None in all where a needed
+    label does not fit.
     """
     placed: dict[str, Label | None] = {}
     alive = [spot for spot in spots if spot.needed]
     for needed in (True, False):
         wanting = [spot for spot in alive if spot.needed == needed]
-        options = [
-            [label for label in _candidates(spot, lettering) if _fits(label, canvas)] for spot in wanting
-        ]
+        options = [[label for label in _candidates(spot, lettering) if _fits(label, canvas)] for spot in wanting]
         for i in sorted(range(len(wanting)), key=lambda i: len(options[i])):
             spot = wanting[i]
+            further_out = _outlying(spot, lettering) if needed else ()
             chosen = next(
-                (label for label in options[i] if _fits(label, canvas) and not _rivals(label, spot, alive)),
+                (
+                    label
+                    for label in itertools.chain(options[i], further_out)
+                    if _fits(label, canvas) and not _rivals(label, spot, alive)
+                ),
                 None,
             )
             if needed and chosen is None:
@@ -152,9 +157,7 @@ def _rotation(angle: float) -> np.ndarray:
 
 
 @lru_cache(maxsize=8192)
-def _text_size(
-    lines: tuple[str, ...], px: tuple[int, ...], bold: bool, family: str
-) -> tuple[float, float]:
+def _text_size(lines: tuple[str, ...], px: tuple[int, ...], bold: bool, family: str) -> tuple[float, float]:
     wide = max(map_font(size, bold, family).getlength(line) for line, size in zip(lines, px, strict=True))
     return wide, sum(px) * LINE_HEIGHT - 0.12 * px[-1]
 
@@ -217,6 +220,26 @@ def _candidates(spot: Spot, lettering: Lettering) -> list[Label]:
             offer(-1.0 if slanted else 1.6, dx, dy, 45.0, "left")
             offer(-0.5 if slanted else 1.8, -dx, -dy, 45.0, "right")
     return [label for _, label in sorted(found, key=lambda pair: pair[0])]
+
+
+_OUTLYING = ((8, 0, 0), (16, 0, 0), (0, 0, 45), (0, 0, -45), (26, 0, 0), (34, 10, 0), (46, 10, 0))
+"""Pixels further out, pixels up or down, and angle of the places of ``_outlying``, best first."""
+
+
+def _outlying(spot: Spot, lettering: Lettering) -> Iterator[Label]:
+    """Where an interchange's name may stand when no place of ``_candidates`` is free: further out between the lines
+    that cross there, or slanted in a corner of two diagonals."""
+    x, y = float(spot.position[0]), float(spot.position[1])
+    gap = spot.room + _GAP_PX
+    for (reach, rise, angle), (text, px) in itertools.product(_OUTLYING, _wordings(spot, lettering)):
+        w, h = _text_size(text, px, spot.bold, lettering.family)
+        along, across = gap + reach + w / 2, rise + h / 2 if rise else 0.0
+        if angle:
+            along, across = 0.72 * gap + w / 2, 0.72 * gap + h / 2
+        for sx, align in ((1, "left"), (-1, "right")):
+            for sy in (-1, 1) if across else (0,):
+                dx, dy = np.array([sx * along, sy * across]) @ _rotation(angle)
+                yield Label(text, px, (x + float(dx), y + float(dy)), (w, h), float(angle), align, spot.bold)
 
 
 @lru_cache(maxsize=4096)

@@ -132,11 +132,11 @@ class _Asker:
     def _fresh(self, kind: str, pairs: Sequence[Pair]) -> Pair | None:
         """A random pair that was not asked yet, in random order."""
         asked = self.asked.setdefault(kind, set())
-        left = [pair for pair in pairs if pair not in asked and pair[::-1] not in asked]
+        left = [pair for pair in pairs if pair not in asked]
         if not left:
             return None
         pair = left[int(self.rng.integers(len(left)))]
-        asked.add(pair)
+        asked |= {pair, pair[::-1]}
         return pair if self.rng.integers(2) else pair[::-1]
 
     @cached_property

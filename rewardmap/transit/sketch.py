@@ -8,6 +8,7 @@ Lines may only meet at nodes where both run straight (these become interchanges)
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -100,6 +101,8 @@ class _Board:
         """Node -> the axes (direction modulo 4) in which tracks run straight through it; empty set: a bend."""
         self.degree: dict[Node, int] = {}
         self.near: dict[Node, int] = {}
+        self.moves: dict[int, list[tuple[int, float, bool]]] = {}
+        """What ``_moves_from`` found, but where track was added since."""
 
     def add(self, track: Track) -> None:
         for path in track.paths():
@@ -119,6 +122,11 @@ class _Board:
                         axes.add(heading % 4)
                 else:
                     axes.add(-1)
+        rows = self.plan.rows
+        # ``_moves_from`` looks three nodes around.
+        for x, y in {(x + dx, y) for path in track.paths() for x, y in path for dx in range(-3, 4)}:
+            for state in range(8 * (x * rows + max(0, y - 3)), 8 * (x * rows + min(rows - 1, y + 3)) + 8):
+                self.moves.pop(state, None)
         self.near = {}
         for x, y in self.straight:
             for dx in (-1, 0, 1):
@@ -150,56 +158,70 @@ class _Board:
         self, start: Node, goal: Node, first: int | None, banned: set[Node], most_steps: int = _MOST_STEPS
     ) -> list[Node] | None:
         """Cheapest path by length, bends and closeness to other tracks; turns by at most 45 degrees per node."""
-        heap: list[tuple[float, float, Node, int]] = []
-        came: dict[tuple[Node, int], tuple[Node, int] | None] = {}
-        cost: dict[tuple[Node, int], float] = {}
-        for heading in range(8) if first is None else (first,):
-            cost[start, heading] = 0.0
-            came[start, heading] = None
-            heapq.heappush(heap, (_HASTE * _octile(start, goal), 0.0, start, heading))
+        # A state is 8 * node + heading, and nodes are numbered in order, so that equal costs are taken in order.
+        columns, rows = self.plan.columns, self.plan.rows
+        source, target = 8 * (start[0] * rows + start[1]), 8 * (goal[0] * rows + goal[1])
+        shut = {8 * (x * rows + y) for x, y in banned}
+        dx, dy = abs(np.arange(columns)[:, None] - goal[0]), abs(np.arange(rows)[None, :] - goal[1])
+        left = (_HASTE * (np.maximum(dx, dy) + 0.4142 * np.minimum(dx, dy))).ravel().tolist()
+        cost = [math.inf] * (8 * columns * rows)
+        came: dict[int, int] = {}
+        heap = [(left[source >> 3], 0.0, source + heading) for heading in (range(8) if first is None else (first,))]
+        for _, spent, state in heap:
+            cost[state] = spent
         for _ in range(most_steps):
             if not heap:
                 return None
-            _, spent, node, heading = heapq.heappop(heap)
-            if spent > cost[node, heading]:
+            _, spent, state = heapq.heappop(heap)
+            if spent > cost[state]:
                 continue
-            if node == goal and node != start:
-                path = [node]
-                state: tuple[Node, int] | None = came[node, heading]
-                while state is not None:
-                    path.append(state[0])
-                    state = came[state]
-                return path[::-1]
-            parent = came[node, heading]
-            crossing = node in self.straight or (parent is not None and parent[0] in self.straight)
-            turns = (0,) if crossing or node == start else (0, -1, 1)
-            for turn in turns:
-                ahead = (heading + turn) % 8
-                dx, dy = STEPS[ahead]
-                other = (node[0] + dx, node[1] + dy)
-                if not self.inside(other) or other in banned or edge(node, other) in self.edges:
+            node = state & -8
+            if node == target and node != source:
+                path = [state]
+                while path[-1] in came:
+                    path.append(came[path[-1]])
+                return [divmod(state >> 3, rows) for state in reversed(path)]
+            if state not in self.moves:
+                self.moves[state] = self._moves_from(state)
+            for other, step, enters in self.moves[state]:
+                place = other & -8
+                if place in shut or not (enters or place == target) or (node == source and (state ^ other) & 7):
                     continue
-                if (turn and other in self.straight) or not (other == goal or self.crossable(other, ahead)):
-                    continue
-                step = 1.0
-                if dx and dy:
-                    step = 1.4142
-                    block = ((node[0] + dx, node[1]), (node[0], node[1] + dy))
-                    if edge(*block) in self.edges:
-                        if turn or any(
-                            self.degree.get(beside, 0) > 2 or -1 in self.straight[beside] for beside in block
-                        ):
-                            continue
-                        step += 5.0
-                step += 1.4 * abs(turn) + 0.55 * min(self.near.get(other, 0), 3)
-                if other in self.straight:
-                    step += 1.0
                 total = spent + step
-                if total < cost.get((other, ahead), 1e9):
-                    cost[other, ahead] = total
-                    came[other, ahead] = (node, heading)
-                    heapq.heappush(heap, (total + _HASTE * _octile(other, goal), total, other, ahead))
+                if total < cost[other]:
+                    cost[other] = total
+                    came[other] = state
+                    heapq.heappush(heap, (total + left[other >> 3], total, other))
         return None
+
+    def _moves_from(self, state: int) -> list[tuple[int, float, bool]]:
+        """Where a new track can go on from ``state``: next state, cost, and whether it may do so but to end there."""
+        rows = self.plan.rows
+        heading = state & 7
+        node: Node = divmod(state >> 3, rows)
+        back = STEPS[heading]
+        # Straight through a node with track and one node further; elsewhere it may turn.
+        crossing = node in self.straight or (node[0] - back[0], node[1] - back[1]) in self.straight
+        moves = []
+        for turn in (0,) if crossing else (0, -1, 1):
+            ahead = (heading + turn) % 8
+            dx, dy = STEPS[ahead]
+            other = (node[0] + dx, node[1] + dy)
+            if not self.inside(other) or edge(node, other) in self.edges or (turn and other in self.straight):
+                continue
+            step = 1.0
+            if dx and dy:
+                step = 1.4142
+                block = ((node[0] + dx, node[1]), (node[0], node[1] + dy))
+                if edge(*block) in self.edges:
+                    if turn or any(self.degree.get(beside, 0) > 2 or -1 in self.straight[beside] for beside in block):
+                        continue
+                    step += 5.0
+            step += 1.4 * abs(turn) + 0.55 * min(self.near.get(other, 0), 3)
+            if other in self.straight:
+                step += 1.0
+            moves.append((8 * (other[0] * rows + other[1]) + ahead, step, self.crossable(other, ahead)))
+        return moves
 
 
 def _heading(a: Node, b: Node) -> int | None:
@@ -365,6 +387,6 @@ def _connected(tracks: list[Track]) -> bool:
         reached = [group for group in rest if group & joined]
         if not reached:
             return False
-        joined = joined.union(*reached)
         rest = [group for group in rest if not group & joined]
+        joined = joined.union(*reached)
     return True
