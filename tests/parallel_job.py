@@ -40,18 +40,22 @@ from rewardmap.types import Problem, Rollout, RolloutGroup
 STEPS, GROUP = 10, 3
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "exact": {"double": True},  # float64, SGD
+    "exact": {"double": True, "sgd": True},
     "checkpointing": {"parallel": {"activation_checkpointing": True}},
     "hybrid": {"parallel": {"shard": 2}},
     "offload": {"parallel": {"offload": True}},
     "lora": {"policy": {"lora_rank": 4}},
     "tower": {"policy": {"freeze_vision": False}},
+    "tower checkpointing": {"policy": {"freeze_vision": False}, "parallel": {"activation_checkpointing": True}},
     "everything": {
         "double": True,
+        "sgd": True,
         "policy": {"lora_rank": 4, "freeze_vision": False},
         "parallel": {"shard": 2, "offload": True, "activation_checkpointing": True},
     },
 }
+# The float64 run beside each float32 one: what rounding does to a run is measured against it.
+VARIANTS |= {f"{name} wide": {**VARIANTS[name], "double": True} for name in ("plain", "lora", "tower")}
 
 
 class Recorded:
@@ -119,7 +123,7 @@ def make_trainer(variant: dict[str, Any], ranks: Ranks) -> Trainer:
     trainer = Trainer(
         config, policy, Recorded(policy), {"reference": networks}, curriculum, ranks=ranks, forward=forward
     )
-    if variant.get("double"):
+    if variant.get("sgd"):
         trainer.optimizer = torch.optim.SGD(trainer.optimizer.param_groups[0]["params"], lr=0.1)
     return trainer
 
@@ -206,6 +210,8 @@ def one_rank(folder: Path, names: Sequence[str]) -> None:
     torch.set_num_threads(1)
     with join_ranks(120) as ranks:
         for name in names:
+            if name.endswith(" wide") and ranks.size > 1:
+                continue
             if name == "sampling":
                 run_sampling(folder, ranks)
             elif name == "checkpoint":

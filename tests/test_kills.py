@@ -145,6 +145,15 @@ def test_a_dead_rank_ends_the_job_within_a_minute_and_a_restart_goes_on(tmp_path
     assert "resuming after step" in log.read_text()
 
 
+def test_a_rank_that_hangs_ends_the_job(tmp_path, data):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    process = start([*begin(run_dir, data), "parallel.timeout_seconds=20"], log, ranks=2)
+    wait_for_steps(run_dir, process, log, 3)
+    os.kill(children(process)[1], signal.SIGSTOP)
+    assert process.wait(timeout=180) != 0  # torchrun waits half a minute before it ends a rank that does not listen
+    assert "rank 0: error: LostRankError: another rank hangs or is gone" in log.read_text()
+
+
 def wait_for_steps(run_dir: Path, process: subprocess.Popen, log: Path, steps: int) -> None:
     deadline = time.monotonic() + 300
     while not run_dir.exists() or len(read_metrics(run_dir)) < steps:

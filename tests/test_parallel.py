@@ -17,7 +17,9 @@ from rewardmap.train.checkpoint import list_checkpoints
 
 JOB = Path(__file__).parent / "parallel_job.py"
 FAST = ("plain", "exact", "everything")
-SLOW = ("plain", "exact", "everything", "hybrid", "checkpointing", "offload", "lora", "tower")
+SLOW = ("plain", "exact", "everything", "hybrid", "checkpointing", "offload", "lora", "tower", "tower checkpointing")
+WIDE = {"lora": "lora wide", "tower": "tower wide", "tower checkpointing": "tower wide"}
+"""The same training in float64, on one process; of the other variants in float32 it is ``plain wide``."""
 
 
 def run_job(folder: Path, variants: tuple[str, ...], sizes: tuple[int, ...]) -> Path:
@@ -30,12 +32,12 @@ def run_job(folder: Path, variants: tuple[str, ...], sizes: tuple[int, ...]) -> 
 
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory) -> Path:
-    return run_job(tmp_path_factory.mktemp("ranks"), (*FAST, "sampling"), (1, 2))
+    return run_job(tmp_path_factory.mktemp("ranks"), (*FAST, "plain wide", "sampling"), (1, 2))
 
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory) -> Path:
-    return run_job(tmp_path_factory.mktemp("ranks"), SLOW, (1, 2, 4))
+    return run_job(tmp_path_factory.mktemp("ranks"), (*SLOW, "plain wide", *sorted(set(WIDE.values()))), (1, 2, 4))
 
 
 def compare(folder: Path, variant: str, size: int) -> None:
@@ -45,16 +47,18 @@ def compare(folder: Path, variant: str, size: int) -> None:
     )
     assert got.keys() == expected.keys()
     exact = expected["weight.lm_head.weight"].dtype == torch.float64
-    # Sums in another order: relative to the largest entry of a tensor. AdamW divides small gradients by their own
-    # size, so that in float32 its weights are compared through the losses and gradients of the last steps alone.
-    tolerance = 1e-10 if exact else 2e-4
+    wide = {} if exact else load_file(folder / f"{WIDE.get(variant, 'plain wide')}-1.safetensors")
     for name, value in expected.items():
+        # Sums in another order. AdamW divides small gradients by their own size, so that in float32 its weights are
+        # compared through the losses and gradients of later steps alone.
         if name.startswith("weight.") and not exact:
             continue
         assert value.dtype == got[name].dtype
         scale = float(value.abs().max().clamp(min=1e-30))
+        # In float32 another split may be as far from one process as twice what rounding does to that one process.
+        rounding = 5e-11 if exact else max(float((value.double() - wide[name]).abs().max()) / scale, 6e-8)
         error = float((got[name] - value).abs().max()) / scale
-        assert error <= tolerance, f"{variant} on {size}: {name} off by {error:.2g}"
+        assert error <= 2 * rounding, f"{variant} on {size}: {name} off by {error:.2g}, rounding {rounding:.2g}"
 
 
 @pytest.mark.parametrize("variant", FAST)
@@ -72,10 +76,10 @@ def test_ranks_train_as_one_in_every_mode(slow, variant, size):
 @pytest.mark.slow
 def test_the_modes_do_not_change_the_training(slow):
     """Hybrid sharding, checkpointing and offload change where weights lie and when they are computed, nothing else."""
-    plain = load_file(slow / "plain-4.safetensors")
-    for name in ("hybrid", "checkpointing", "offload"):
-        other = load_file(slow / f"{name}-4.safetensors")
-        torch.testing.assert_close(plain["loss"], other["loss"], rtol=1e-5, atol=1e-7)
+    same = {"hybrid": "plain", "checkpointing": "plain", "offload": "plain", "tower checkpointing": "tower"}
+    for name, other in same.items():
+        mine, theirs = (load_file(slow / f"{one}-4.safetensors")["loss"] for one in (name, other))
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
 def test_ranks_sample_on_sharded_weights_and_agree(fast):

@@ -33,6 +33,7 @@ def test_a_profile_holds_trace_table_and_picture(tmp_path):
     assert text.startswith("Mean of 2 steps") and text in done.output
     shares = [int(line.split("|")[3].strip()[:-1]) for line in text.splitlines() if line.endswith("% |")]
     assert len(shares) >= 4 and sum(shares) == pytest.approx(100, abs=len(shares))
+    assert "as `rewardmap plan` counts it, at 40% of the" in text
     assert "| logical_tokens_per_second |" in text and "mm " in text
     with Image.open(out / "roofline.png") as picture:
         assert picture.size == (1080, 648) and len(picture.getcolors(1 << 20)) > 50

@@ -44,5 +44,17 @@ def test_settings_shown_are_settings() -> None:
         load_config("tiny", [word for word in line.split() if "=" in word])
 
 
+def test_every_fault_of_the_docs_has_its_test() -> None:
+    table = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8").split("## What can go wrong")[1]
+    rows = [line for line in table.splitlines() if line.startswith("| ") and not line.startswith("| ---")][1:]
+    assert len(rows) >= 11
+    for row in rows:
+        file, named = "", re.findall(r"`(test_\w+\.py)?::(test_\w+)`", row)
+        assert named, row
+        for module, test in named:
+            file = module or file
+            assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
 def test_the_place_of_the_table_is_marked() -> None:
     assert TEXT.index("<!-- tiny-table:start -->") < TEXT.index("<!-- tiny-table:end -->")

@@ -52,7 +52,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
         # The writer's collectives must not meet the trainer's.
-        self._group = dist.new_group(backend="gloo") if ranks.size > 1 else None
+        self._group = ranks.apart().group
         if ranks.is_first:
             for left in folder.glob(f".{_PREFIX}*"):
                 shutil.rmtree(left)  # of a run killed while it wrote

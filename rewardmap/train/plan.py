@@ -1,7 +1,7 @@
 """``rewardmap plan``: what a configuration needs per GPU and how long its phases take, before a GPU is asked for.
 
 Weights, gradients and optimizer are counted on a model without memory (the meta device). Activations and times are
-arithmetic on the shapes; nothing in here is fitted to a measurement, and neither has been held to one on a GPU.
+arithmetic on the shapes. Nothing in here is fitted to a measurement; a test holds memory to the peak of a run on a CPU.
 """
 
 from __future__ import annotations
@@ -221,7 +221,7 @@ def _timed(config: Config, model: Any, memory: dict[str, float], gpus: int, devi
             f"training at {MFU:.0%} of the data sheet's bf16 arithmetic, communication hidden behind it",
             f"decoding in bf16 at {BANDWIDTH_SHARE:.0%} of the memory bandwidth, all answers of a GPU side by side",
             "memory beside the parts (context, fragments, NCCL) is not counted: leave a tenth of the GPU",
-            "time and activations are arithmetic, not yet held to a measured run on a GPU",
+            "memory is held to a measured run on a CPU, neither memory nor time to one on a GPU",
         ),
     )
 

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity
 
 from rewardmap.config import Config
 from rewardmap.files import replacing, write_text
+from rewardmap.train.plan import MFU
 from rewardmap.train.run import speed_of
 from rewardmap.train.start import begin_folder, join, set_up
 from rewardmap.train.trainer import Trainer
@@ -71,10 +72,11 @@ def profile(config: Config, out: Path, *, steps: int, console: Console) -> Path:
             events = profiler.key_averages(group_by_input_shape=True)
             itemsize = getattr(torch, config.parallel.compute_dtype or config.policy.dtype).itemsize
             products = sorted(matrix_products(events, itemsize), key=lambda product: -product.seconds)
-            text = report(rows, products, profiler.key_averages())
+            flops, bandwidth = ceilings(trainer.policy.device, config)
+            text = report(rows, products, profiler.key_averages(), flops)
             write_text(out / "profile.md", text)
-            draw_roofline(products, *ceilings(trainer.policy.device, config), out / "roofline.png")
-            console.print(text, highlight=False, markup=False)
+            draw_roofline(products, flops, bandwidth, out / "roofline.png")
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
             console.print(f"folder: {out} (open the trace in chrome://tracing or ui.perfetto.dev)", highlight=False)
         ranks.wait()
     return out
@@ -86,8 +88,9 @@ def _step(trainer: Trainer) -> dict[str, Any]:
     return row | {"seconds": seconds, "speed": speed_of(trainer, row, seconds)}
 
 
-def report(rows: Sequence[Mapping[str, Any]], products: Sequence[Product], events: Any) -> str:
-    """Markdown: mean seconds of a step by phase, its speed, the operators and matrix products that took longest."""
+def report(rows: Sequence[Mapping[str, Any]], products: Sequence[Product], events: Any, flops: float) -> str:
+    """Markdown: mean seconds of a step by phase, what ``rewardmap plan`` says of them, speed, the operators and matrix
+    products that took longest. ``flops``: the device's ceiling in FLOP/s."""
     phases: dict[str, float] = {}
     for row in rows:
         for phase, seconds in row["seconds"].items():
@@ -95,7 +98,15 @@ def report(rows: Sequence[Mapping[str, Any]], products: Sequence[Product], event
     whole = sum(phases.values())
     lines = [f"Mean of {len(rows)} steps, under the profiler.", "", "| phase | s | share |", "| --- | ---: | ---: |"]
     lines += [f"| {phase} | {s:.3f} | {s / whole:.0%} |" for phase, s in sorted(phases.items(), key=lambda x: -x[1])]
-    lines += [f"| in all | {whole:.3f} | |", "", "| speed | |", "| --- | ---: |"]
+    lines.append(f"| in all | {whole:.3f} | |")
+    planned = sum(max(row["train_flop"]) for row in rows) / len(rows) / (flops * MFU)
+    if planned:
+        lines += [
+            "",
+            f"`train` as `rewardmap plan` counts it, at {MFU:.0%} of the {flops / 1e9:,.0f} GFLOP/s of a large matrix "
+            f"product here: {planned:.3f} s; measured {phases['train'] / planned - 1:+.0%}.",
+        ]
+    lines += ["", "| speed | |", "| --- | ---: |"]
     names = list(dict.fromkeys(name for row in rows for name in row["speed"]))
     for name in names:
         values = [row["speed"][name] for row in rows if name in row["speed"]]

@@ -28,6 +28,10 @@ class FirstRankError(RuntimeError):
     """Rank 0 could not do what the others wait for; it says why itself."""
 
 
+class LostRankError(RuntimeError):
+    """Another rank does not answer any more."""
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process's place in the job.
@@ -40,12 +44,17 @@ class Ranks:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    timeout_seconds: float = 600.0
     group: Any = None
     """The process group that messages travel in; None: that of the job."""
 
     def apart(self) -> Ranks:
         """The same ranks, whose messages never meet those sent from other threads. Every rank makes this call."""
-        return self if self.size == 1 else replace(self, group=dist.new_group(backend="gloo"))
+        if self.size == 1:
+            return self
+        # Without a timeout of its own it would wait for half an hour, whatever the job's is.
+        timeout = timedelta(seconds=self.timeout_seconds)
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timeout))
 
     @property
     def is_first(self) -> bool:
@@ -133,11 +142,19 @@ def join_ranks(timeout_seconds: float, alone: bool = False) -> Iterator[Ranks]:
     Without a launcher there is nobody to meet; ``alone`` then makes a process group of this process only, which
     sharding needs for mixed precision and offload, without opening a port. CPU tensors travel by gloo, CUDA tensors by
     NCCL; a collective that waits longer than ``timeout_seconds`` raises.
+
+    Raises:
+        LostRankError: in the block, another rank hangs or is gone.
     """
     cuda = torch.cuda.is_available()
     backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", timedelta(seconds=timeout_seconds)
     if launched():
-        ranks = Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", 0)))
+        ranks = Ranks(
+            int(os.environ["RANK"]),
+            int(os.environ["WORLD_SIZE"]),
+            int(os.environ.get("LOCAL_RANK", 0)),
+            timeout_seconds,
+        )
         if cuda:
             torch.cuda.set_device(ranks.local_rank)
         dist.init_process_group(backend, timeout=timeout)
@@ -149,6 +166,13 @@ def join_ranks(timeout_seconds: float, alone: bool = False) -> Iterator[Ranks]:
         return
     try:
         yield ranks
+    except RuntimeError as error:
+        if "imed out" in str(error) or "closed by peer" in str(error):  # as gloo and the store say it
+            raise LostRankError(
+                f"another rank hangs or is gone (parallel.timeout_seconds={timeout_seconds:g}); its own lines say why; "
+                "resume when it can run again"
+            ) from error
+        raise
     finally:
         dist.destroy_process_group()
 
