@@ -27,7 +27,7 @@ from rewardmap.rewards.compiled_text import (
     strip,
 )
 from rewardmap.rewards.hashing import MISS, lookup
-from rewardmap.rewards.jit import entry, helper, inlined
+from rewardmap.rewards.jit import entry, helper, merged
 from rewardmap.rewards.score import FAILURE_CODE
 from rewardmap.rewards.scorer import HAND_BACK
 
@@ -58,6 +58,26 @@ class Bank(NamedTuple):
     """[code points] what to add for lower case, or ``NOT_SIMPLE``."""
 
 
+class Room(NamedTuple):
+    """Scratch for answers of up to a certain length."""
+
+    legs: NDArray[np.int64]
+    """[legs, 7] spans of line, departure and arrival, then in their place the numbers of what they name; and
+    whether the labels are ``EXACT``."""
+    buf: NDArray[np.uint8]
+    spare: NDArray[np.uint8]
+
+
+EXACT = 6
+
+
+def room(longest: int) -> Room:
+    """For answers of up to so many bytes, a leg being 39 at least: "Univ" grows fourfold when it is cleaned, and a
+    lower-cased letter by half at most."""
+    size = 5 * longest + 64
+    return Room(np.empty((longest // 39 + 2, 7), np.int64), np.empty(size, np.uint8), np.empty(size, np.uint8))
+
+
 class Routes(NamedTuple):
     """Planning problems as columns. ``start`` and ``goal`` are stops by number."""
 
@@ -67,32 +87,27 @@ class Routes(NamedTuple):
     required: NDArray[np.int64]
 
 
-@helper
-def _cleaned_stop(text, table, lower, space, data, start, end, buf, spare):  # type: ignore[no-untyped-def]
-    """(number of the stop, or -1, or UNSURE; whether any text is left of the name) after two cleanings."""
-    n = end - start
-    for i in range(n):
-        buf[i] = data[start + i]
-    n = clean(buf, n, spare, lower)
-    if n >= 0:
-        n = clean(buf, n, spare, lower)
-    if n < 0:
-        return UNSURE, True
-    known = lookup(text, table, space, buf, ZERO, n)
-    return (ABSENT if known == MISS else known), n > 0
-
-
-@inlined
+@merged
 def _stop(bank, network, data, start, end, buf, spare):  # type: ignore[no-untyped-def]
-    """As ``_cleaned_stop``, which only names that are not spelled as in the network need."""
+    """(number of the stop that data[start:end] names, or -1, or UNSURE; whether any text is left of the name).
+
+    Only names that are not spelled as in the network are cleaned, twice.
+    """
     known = lookup(bank.text, bank.table, 3 * network + RAW_NAME, data, start, end)
     if known != MISS:
         return known, True
-    space = 3 * network + CLEAN_NAME
-    return _cleaned_stop(bank.text, bank.table, bank.lower, space, data, start, end, buf, spare)
+    n = end - start
+    for i in range(n):
+        buf[i] = data[start + i]
+    for _ in range(2):
+        n = clean(buf, n, spare, bank.lower) if n >= 0 else n
+    if n < 0:
+        return UNSURE, True
+    known = lookup(bank.text, bank.table, 3 * network + CLEAN_NAME, buf, ZERO, n)
+    return (ABSENT if known == MISS else known), n > 0
 
 
-@inlined
+@merged
 def _line(bank, network, data, start, end):  # type: ignore[no-untyped-def]
     """Number of the line that data[start:end] names, aliases included; -1 if none."""
     known = lookup(bank.text, bank.table, 3 * network + LINE, data, start, end)
@@ -102,10 +117,10 @@ def _line(bank, network, data, start, end):  # type: ignore[no-untyped-def]
         return bank.about[network, LINE_1]
     if find(data, start, end, ALIAS_4) >= 0:
         return bank.about[network, LINE_4]
-    return -1
+    return ABSENT
 
 
-@inlined
+@helper
 def _label(data, low, colon, label):  # type: ignore[no-untyped-def]
     """How the label stands before the colon: 0 not at all, 1 in another case, 2 exactly."""
     at = OFFSETS[label]
@@ -123,13 +138,14 @@ def _label(data, low, colon, label):  # type: ignore[no-untyped-def]
     return found
 
 
-@helper
-def _route(data, start, end, network, bank, legs, buf, spare):  # type: ignore[no-untyped-def]
-    """Read the legs of data[start:end] into ``legs`` [legs, 4]: line, departure, arrival, exact labels.
+@merged
+def _read(data, start, end, legs):  # type: ignore[no-untyped-def]
+    """Where the legs of data[start:end] name what, into ``legs``: the spans of line, departure and arrival (a
+    span that ends at -1 cannot be read), and whether all labels are exact.
 
-    Returns (number of legs, torn or incomplete ones among them) or (UNSURE, True).
+    Returns (number of legs, torn or incomplete ones among them).
     """
-    count = 0
+    count = ZERO
     flawed = False
     piece = start
     lowered = exact = 0
@@ -142,28 +158,17 @@ def _route(data, start, end, network, bank, legs, buf, spare):  # type: ignore[n
         dash = i + 1 < end and data[i] == 0x2D and data[i + 1] == 0x2D
         if i >= end or dash:
             if lowered == 7:
-                line = bank.about[network, MISSING_LINE]
-                if line_end >= 0:
-                    low, high = strip(data, line_at, line_end)
-                    line = _line(bank, network, data, low, high)
-                departure = bank.about[network, MISSING_STOP]
-                if departure_end >= 0:
-                    departure, _ = _stop(bank, network, data, departure_at, departure_end, buf, spare)
-                low, high = strip(data, arrival_at if arrival_at >= 0 else piece, i)
-                arrival, named = _stop(bank, network, data, low, high, buf, spare)
-                if departure == UNSURE or arrival == UNSURE:
-                    return UNSURE, True
-                legs[count, 0] = line
-                legs[count, 1] = departure
-                legs[count, 2] = arrival
-                legs[count, 3] = exact == 7
+                legs[count, 0], legs[count, 1] = line_at, line_end
+                legs[count, 2], legs[count, 3] = departure_at, departure_end
+                legs[count, 4], legs[count, 5] = arrival_at if arrival_at >= 0 else piece, i
+                legs[count, EXACT] = exact == 7
                 count += 1
-                if exact != 7 or line_end < 0 or departure_end < 0 or not named:
+                if exact != 7 or line_end < 0 or departure_end < 0:
                     flawed = True
             elif lowered:
                 flawed = True
             if i >= end:
-                return count, flawed
+                break
             i += 2
             piece = i
             lowered = exact = 0
@@ -177,39 +182,35 @@ def _route(data, start, end, network, bank, legs, buf, spare):  # type: ignore[n
                 departure_end = i
         elif data[i] == 0x3A and i > piece:
             last = data[i - 1] | 0x20
-            if last == 0x65:
-                found = _label(data, piece, i, ROUTE)
-                if found:
-                    lowered |= 1
-                    if found == 2:
-                        exact |= 1
-                        if line_at < 0 and i + 1 < end and data[i + 1] == 0x20:
-                            line_at = i + 2
-            elif last == 0x70:
-                found = _label(data, piece, i, DEPARTURE)
-                if found:
-                    lowered |= 2
-                    if found == 2:
-                        exact |= 2
-                        if departure_at < 0 and i + 1 < end and data[i + 1] == 0x20:
-                            departure_at = i + 2
-                else:
-                    found = _label(data, piece, i, ARRIVAL)
-                    if found:
-                        lowered |= 4
-                        if found == 2:
-                            exact |= 4
-                            arrival_at = i + 1
+            label = ROUTE if last == 0x65 else DEPARTURE
+            found = _label(data, piece, i, label) if last == 0x65 or last == 0x70 else 0
+            if last == 0x70 and not found:
+                label = ARRIVAL
+                found = _label(data, piece, i, label)
+            if found:
+                bit = 1 if label == ROUTE else 2 if label == DEPARTURE else 4
+                lowered |= bit
+                if found == 2:
+                    exact |= bit
+                    after = i + 1
+                    spaced = after < end and data[after] == 0x20
+                    if label == ARRIVAL:
+                        arrival_at = after
+                    elif label == ROUTE and line_at < 0 and spaced:
+                        line_at = after + 1
+                    elif label == DEPARTURE and departure_at < 0 and spaced:
+                        departure_at = after + 1
         i += 1
+    return count, flawed
 
 
-@inlined
+@merged
 def _judge(legs, count, start, goal, members, stops):  # type: ignore[no-untyped-def]
     """Failure code of the exactly labelled legs: ``score.check_route``. ``members`` is [lines * stops]."""
     last = -1
     first = -1
     for i in range(count):
-        if legs[i, 3]:
+        if legs[i, EXACT]:
             first = i if first < 0 else first
             last = i
     if first < 0:
@@ -226,14 +227,14 @@ def _judge(legs, count, start, goal, members, stops):  # type: ignore[no-untyped
         if not (members[line * stops + departure] and members[line * stops + arrival]):
             return _NOT_ON_LINE
         i += 1
-        while i <= last and not legs[i, 3]:
+        while i <= last and not legs[i, EXACT]:
             i += 1
         if i <= last and arrival != legs[i, 1]:
             return _BROKEN
     return _NONE
 
 
-@inlined
+@merged
 def _detail(legs, count, start, goal, required, members, stops, paper):  # type: ignore[no-untyped-def]
     """``score.route_detail`` or, with ``paper``, ``score.paper_detail`` (whose legs are all exact)."""
     if count == 0:
@@ -263,36 +264,47 @@ def _detail(legs, count, start, goal, required, members, stops, paper):  # type:
     return min(score, 10.0)
 
 
-@helper
+@merged
 def _exact_only(legs, count):  # type: ignore[no-untyped-def]
     kept = 0
     for i in range(count):
-        if legs[i, 3]:
-            for k in range(4):
+        if legs[i, EXACT]:
+            for k in range(3):
                 legs[kept, k] = legs[i, k]
             kept += 1
     return kept
 
 
 @entry
-def score_routes(data, starts, rows, asked, questions, bank, paper, results):  # type: ignore[no-untyped-def]
+def score_routes(data, starts, rows, asked, questions, bank, paper, room, results):  # type: ignore[no-untyped-def]
     """Score those of the answers data[starts[i]:starts[i + 1]] (UTF-8) to the questions asked[i] whose i is
     in ``rows``.
 
     Time is linear in the bytes. An answer with more Unicode than ``Bank.lower`` knows gets ``HAND_BACK``.
     """
-    longest = ZERO
-    for row in rows:
-        longest = max(longest, starts[row + 1] - starts[row])
-    # "Univ" grows fourfold when it is cleaned, and a lower-cased letter by half at most.
-    buf = np.empty(5 * longest + 64, np.uint8)
-    spare = np.empty(5 * longest + 64, np.uint8)
-    legs = np.empty((longest // 30 + 2, 4), np.int64)
+    legs, buf, spare = room.legs, room.buf, room.spare
     for row in rows:
         start, end, question = starts[row], starts[row + 1], asked[row]
         network = questions.network[question]
-        count, flawed = _route(data, start, end, network, bank, legs, buf, spare)
-        if count < 0:
+        count, flawed = _read(data, start, end, legs)
+        unsure = False
+        for name in range(3 * count):
+            leg, which = name // 3, name % 3
+            low, high = legs[leg, 2 * which], legs[leg, 2 * which + 1]
+            if which != 1:
+                low, high = strip(data, low, high)
+            if which == 0:
+                number = bank.about[network, MISSING_LINE]
+                if high >= 0:
+                    number = _line(bank, network, data, low, high)
+            else:
+                number = bank.about[network, MISSING_STOP]
+                if high >= 0:
+                    number, named = _stop(bank, network, data, low, high, buf, spare)
+                    flawed = flawed or not (which == 1 or named)
+                    unsure = unsure or number == UNSURE
+            legs[leg, which] = number
+        if unsure:
             results.failure[row] = HAND_BACK
             continue
         stops = bank.about[network, STOPS]

@@ -28,7 +28,7 @@ from rewardmap.rewards.compiled_text import (
     word,
 )
 from rewardmap.rewards.hashing import MISS
-from rewardmap.rewards.jit import entry, helper
+from rewardmap.rewards.jit import entry, merged
 from rewardmap.rewards.score import FAILURE_CODE
 from rewardmap.rewards.scorer import HAND_BACK
 
@@ -52,7 +52,7 @@ class Shorts(NamedTuple):
     gold: NDArray[np.int64]
 
 
-@helper
+@merged
 def extract(data, start, end, lower, buf, spare):  # type: ignore[no-untyped-def]
     """``parse.extract_answer``: the range of ``buf`` that holds the answer, or (UNSURE, 0)."""
     box = rfind(data, start, end, _OXED)
@@ -101,7 +101,7 @@ def extract(data, start, end, lower, buf, spare):  # type: ignore[no-untyped-def
     return strip(buf, low, n)
 
 
-@helper
+@merged
 def short(kind, buf, low, n):  # type: ignore[no-untyped-def]
     """(what buf[low:n] says: a number, MISS if nothing of the asked sort, UNSURE; for the plain code)."""
     size = n - low
@@ -132,15 +132,12 @@ def short(kind, buf, low, n):  # type: ignore[no-untyped-def]
 
 
 @entry
-def score_short(data, starts, rows, asked, questions, lower, results):  # type: ignore[no-untyped-def]
+def score_short(data, starts, rows, asked, questions, lower, buf, spare, results):  # type: ignore[no-untyped-def]
     """Score those of the answers data[starts[i]:starts[i + 1]] (UTF-8) to the questions asked[i] whose i is
-    in ``rows``. Time is linear in the bytes."""
-    longest = ZERO
-    for row in rows:
-        longest = max(longest, starts[row + 1] - starts[row])
-    # A lower-cased letter grows by half at most.
-    buf = np.empty(2 * longest + 64, np.uint8)
-    spare = np.empty(2 * longest + 64, np.uint8)
+    in ``rows``.
+
+    Time is linear in the bytes. ``buf`` and ``spare`` are scratch, twice as long as the longest answer and 64.
+    """
     for row in rows:
         start, end, question = starts[row], starts[row + 1], asked[row]
         kind = questions.kind[question]

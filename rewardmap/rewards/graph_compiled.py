@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 
 from rewardmap.rewards.compiled_text import THOUGHT, ZERO, rfind, strip, unbracketed
 from rewardmap.rewards.graph import DETAIL, PARTIAL
-from rewardmap.rewards.graph_ride import FAR, NONE, NOT_ON_LINE, OVERFLOW, STATES, STOPS, STOPS_AT, Room, ride, search
+from rewardmap.rewards.graph_ride import FAR, NONE, NOT_ON_LINE, OVERFLOW, STATES, STOPS_AT, ride, search
 from rewardmap.rewards.graph_text import key_of, spans_of
 from rewardmap.rewards.hashing import MISS, lookup
 from rewardmap.rewards.jit import entry, helper
 from rewardmap.rewards.score import FAILURE_CODE
-from rewardmap.rewards.topology import LONGEST_NAME
 
 STOP_KEY, LINE_KEY, STOP_NAME, LINE_NAME = (np.int64(n) for n in range(4))
 """Sorts of interned names, folded and as the network spells them; a name's space is ``4 * network + sort``."""
@@ -141,28 +140,13 @@ def _travel(data, spans, count, network, start, goal, reached, atlas, room, key,
 
 
 @entry
-def score_trips(data, starts, rows, asked, questions, atlas, key_room, results):  # type: ignore[no-untyped-def]
+def score_trips(data, starts, rows, asked, questions, atlas, room, results):  # type: ignore[no-untyped-def]
     """Score those of the answers data[starts[i]:starts[i + 1]] (UTF-8) to the questions asked[i] whose i is
     in ``rows``.
 
-    Time is linear in the bytes. ``key_room``: bytes of the longest key.
+    Time is linear in the bytes.
     """
-    longest = ZERO
-    for row in rows:
-        longest = max(longest, starts[row + 1] - starts[row])
-    size = ZERO
-    for network in range(len(atlas.about)):
-        size = max(size, atlas.about[network, STOPS])
-    spans = np.empty((longest // 10 + 4, 2), np.int64)
-    key = np.empty(key_room, np.uint8)
-    spare = np.empty(4 * LONGEST_NAME, np.uint8)
-    room = Room(
-        np.empty(size, np.int64),
-        np.empty(size, np.int64),
-        np.empty((2, STATES), np.int64),
-        np.empty((2, STATES), np.int64),
-        np.empty((2, STATES, (size + 63) // 64), np.uint64),
-    )
+    spans, key, spare = room.spans, room.key, room.spare
     searched = np.int64(-1)
     reached = ZERO
     for row in rows:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from rewardmap.rewards.graph import gold_keys, score_graph
 from rewardmap.rewards.graph_compiled import LINE_KEY, LINE_NAME, STOP_KEY, STOP_NAME, Trips, score_trips
-from rewardmap.rewards.graph_ride import Atlas
+from rewardmap.rewards.graph_ride import STOPS, Atlas, room
 from rewardmap.rewards.graph_short import Asked, score_said
 from rewardmap.rewards.graph_text import folds, key_room
 from rewardmap.rewards.hashing import make_table
@@ -87,11 +87,13 @@ class Verified:
             flat += (kind, 0 if kind == BY_HAND else gold, of_lines, known.number, start, goal)
         columns = np.array(flat, dtype=np.int64).reshape(-1, 6).T.copy()
         kinds = columns[0][asked]
+        longest = int(np.diff(starts).max(initial=0))
         planning = np.flatnonzero(kinds == PLANNING)
         if len(planning):
             announce("score_trips")
-            trips = Trips(columns[3], columns[4], columns[5])
-            score_trips(data, starts, planning, asked, trips, self._atlas[0], key_room(), results)
+            atlas, trips = self._atlas[0], Trips(columns[3], columns[4], columns[5])
+            scratch = room(longest, int(atlas.about[:, STOPS].max()))
+            score_trips(data, starts, planning, asked, trips, atlas, scratch, results)
         short = np.flatnonzero(kinds < PLANNING)
         if len(short):
             announce("score_said")
@@ -99,7 +101,9 @@ class Verified:
             text = np.frombuffer(bytearray().join(keys), dtype=np.uint8)
             lists = Asked(columns[0], columns[1], columns[2], np.array(list_at), key_at, text)
             letters = folds()
-            score_said(data, starts, short, asked, lists, letters.text, letters.at, key_room(), results)
+            buf = np.empty(max(longest, key_room()), dtype=np.uint8)
+            found = np.empty(len(keys), dtype=np.uint8)
+            score_said(data, starts, short, asked, lists, letters.text, letters.at, buf, found, results)
         results.failure[kinds == BY_HAND] = HAND_BACK
 
     def by_hand(self, problem: Problem, response: str) -> Outcome:

@@ -10,9 +10,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rewardmap.rewards.graph_text import key_room
 from rewardmap.rewards.jit import helper, inlined
 from rewardmap.rewards.score import FAILURE_CODE
 from rewardmap.rewards.scorer import HAND_BACK
+from rewardmap.rewards.topology import LONGEST_NAME
 
 STATES = 64
 """Ways of reading a route that are followed at once; with more it is left to the plain code."""
@@ -71,6 +73,24 @@ class Room(NamedTuple):
     """[2, STATES] stops ridden so far."""
     seen: NDArray[np.uint64]
     """[2, STATES, words] one bit per stop visited."""
+    spans: NDArray[np.int64]
+    """[values, 2] where the labels' values stand in the answer."""
+    key: NDArray[np.uint8]
+    spare: NDArray[np.uint8]
+
+
+def room(longest: int, stops: int) -> Room:
+    """For answers of up to so many bytes, a label being 10 at least, on networks of up to so many stops."""
+    return Room(
+        np.empty(stops, np.int64),
+        np.empty(stops, np.int64),
+        np.empty((2, STATES), np.int64),
+        np.empty((2, STATES), np.int64),
+        np.empty((2, STATES, (stops + 63) // 64), np.uint64),
+        np.empty((longest // 10 + 4, 2), np.int64),
+        np.empty(key_room(), np.uint8),
+        np.empty(4 * LONGEST_NAME, np.uint8),
+    )
 
 
 @helper

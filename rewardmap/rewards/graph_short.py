@@ -25,7 +25,7 @@ from rewardmap.rewards.graph_text import (
     key_of,
     point_at,
 )
-from rewardmap.rewards.jit import entry, helper
+from rewardmap.rewards.jit import entry, helper, merged
 from rewardmap.rewards.score import FAILURE_CODE
 
 NOTHING = np.int64(-(1 << 40))
@@ -120,7 +120,7 @@ def _box_end(data, start, end):  # type: ignore[no-untyped-def]
     return np.int64(-1)
 
 
-@helper
+@merged
 def _said(kind, data, start, end, fold_text, fold_at, buf):  # type: ignore[no-untyped-def]
     """``graph._said``: (the one answer given, or NOTHING; whether it is boxed)."""
     said = NOTHING
@@ -141,7 +141,7 @@ def _said(kind, data, start, end, fold_text, fold_at, buf):  # type: ignore[no-u
     return said, boxed
 
 
-@helper
+@merged
 def _last_list(data, start, end):  # type: ignore[no-untyped-def]
     """``graph._LISTED``: what the last list of stops or lines holds; (-1, -1) without one."""
     low = high = np.int64(-1)
@@ -166,7 +166,7 @@ def _last_list(data, start, end):  # type: ignore[no-untyped-def]
     return low, high
 
 
-@helper
+@merged
 def _f1(data, low, high, is_line, first, last, key_at, keys, fold_text, fold_at, buf, found):  # type: ignore[no-untyped-def]
     """F1 of the list data[low:high] against the keys [first, last); ``found`` [longest list] is scratch."""
     want = last - first
@@ -199,19 +199,13 @@ def _f1(data, low, high, is_line, first, last, key_at, keys, fold_text, fold_at,
 
 
 @entry
-def score_said(data, starts, rows, asked, questions, fold_text, fold_at, key_room, results):  # type: ignore[no-untyped-def]
+def score_said(data, starts, rows, asked, questions, fold_text, fold_at, buf, found, results):  # type: ignore[no-untyped-def]
     """Score those of the answers data[starts[i]:starts[i + 1]] (UTF-8) to the questions asked[i] whose i is
     in ``rows``.
 
-    Time is linear in the bytes. ``key_room``: bytes of the longest key.
+    Time is linear in the bytes. Scratch: ``buf`` for the longest answer and the longest key, ``found`` for the
+    longest list.
     """
-    longest = key_room
-    lists = ZERO
-    for row in rows:
-        longest = max(longest, starts[row + 1] - starts[row])
-        lists = max(lists, questions.list_at[asked[row] + 1] - questions.list_at[asked[row]])
-    buf = np.empty(longest, np.uint8)
-    found = np.empty(lists, np.uint8)
     for row in rows:
         low, end, question = starts[row], starts[row + 1], asked[row]
         start = rfind(data, low, end, THOUGHT)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rewardmap.rewards.compiled_routes import CLEAN_NAME, LINE, RAW_NAME, Bank, Routes, score_routes
+from rewardmap.rewards.compiled_routes import CLEAN_NAME, LINE, RAW_NAME, Bank, Routes, room, score_routes
 from rewardmap.rewards.compiled_short import CHOICE, COUNT, TRUE_FALSE, Shorts, score_short
 from rewardmap.rewards.compiled_text import lower_table
 from rewardmap.rewards.hashing import make_table
@@ -96,14 +96,16 @@ class Published:
             flat += (kind, 0 if kind == BY_HAND else gold, known.number, start, goal, required)
         kind_of, gold_of, *route = np.array(flat, dtype=np.int64).reshape(-1, 6).T.copy()
         kinds = kind_of[asked]
+        scratch = room(int(np.diff(starts).max(initial=0)))
         planning = np.flatnonzero(kinds == PLANNING)
         if len(planning):
             announce("score_routes")
-            score_routes(data, starts, planning, asked, Routes(*route), self._bank, self._paper, results)
+            score_routes(data, starts, planning, asked, Routes(*route), self._bank, self._paper, scratch, results)
         short = np.flatnonzero(kinds < PLANNING)
         if len(short):
             announce("score_short")
-            score_short(data, starts, short, asked, Shorts(kind_of, gold_of), self._bank.lower, results)
+            asks, lower = Shorts(kind_of, gold_of), self._bank.lower
+            score_short(data, starts, short, asked, asks, lower, scratch.buf, scratch.spare, results)
         results.failure[kinds == BY_HAND] = HAND_BACK
 
     @cached_property

@@ -30,30 +30,39 @@ def cache_folder() -> Path:
 
 
 def entry(function: Callable[..., Any]) -> Any:
-    """Compile a function that Python calls on its first call; without a writable cache, in every process."""
+    """Compile a function that Python calls on its first call; without a writable cache, in every process.
+
+    It allocates nothing: without the runtime (``_nrt``) its arrays are not reference-counted, which would cost more
+    than the work done on a name.
+    """
     config: Any = numba.config
     before = config.CACHE_DIR
     config.CACHE_DIR = str(cache_folder())
+    options: dict[str, Any] = {"nogil": True, "_nrt": False}
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:
-        return numba.njit(nogil=True)(function)
+        return numba.njit(**options)(function)
     finally:
         config.CACHE_DIR = before
 
 
 def helper(function: Callable[..., Any]) -> Any:
-    """Compile a function that only compiled code calls and that allocates nothing.
-
-    Without the runtime (``_nrt``) its array arguments are not reference-counted, which would cost more than
-    the work done on a name.
-    """
+    """Compile a function that only compiled code calls and that allocates nothing either."""
     return _helper(function, forceinline=False)
 
 
 def inlined(function: Callable[..., Any]) -> Any:
     """As ``helper``, for what runs per name: a call would copy seven words for each array it is given."""
     return _helper(function, forceinline=True)
+
+
+def merged(function: Callable[..., Any]) -> Any:
+    """A function that is called in one place, and becomes part of its caller before anything is compiled.
+
+    LLVM sees each ``helper`` once more in every function above it, so that deep calls take long to compile.
+    """
+    return numba.njit(nogil=True, inline="always")(function)
 
 
 def _helper(function: Callable[..., Any], *, forceinline: bool) -> Any:
