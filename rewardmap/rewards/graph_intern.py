@@ -30,6 +30,8 @@ class _Interned(NamedTuple):
     topology: Topology
     group: dict[tuple[int, ...], int]
     """Stops that a name may mean -> their group."""
+    ends: dict[str, int]
+    """A station as a problem may spell it -> the group of the stops that it means."""
     text: bytes
     names: NDArray[np.int32]
     """[names, 4] rows for ``make_table``, places counted within ``text``."""
@@ -120,7 +122,9 @@ def _ends(problem: Problem, known: _Interned, base: int) -> tuple[int, int]:
     ends = []
     for name in ("station_1", "station_2"):
         station = getattr(problem, name)
-        group = known.group.get(known.topology.ends(station))
+        group = known.ends.get(station)
+        if group is None:
+            group = known.group.get(known.topology.ends(station))
         if group is None:
             raise DataError(
                 f"row {problem.uid!r}, field {name!r}: {station!r} is not in network {problem.network_id!r}"
@@ -141,6 +145,7 @@ def _intern(number: int, known: Topology) -> _Interned:
     shown = [name for name in known.line_names if len(name) <= LONGEST_NAME]
     names += [(LINE_NAME, name, line_group[line_key(name)]) for name in shown]
     text, rows = named_rows((4 * number + int(sort), name, at) for sort, name, at in names)
+    ends = {name: group[known.ends(name)] for name in known.stop_names if known.ends(name)}
     size = sum(map(len, shared))
     numbered = sorted(known.services, key=lambda service: service.line)
     positions = np.full((len(numbered), size), -1, dtype=np.int32)
@@ -156,6 +161,7 @@ def _intern(number: int, known: Topology) -> _Interned:
         number,
         known,
         group,
+        ends,
         text,
         rows,
         [*group, *known.lines.values()],

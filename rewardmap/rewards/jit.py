@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -17,16 +18,27 @@ import numba
 def cache_folder() -> Path:
     """Where the machine code is kept: ``$NUMBA_CACHE_DIR``, else the user's cache folder, never the package.
 
-    Its last part names the sources, for Numba itself notices a change only in the file of the stored
-    function.
+    Its last part names the sources and Numba's version, for Numba itself notices a change only in the file of the
+    stored function.
     """
     base = os.environ.get("NUMBA_CACHE_DIR")
     if not base:
         base = str(Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "rewardmap" / "numba")
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(numba.__version__.encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
     return Path(base) / digest.hexdigest()[:16]
+
+
+@cache
+def _can_keep() -> bool:
+    """Whether machine code can be kept. Numba would go on to look for room in the package's own folder."""
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache_folder()).close()
+    except OSError:
+        return False
+    return True
 
 
 def entry(function: Callable[..., Any]) -> Any:
@@ -40,9 +52,7 @@ def entry(function: Callable[..., Any]) -> Any:
     config.CACHE_DIR = str(cache_folder())
     options: dict[str, Any] = {"nogil": True, "_nrt": False}
     try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:
-        return numba.njit(**options)(function)
+        return numba.njit(cache=_can_keep(), **options)(function)
     finally:
         config.CACHE_DIR = before
 
@@ -74,5 +84,10 @@ def _helper(function: Callable[..., Any], *, forceinline: bool) -> Any:
 @cache
 def announce(name: str) -> None:
     """Say once per process, on stderr, when the first call of an ``entry`` has to compile it."""
-    if not any(cache_folder().rglob(f"*.{name}-*.nbi")):
-        print(f"rewardmap: compiling {name} (once; a few seconds)", file=sys.stderr, flush=True)
+    if not _can_keep():
+        often = f"in every process, for {cache_folder().parent} cannot be written; set NUMBA_CACHE_DIR"
+    elif not any(cache_folder().rglob(f"*.{name}-*.nbi")):
+        often = "once"
+    else:
+        return
+    print(f"rewardmap: compiling {name} (a few seconds; {often})", file=sys.stderr, flush=True)

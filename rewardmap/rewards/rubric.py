@@ -112,9 +112,7 @@ class Rubric:
             raise ValueError(f"{len(problems)} problems but {len(responses)} responses: give one each")
         asked, distinct = distinct_problems(problems)
         scorer = self._reader.scorer(distinct, networks)
-        results = score_texts(scorer, distinct, asked, responses, self.threads, check_problem)
-        weights = np.array([self.weight(problem) for problem in distinct], dtype=np.float64)[asked]
-        return self._batch(results, weights)
+        return self._batch(*score_texts(scorer, distinct, asked, responses, self.threads, self._checked_weight))
 
     def weight(self, problem: Problem) -> float:
         """W = W_map + W_question of a problem."""
@@ -125,6 +123,10 @@ class Rubric:
     @cached_property
     def _reader(self) -> Reader:
         return Reader(Verified() if self.mode == "graph" else Published(self.mode == "paper"))
+
+    def _checked_weight(self, problem: Problem) -> float:
+        check_problem(problem)
+        return self.weight(problem)
 
     def _batch(self, results: Results, weights: NDArray[np.float64]) -> RewardBatch:
         # In the order of the published code, so that equal means equal to the last bit.
@@ -146,33 +148,32 @@ class Rubric:
 
 def distinct_problems(problems: Sequence[Problem]) -> tuple[NDArray[np.int64], list[Problem]]:
     """([n] which distinct problem each row asks, the distinct ones), where a run of one object is one."""
-    identity = np.fromiter(map(id, problems), dtype=np.int64, count=len(problems))
     begins = np.ones(len(problems), dtype=np.bool_)
-    np.not_equal(identity[1:], identity[:-1], out=begins[1:])
+    begins[1:] = np.fromiter(map(operator.is_not, problems[1:], problems), dtype=np.bool_)
     return np.cumsum(begins) - 1, [problems[i] for i in np.flatnonzero(begins).tolist()]
 
 
 def check_problem(problem: Problem) -> None:
     """Raise DataError naming uid and field where a problem cannot be scored."""
-
-    def bad(field_name: str, value: object, want: str) -> DataError:
-        return DataError(f"row {problem.uid!r}, field {field_name!r}: {value!r} is not {want}")
-
     if problem.kind not in KINDS:
-        raise bad("kind", problem.kind, f"one of {', '.join(KINDS)}")
+        raise _bad(problem, "kind", problem.kind, f"one of {', '.join(KINDS)}")
     if problem.map_difficulty not in LEVELS:
-        raise bad("map_difficulty", problem.map_difficulty, f"one of {', '.join(LEVELS)}")
+        raise _bad(problem, "map_difficulty", problem.map_difficulty, f"one of {', '.join(LEVELS)}")
     if type(problem.answer) is not int and not _is_int(problem.answer):
-        raise bad("answer", problem.answer, "an integer (TorF 0 or 1, Counting a number, planning -1)")
+        raise _bad(problem, "answer", problem.answer, "an integer (TorF 0 or 1, Counting a number, planning -1)")
     if problem.kind != "planning":
         return
     transfers = problem.transfers_required
     if (type(transfers) is not int and not _is_int(transfers)) or transfers < 0:
-        raise bad("transfers_required", transfers, "an integer of at least 0")
+        raise _bad(problem, "transfers_required", transfers, "an integer of at least 0")
     if not isinstance(problem.station_1, str):
-        raise bad("station_1", problem.station_1, "a station's name")
+        raise _bad(problem, "station_1", problem.station_1, "a station's name")
     if not isinstance(problem.station_2, str):
-        raise bad("station_2", problem.station_2, "a station's name")
+        raise _bad(problem, "station_2", problem.station_2, "a station's name")
+
+
+def _bad(problem: Problem, field_name: str, value: object, want: str) -> DataError:
+    return DataError(f"row {problem.uid!r}, field {field_name!r}: {value!r} is not {want}")
 
 
 def _is_int(value: object) -> bool:
