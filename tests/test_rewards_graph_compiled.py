@@ -184,6 +184,20 @@ def test_any_text(texts: list[str], kind: str, noise: bytes) -> None:
     check(ask(kind, fine_grained_answer=["Alpha Station"]), texts, {"Red Line": ["Alpha Station", "Ōscar", "Brävo"]})
 
 
+@pytest.mark.parametrize(
+    "odd", ["（换乘站）", " (Branch-starting Station)", "Old (West（换乘站）", "", "()", "站（支线起始站）"]
+)
+def test_odd_names_in_released_lists(odd: str) -> None:
+    """Nothing but a marker, a bracket that only its marker closes, no name at all."""
+    lists = {"Red": ["Alpha", odd, "Bravo"], "Blue": ["Bravo", odd]}
+    asked = Problem("q", b"", "", "planning", -1, "Alpha", "Bravo", "made/up", "easy")
+    text = "Route Name: Red\nDeparture Stop: Alpha\nArrival Stop: Bravo"
+    for network in (network_from_lists("made/up", lists), lists):
+        batch = Rubric(mode="graph").score([asked], [text], {"made/up": network})
+        want = score_graph(asked, text, topology("made/up", network))
+        assert (bool(batch.correct[0]), batch.detail[0]) == want[:2] == (True, 10.0)
+
+
 def test_folding_works_letter_by_letter() -> None:
     letters = folds()
     parts = [letters.text[letters.at[p] : letters.at[p + 1]].tobytes().decode() for p in range(LAST_LETTER)]

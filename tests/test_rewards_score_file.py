@@ -119,6 +119,8 @@ BAD: list[tuple[Any, str]] = [
     (row(station_2=None), "'station_2'"),
     (row(response=None), "'response'"),
     (row(json="./stations/made/off.json"), "'json'"),
+    (row(json="x" * 5000), "'json'"),
+    (row(json="\0"), "'json'"),
     ([1], "list"),
 ]
 
@@ -139,7 +141,7 @@ def test_missing_fields_are_named(folder: Path, name: str) -> None:
         score_file(path)
 
 
-@pytest.mark.parametrize("line", [b"{", b'{"type": "\xff"}', b"\xff\xfe", b"nonsense"])
+@pytest.mark.parametrize("line", [b"{", b'{"type": "\xff"}', b"\xff\xfe", b"nonsense", b"[" * 100_000])
 def test_broken_lines(folder: Path, line: bytes) -> None:
     path = folder / "in.jsonl"
     path.write_bytes(b"\n" + line + b"\n")

@@ -158,7 +158,7 @@ def _chunks(in_path: Path, stations: _Stations) -> Iterator[tuple[list[dict[str,
             where = f"{in_path}, row {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not a line of UTF-8 JSON ({error})") from error
             if not isinstance(row, dict):
                 raise DataError(f"{where}: {type(row).__name__}, not an object with fields")
@@ -251,14 +251,17 @@ class _Stations:
     def read(self, path: str, where: str) -> str:
         """The network's id, which is the path as the row gives it."""
         if path not in self.networks:
-            found = next((folder / path for folder in self._folders if (folder / path).is_file()), None)
+            # Not Path.is_file, which raises for a name that is too long.
+            found = next((folder / path for folder in self._folders if os.path.isfile(folder / path)), None)
             if found is None:
-                looked = ", ".join(str(folder.resolve()) for folder in self._folders)
-                raise DataError(f"{where}, field 'json': no file {path!r} under {looked}")
+                looked = ", ".join(dict.fromkeys(str(folder.resolve()) for folder in self._folders))
+                raise DataError(
+                    f"{where}, field 'json': no file {path!r} under {looked}; name its folder (--stations, stations_root)"
+                )
             try:
                 metro = json.loads(found.read_bytes())
-            except ValueError as error:
-                raise DataError(f"{where}, field 'json': {found} is not JSON ({error})") from error
+            except (OSError, ValueError, RecursionError) as error:
+                raise DataError(f"{where}, field 'json': {found} cannot be read as JSON ({error})") from error
             if not isinstance(metro, dict) or not all(_is_list_of_text(names) for names in metro.values()):
                 raise DataError(f"{where}, field 'json': {found} is not an object of line -> list of stations")
             self.networks[path] = _exact(found, metro, where) if self._exact else metro

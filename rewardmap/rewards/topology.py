@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from rewardmap.rewards.parse import strip_markers, unbracketed
 from rewardmap.transit.graph import Network
+from rewardmap.transit.topology import bare_name
 from rewardmap.types import DataError, MetroData
 
 _SUFFIXES = (
@@ -210,7 +211,8 @@ def topology(network_id: str, network: MetroData | Network) -> Topology:
     if isinstance(network, Network):
         names = [line.name for line in network.lines]
         released = network.extras.get("lists")
-        key = str if released is None else _one_key
+        # A network's stops are bare, the lists that it was read from are not.
+        key = str if released is None else _bare_key
         for i, line in enumerate(network.lines):
             for stops in line.services():
                 closed = len(stops) > 2 and stops[0] == stops[-1]
@@ -236,6 +238,10 @@ def topology(network_id: str, network: MetroData | Network) -> Topology:
         tuple(names),
         number if key is str else {},
     )
+
+
+def _bare_key(name: str) -> str:
+    return _one_key(bare_name(name))
 
 
 def _one_key(name: str) -> str:
