@@ -255,9 +255,8 @@ class _Stations:
             found = next((folder / path for folder in self._folders if os.path.isfile(folder / path)), None)
             if found is None:
                 looked = ", ".join(dict.fromkeys(str(folder.resolve()) for folder in self._folders))
-                raise DataError(
-                    f"{where}, field 'json': no file {path!r} under {looked}; name its folder (--stations, stations_root)"
-                )
+                remedy = "name its folder (--stations, stations_root)"
+                raise DataError(f"{where}, field 'json': no file {path!r} under {looked}; {remedy}")
             try:
                 metro = json.loads(found.read_bytes())
             except (OSError, ValueError, RecursionError) as error:
