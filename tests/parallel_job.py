@@ -29,6 +29,7 @@ from rewardmap.policy import Policy
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import build_tiny
 from rewardmap.train import run
+from rewardmap.train.ahead import OneStepOff
 from rewardmap.train.checkpoint import Checkpoints, find_damage, list_checkpoints, load_training_state
 from rewardmap.train.parallel import needs_sharding, prepare_policy, shard_policy, whole
 from rewardmap.train.ranks import Ranks, SharedRollouts, join_ranks
@@ -97,11 +98,11 @@ def make_problems() -> tuple[list[Problem], dict[str, Any]]:
     return problems, networks
 
 
-def make_trainer(variant: dict[str, Any], ranks: Ranks) -> Trainer:
+def make_trainer(variant: dict[str, Any], ranks: Ranks, kind: type[Trainer] = Trainer) -> Trainer:
     policy_config = PolicyConfig(device="cpu", **variant.get("policy", {}))
     config = Config(
         policy=policy_config,
-        rollout=RolloutConfig(group_size=GROUP, max_new_tokens=12),
+        rollout=RolloutConfig(group_size=GROUP, max_new_tokens=12, **variant.get("rollout", {})),
         train=TrainConfig(
             stages=(StageConfig(name="all", question_kinds=("TorF1",)),),
             prompts_per_step=5, learning_rate=1e-3, max_tokens_per_micro_batch=150, objective="dapo",
@@ -120,7 +121,7 @@ def make_trainer(variant: dict[str, Any], ranks: Ranks) -> Trainer:
         forward = shard_policy(policy, config.parallel, ranks, torch.device("cpu"))
     problems, networks = make_problems()
     curriculum = Curriculum(problems, config.train.stages, config.train.prompts_per_step, seed=0)
-    trainer = Trainer(
+    trainer = kind(
         config, policy, Recorded(policy), {"reference": networks}, curriculum, ranks=ranks, forward=forward
     )
     if variant.get("sgd"):
@@ -160,6 +161,18 @@ def run_sampling(folder: Path, ranks: Ranks) -> None:
     )
     if ranks.is_first:
         (folder / f"sampling-{ranks.size}.json").write_text(json.dumps(everyone))
+
+
+def run_ahead(folder: Path, ranks: Ranks) -> None:
+    """One step off: answers are gathered in a thread while the trainer's own collectives run."""
+    # An engine that is not the trainer's model is asked in a thread.
+    rollout = {"staleness": 1, "importance_correction": "truncate", "engine": "sglang"}
+    trainer = make_trainer({"rollout": rollout}, ranks, OneStepOff)
+    trainer.engine = SharedRollouts(trainer.engine, ranks)
+    rows = [trainer.train_step() for _ in range(5)]
+    everyone = ranks.gather([{key: row[key] for key in ("loss", "grad_norm", "reward")} for row in rows])
+    if ranks.is_first:
+        (folder / f"ahead-{ranks.size}.json").write_text(json.dumps(everyone))
 
 
 def run_checkpoint(folder: Path, ranks: Ranks) -> None:
@@ -214,6 +227,8 @@ def one_rank(folder: Path, names: Sequence[str]) -> None:
                 continue
             if name == "sampling":
                 run_sampling(folder, ranks)
+            elif name == "ahead":
+                run_ahead(folder, ranks)
             elif name == "checkpoint":
                 run_checkpoint(folder, ranks)
             else:

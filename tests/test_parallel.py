@@ -32,7 +32,7 @@ def run_job(folder: Path, variants: tuple[str, ...], sizes: tuple[int, ...]) -> 
 
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory) -> Path:
-    return run_job(tmp_path_factory.mktemp("ranks"), (*FAST, "plain wide", "sampling"), (1, 2))
+    return run_job(tmp_path_factory.mktemp("ranks"), (*FAST, "plain wide", "sampling", "ahead"), (1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,12 @@ def test_ranks_sample_on_sharded_weights_and_agree(fast):
     first, second = json.loads((fast / "sampling-2.json").read_text())
     assert first == second and len(first) == 3
     assert all(row["rollout_drift"] < 1e-4 for row in first)
+    assert all(row["grad_norm"] > 0 for row in first)
+
+
+def test_ranks_gather_the_next_answers_while_they_train(fast):
+    first, second = json.loads((fast / "ahead-2.json").read_text())
+    assert first == second and len(first) == 5
     assert all(row["grad_norm"] > 0 for row in first)
 
 
