@@ -231,28 +231,30 @@ def step_items(device: str) -> list[Item]:
     if device == "cuda":
         need("trl", "accelerate", "datasets")
         sys.path[:0] = [str(ROOT / folder) for folder in ("bench", ".", "kernels")]
-        from step_cases import ARMS, CASES
+        from step_cases import CASES, arms_of
 
         run = (sys.executable, str(ROOT / "bench" / "step_run.py"), "--device", "cuda", "--threads", "8")
-        first = next(iter(CASES["cuda"]))
         items += [
             Item(f"{case}: {arm}", (*run, "--case", case, "--arm", arm), read_json)
             for case in CASES["cuda"]
-            for arm in ARMS
-            if case == first or arm in ("ours", "without shared prefixes", "TRL")
+            for arm in arms_of("cuda", case)
         ]
     return items
 
 
 def kernel_items(device: str) -> list[Item]:
-    """Each case of the kernel bench beside its peers."""
+    """Each case of the kernel bench beside its peers, then attention by each of its routes."""
     sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels")]
     import kernel_cases
+    import routes
 
-    script = str(ROOT / "bench" / "kernel_run.py")
+    script, attention = (str(ROOT / "bench" / name) for name in ("kernel_run.py", "routes.py"))
     return [
         Item(name, (sys.executable, script, name, "--device", device), read_json)
         for name in kernel_cases.cases(device)
+    ] + [
+        Item(f"routes.{name}", (sys.executable, attention, "--case", name, "--device", device), read_json)
+        for name in routes.CASES[device]
     ]
 
 

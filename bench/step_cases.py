@@ -59,6 +59,8 @@ class Case:
     maps: int = 1
     freeze_vision: bool = False
     checkpointing: bool = False
+    timed: int = 5
+    """Steps that are timed, after one that is not."""
 
     @property
     def image_grid(self) -> tuple[int, int]:
@@ -72,22 +74,32 @@ class Case:
 
 
 CASES = {
+    # Prompts, answers and their ratio of the cases below, scaled down by 12.5.
     "cpu": {
-        "480+40": Case("small", 480, 40, maps=2),
-        "480+40 frozen tower": Case("small", 480, 40, maps=2, freeze_vision=True),
-        "480+40 four questions a map": Case("small", 480, 40, questions=4),
-        "480+160": Case("small", 480, 160),
+        "480+40": Case("small", 480, 40),
+        "160+40": Case("small", 160, 40, timed=3),
+        "1280+40": Case("small", 1280, 40, timed=2),
+        "480+8": Case("small", 480, 8, timed=3),
+        "480+160": Case("small", 480, 160, timed=3),
+        "480+40, groups of 16": Case("small", 480, 40, group=16, timed=3),
+        "480+40, four questions a map": Case("small", 480, 40, questions=4, timed=2),
+        "480+40, frozen tower": Case("small", 480, 40, freeze_vision=True, timed=3),
     },
     "cuda": {
-        f"{prompt}+{response}{', four questions a map' * (questions > 1)}{', frozen tower' * frozen}": Case(
-            "3b", prompt, response, questions=questions, freeze_vision=frozen, checkpointing=True
-        )
-        for prompt, response, questions, frozen in (
-            (6000, 500, 1, False), (6000, 500, 1, True), (6000, 500, 4, False), (2000, 100, 1, False),
-            (2000, 500, 1, False), (16_000, 500, 1, False), (6000, 2000, 1, False),
+        f"{prompt}+{response}{f', groups of {group}' * (group != 8)}"
+        f"{', four questions a map' * (questions > 1)}{', frozen tower' * frozen}":
+        Case("3b", prompt, response, group, questions, freeze_vision=frozen, checkpointing=True)
+        for prompt, response, group, questions, frozen in (
+            (6000, 500, 8, 1, False), (6000, 500, 8, 1, True), (6000, 500, 8, 4, False), (2000, 500, 8, 1, False),
+            (6000, 100, 8, 1, False), (16_000, 500, 8, 1, False), (6000, 2000, 8, 1, False), (6000, 500, 16, 1, False),
         )
     },
 }  # fmt: skip
+
+
+def arms_of(device: str, case: str) -> tuple[str, ...]:
+    """All arms on the first case of a device; on the others ours, ours without sharing, and TRL."""
+    return tuple(ARMS) if case == next(iter(CASES[device])) else ("ours", "without shared prefixes", "TRL")
 
 
 def build_model(case: Case, device: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:

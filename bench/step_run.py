@@ -36,7 +36,7 @@ from rewardmap.types import KINDS, Problem, RolloutGroup, SamplingParams
 from rewardmap.vision import ImageFeatures
 from rewardmap_kernels import linear_logprobs, linear_policy_loss
 
-WARM_UP, TIMED = 1, 5
+WARM_UP = 1
 RATE = 1e-6
 H100_FLOPS = 989.4e12
 """bfloat16 without sparsity, of H100 and H200 (SXM), as NVIDIA's data sheets give it."""
@@ -118,9 +118,7 @@ def every_row(forest: PackedForest) -> PackedForest:
     )
 
 
-def run_ours(
-    case: Case, work: Work, device: str, dtype: torch.dtype, turn: Callable[[], None]
-) -> dict[str, Any]:
+def run_ours(case: Case, work: Work, device: str, dtype: torch.dtype, turn: Callable[[], None]) -> dict[str, Any]:
     model, tokenizer, processor = build_model(case, device, dtype)
     policy = assemble(model, tokenizer, processor, case.freeze_vision)
     if case.checkpointing:
@@ -149,7 +147,7 @@ def run_ours(
     trainer.rewards = {g.problem.uid: row for g, row in zip(groups, rewards.reshape(-1, case.group), strict=True)}
     _without(trainer, work)
     before, times, rows = _memory(device), [], []
-    for _ in range(WARM_UP + TIMED):
+    for _ in range(WARM_UP + case.timed):
         turn()
         start = _now(device)
         rows.append(trainer.train_step())
@@ -192,7 +190,7 @@ def _without(trainer: Trainer, work: Work) -> None:
 def run_trl(case: Case, device: str, dtype: torch.dtype, turn: Callable[[], None]) -> dict[str, Any]:
     import step_trl
 
-    return step_trl.run(case, device, dtype, WARM_UP, TIMED, RATE, probe, lambda: _now(device), _memory, _peak, turn)
+    return step_trl.run(case, device, dtype, WARM_UP, RATE, probe, lambda: _now(device), _memory, _peak, turn)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from step_cases import Case, build_answers, build_model, build_problems
 from transformers import BatchFeature, ProcessorMixin, TrainerCallback
+from transformers.utils import is_flash_attn_2_available
 
 from rewardmap.policy import _linear_patch_embedding
 from rewardmap.vision import read_image
@@ -52,7 +53,6 @@ def run(
     device: str,
     dtype: torch.dtype,
     warm_up: int,
-    timed: int,
     rate: float,
     probe: Callable[[torch.nn.Module], dict[str, list[float]]],
     now: Callable[[], float],
@@ -108,6 +108,8 @@ def run(
 
     model, tokenizer, image_processor = build_model(case, device, dtype)
     _linear_patch_embedding(model.model.visual.patch_embed)
+    if device == "cuda" and is_flash_attn_2_available():
+        model.set_attn_implementation("flash_attention_2")
     model.model.visual.requires_grad_(not case.freeze_vision)
     processor = MapProcessor(image_processor, tokenizer)
     problems = build_problems(case, tokenizer)
@@ -126,7 +128,7 @@ def run(
                 gradient_accumulation_steps=len(problems) * (case.group if case.checkpointing else 1),
                 num_generations=case.group,
                 max_completion_length=case.response,
-                max_steps=warm_up + timed,
+                max_steps=warm_up + case.timed,
                 learning_rate=rate,
                 lr_scheduler_type="constant",
                 weight_decay=0.01,

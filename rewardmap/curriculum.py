@@ -145,6 +145,15 @@ class Curriculum:
         self._in_stage += 1
         return stage, problems
 
+    def peek(self) -> list[Problem]:
+        """What ``sample`` would draw now, without drawing it; nothing after the last step."""
+        if self._step >= self.total_steps:
+            return []
+        state = self.state_dict()
+        problems = self.sample()[1]
+        self.load_state_dict(state)
+        return problems
+
     def update(self, stage: StageConfig, problems: Sequence[Problem], success: Sequence[float]) -> None:
         """Take note of how a step's answers fared.
 

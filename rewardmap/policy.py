@@ -27,19 +27,21 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from rewardmap.config import ConfigError, PolicyConfig
 from rewardmap.types import DataError, Problem
 from rewardmap.vision import Bounded, EncodedImage, FeatureCache, ImageFeatures, ImageStore
-from rewardmap_kernels.tree_attention import TreeMask, tree_attention
+from rewardmap_kernels.tree_attention import TreeMask, segment_attention, tree_attention
+from rewardmap_kernels.tree_routes import describe
 
 transformers_logging.disable_progress_bar()  # its bars for loading and saving would cut through ours
 
 Tensor = torch.Tensor
 ATTENTION = "rewardmap"
 """Name of our attention function: packed forests when the caller passes ``tree_mask``, torch's SDPA otherwise."""
+TOWER_ATTENTION = "rewardmap_flash"
+"""That of vision towers on a GPU: transformers hands all segments at once to what is called flash."""
 VISION_MODELS, TEXT_MODELS = ("qwen2_5_vl", "qwen3_vl"), ("qwen2", "qwen3")
 PATCHES_AT_ONCE = 65_536
 """Patches of pictures that go through a trainable tower side by side, unless one picture has more."""
@@ -90,6 +92,17 @@ class Policy:
     def text_model(self) -> Any:
         """The decoder without its head."""
         return getattr(self.model.model, "language_model", self.model.model)
+
+    @property
+    def head_dim(self) -> int:
+        """Of the decoder's attention."""
+        config = self.text_model.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def describe_attention(self, dtype: torch.dtype) -> str:
+        """One line for people: what computes attention in ``dtype`` on this policy's device."""
+        tower = self.vision_tower
+        return describe(self.device, dtype, self.head_dim, tower.config.hidden_size // tower.config.num_heads)
 
     @property
     def vision_tower(self) -> Any:
@@ -296,8 +309,9 @@ def assemble(
         tower = model.model.visual
         _linear_patch_embedding(tower.patch_embed)
         tower.requires_grad_(not freeze_vision)
-        if is_flash_attn_2_available() and model.dtype.itemsize == 2:
-            tower.set_attn_implementation("flash_attention_2")  # one call for all windows of all pictures
+        if torch.cuda.is_available():
+            AttentionInterface.register(TOWER_ATTENTION, _tower_attention)
+            tower.config._attn_implementation = TOWER_ATTENTION  # one call for all windows of all pictures
         banned = (model.config.image_token_id, model.config.video_token_id)
     model.eval()  # no dropout anywhere; rollouts and updates see the same function
     stop = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
@@ -343,6 +357,13 @@ def _attention(
     if mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return tree_attention(query, key, value, mask, kwargs["scaling"]).transpose(1, 2), None
+
+
+def _tower_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    segments = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    return segment_attention(query, key, value, *segments, kwargs["scaling"]).transpose(1, 2), None
 
 
 def _side_by_side(

@@ -163,13 +163,30 @@ def test_dry_run_of_a_training_step(tmp_path: Path) -> None:
 def test_the_kernel_stage_measures_a_case_beside_its_peers(gpu: ModuleType, tmp_path: Path) -> None:
     items = gpu.kernel_items("cpu")
     assert [item.name for item in items] == [
-        "linear", "linear.frozen", "linear.response-50", "linear.zero-50", "logits", "log_softmax", "advantage"
+        "linear", "linear.frozen", "linear.response-50", "linear.zero-50", "logits", "log_softmax", "advantage",
+        "routes.answers", "routes.tower",
     ]  # fmt: skip
-    assert gpu.run([items[-1]], tmp_path / "kernels.jsonl", PROVENANCE, time.monotonic() + 240) == gpu.PASSED
+    assert gpu.run([items[-3]], tmp_path / "kernels.jsonl", PROVENANCE, time.monotonic() + 240) == gpu.PASSED
     (row,) = rows(tmp_path / "kernels.jsonl")
     assert row["ok"] and row["failed"] == {}
     assert set(row["times_faster_than"]) == {"torch eager", "loop per prompt", "floor"}
     assert row["error"]["ours"] <= row["allowed_error"]
+
+
+def test_the_routes_of_attention_are_measured_and_their_table_written(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = gpu.kernel_items("cpu")[-2:]
+    assert gpu.run(items, tmp_path / "kernels.jsonl", PROVENANCE, time.monotonic() + 240) == gpu.PASSED
+    forest, tower = rows(tmp_path / "kernels.jsonl")
+    assert forest["calls"] == 2 and tower["calls"] == 0
+    assert set(forest["seconds"]) == {"tree_attention", "plain"} and set(tower["seconds"]) == {"sdpa", "plain"}
+    import routes
+
+    monkeypatch.setattr(routes, "TABLE", tmp_path / "table.json")
+    routes.write_table(tmp_path / "kernels.jsonl")
+    table = json.loads((tmp_path / "table.json").read_text())["Some GPU"]
+    assert table["torch"] == "2" and [row["seconds"] for row in table["rows"]] == [forest["seconds"], tower["seconds"]]
 
 
 def test_a_dry_run_of_the_rollout_stage(tmp_path: Path) -> None:

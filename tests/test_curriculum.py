@@ -214,3 +214,16 @@ def test_no_stages():
 def test_a_checkpoint_of_other_stages_is_refused():
     with pytest.raises(ConfigError, match="made with 3 stages"):
         make().load_state_dict({"stages": 3})
+
+
+@pytest.mark.parametrize("make_one", [make, adaptive, lambda: gated(advance_at=0.5, advance_window=2)])
+def test_a_look_ahead_sees_the_next_draw_and_changes_none(make_one):
+    looked, plain = make_one(), make_one()
+    while looked.step < looked.total_steps:
+        ahead = looked.peek()
+        assert looked.peek() == ahead
+        for curriculum in (looked, plain):
+            stage, problems = curriculum.sample()
+            assert problems == ahead
+            curriculum.update(stage, problems, [curriculum.step % 2] * len(problems))
+    assert looked.peek() == [] and looked.state_dict() == plain.state_dict()

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rewardmap import policy as policy_module
 from rewardmap.config import ConfigError
 from rewardmap.policy import assemble
 from rewardmap.tiny import build_tokenizer
@@ -140,8 +141,48 @@ def test_compiled_layers(family, backend):
     batch = models.random_batch(policy, np.random.default_rng(6))
     expected = law(policy, batch)
     for layer in policy.text_model.layers:
-        layer.compile(backend=backend, dynamic=True)
+        layer.compile(backend=backend, dynamic=True, fullgraph=True)
     assert_equal(packed(policy, batch, 10_000), expected, 1e-6)
+
+
+def test_other_forests_are_not_compiled_again():
+    """What depends on the forest is made before the compiled layers run: only sizes differ, and they are dynamic."""
+    policy = models.build("qwen2", True)
+    counters = torch._dynamo.utils.counters
+    for layer in policy.text_model.layers:
+        layer.compile(backend="eager", dynamic=True, fullgraph=True)
+    seen = []
+    for seed in range(6):
+        batch = models.random_batch(policy, np.random.default_rng(seed), prompts=3 + seed)
+        (forest,) = pack_forest(batch, 10_000)
+        response_hidden(policy, forest, Vision(policy, [forest]))
+        seen.append(counters["stats"]["unique_graphs"])
+    assert seen[1:] == seen[1:2] * 5
+
+
+@pytest.mark.parametrize(("family", "frozen"), CASES, ids=NAMES)
+def test_the_route_by_flash_attention(family, frozen, monkeypatch):
+    """Its calls and their merging in plain torch, the tower's segments too."""
+    policy = policy_of(family, frozen)
+    batch = models.random_batch(policy, np.random.default_rng(8), prompts=4)
+    expected = law(policy, batch)
+    called = []
+
+    def through(function):
+        def call(*arguments, **options):
+            called.append(function.__name__)
+            return function(*arguments, **options, route="plain")
+
+        return call
+
+    for function in (policy_module.tree_attention, policy_module.segment_attention):
+        monkeypatch.setattr(policy_module, function.__name__, through(function))
+    policy_module.AttentionInterface.register(policy_module.TOWER_ATTENTION, policy_module._tower_attention)
+    if policy.vision_tower is not None:
+        policy._features._kept.clear()
+        monkeypatch.setattr(policy.vision_tower.config, "_attn_implementation", policy_module.TOWER_ATTENTION)
+    assert_equal(packed(policy, batch, 10_000), expected, 1e-6)
+    assert set(called) == {"tree_attention", *(("segment_attention",) if "vl" in family else ())}
 
 
 def test_positions_of_qwen3_vl_are_those_of_transformers():

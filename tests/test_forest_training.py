@@ -111,6 +111,31 @@ def test_ten_updates_with_and_without_sharing_give_the_same_parameters(monkeypat
     assert moved > 20
 
 
+@pytest.mark.parametrize("kind", ["rl", "sft"])
+def test_the_next_step_s_pictures_are_decoded_while_this_one_trains(kind, monkeypatch):
+    policy = build_tiny(3, True)
+    trainer = make(policy, max_tokens_per_micro_batch=600)
+    trainer.curriculum.stages = (dataclasses.replace(trainer.curriculum.stages[0], kind=kind),)
+    asked, sampled = [], []
+    backward, draw = torch.Tensor.backward, trainer._draw
+    monkeypatch.setattr(policy, "prefetch", lambda problems: asked.append([problem.uid for problem in problems]))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda *a, **k: (asked.append("trains"), backward(*a, **k))[1])
+
+    def noted():
+        asked.append("step")
+        drawn = draw()
+        sampled.append([problem.uid for problem in drawn.problems])
+        return drawn
+
+    monkeypatch.setattr(trainer, "_draw", noted)
+    for _ in range(4):
+        trainer.train_step()
+    steps = " ".join(map(str, asked)).split("step")[1:]
+    for step, following in zip(steps, sampled[1:], strict=False):
+        before, _, _ = step.partition("trains")
+        assert str(following) in before and "trains" in step
+
+
 def law_of_the_kl_term(policy, reference_rows, groups, coef):
     """Gradients of coef times the mean over answers of the mean k3 over their tokens, one sequence at a time."""
     batch = [

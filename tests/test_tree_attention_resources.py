@@ -40,10 +40,14 @@ def test_resources_stay_within_the_table(name: str) -> None:
     got = tree_resources.resources(BUILDS[name], 90)
     wanted = MEASURED["kernels"][name]["sm_90"]
     assert got["spilled"] == 0
-    # Another compiler allocates differently; the one the table was made with does not.
-    slack = 0 if triton.__version__ == MEASURED["triton"] else 32
-    assert got["registers"] <= wanted["registers"] + slack
-    assert got["shared"] <= wanted["shared"] + 32 * slack
+    assert_within(got, wanted, 90)
+
+
+def assert_within(got: dict[str, int], wanted: dict[str, int], capability: int) -> None:
+    if triton.__version__ == MEASURED["triton"]:
+        assert got["registers"] <= wanted["registers"] and got["shared"] <= wanted["shared"]
+    else:  # another compiler allocates differently: what it needs must be there
+        assert got["registers"] <= 255 and got["shared"] <= SHARED_LIMIT[capability]
 
 
 @pytest.mark.slow
@@ -52,7 +56,5 @@ def test_resources_stay_within_the_table(name: str) -> None:
 def test_every_build_stays_within_the_table(name: str, capability: int) -> None:
     got = tree_resources.resources(BUILDS[name], capability)
     wanted = MEASURED["kernels"][name][f"sm_{capability}"]
-    slack = 0 if triton.__version__ == MEASURED["triton"] else 32
     assert got["spilled"] == 0
-    assert got["registers"] <= wanted["registers"] + slack
-    assert got["shared"] <= wanted["shared"] + 32 * slack
+    assert_within(got, wanted, capability)

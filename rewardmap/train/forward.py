@@ -69,12 +69,13 @@ def response_hidden(policy: Policy, forest: PackedForest, vision: Vision | None 
     """
     device = policy.device
     seen = policy.image_features(forest.images) if vision is None else vision.of(forest.images)
+    inputs = policy.text_inputs(forest.input_ids[None].to(device), seen)
     out = policy.text_model(
-        **policy.text_inputs(forest.input_ids[None].to(device), seen),
+        **inputs,
         position_ids=policy.positions(forest.position_ids[:, None].to(device)),
         attention_mask=torch.empty(1, 1, 0, 0, device=device),  # a 4-d mask is passed through: ours is ``tree_mask``
         use_cache=False,
-        tree_mask=tree_mask(forest.subtree_end.to(device)),
+        tree_mask=tree_mask(forest.subtree_end, device).prepare(inputs["inputs_embeds"].dtype, policy.head_dim),
     )
     return gather_rows(out.last_hidden_state[0], forest.hidden_index)
 

@@ -124,6 +124,8 @@ def _make_trainer(
         reference = make_reference(policy, config, initial)
         prepare_policy(policy, config)
         forward = shard_policy(policy, config.parallel, ranks, pick_device(config.policy)) if sharded else None
+    computes_in = getattr(torch, config.parallel.compute_dtype or config.policy.dtype)
+    console.print(policy.describe_attention(computes_in), highlight=False, soft_wrap=True)
     with timer.phase("servers"):
         engine = make_engine(config, policy, run_dir, asked, partial(console.print, highlight=False))
         engine = SharedRollouts(engine, ranks, policy.whole_weights) if sharded else engine

@@ -183,6 +183,7 @@ class Trainer:
                 gold_answers(self.policy, problem, gold_response(problem), number)
                 for number, problem in enumerate(problems)
             ]
+            self.policy.prefetch(self.curriculum.peek())
             loss, forests = supervised_backward(
                 self.policy,
                 batch,
@@ -301,6 +302,7 @@ class Trainer:
         lengths = torch.tensor([len(rollout.token_ids) for group in groups for rollout in group.rollouts])
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)  # one host sync a step
         vision = Vision(self.policy, forests, together=self.ranks.size > 1)
+        self.policy.prefetch(self.curriculum.peek())  # decoded while this step trains; its own pictures are seen by now
         for forest in each_micro_batch(self.policy, forests):
             weights = _row_normalizer(self.objective, forest.sequence, lengths, self.config.rollout.max_new_tokens)
             mask = forest.loss_mask.to(device)

@@ -1,0 +1,202 @@
+"""What computes attention fastest on this GPU: our kernels or flash attention over variable lengths, case by case.
+
+A child of ``bench/gpu.py --stage kernels`` measures one case and prints one JSON row. From the rows
+
+    python bench/routes.py --table bench/results/kernels-<gpu>.jsonl
+
+writes ``kernels/rewardmap_kernels/attention_routes.json``, by which runs on that GPU choose. A route whose error is
+over twice that of eager bfloat16 fails its row. Routes take turns; times are medians of forward and backward together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rewardmap_kernels.tree_attention import segment_attention, tree_attention, tree_mask
+from rewardmap_kernels.tree_routes import KERNELS, TABLE
+from rewardmap_kernels.tree_varlen import why_not
+
+Tensor = torch.Tensor
+ROUNDS = {"cuda": 15, "cpu": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tree by the tokens of its nodes level by level, and how many children each node has; or segments."""
+
+    sizes: tuple[int, ...]
+    children: tuple[int, ...] = ()
+    trees: int = 1
+    heads: tuple[int, int] = (16, 2)
+    head_dim: int = 128
+    segments: bool = False
+
+    @property
+    def ends(self) -> Tensor:
+        """``subtree_end`` [T]; of segments, one after another."""
+        ends: list[Tensor] = []
+        total = 0
+
+        def visit(level: int) -> None:
+            nonlocal total
+            place, size = len(ends), self.sizes[level]
+            ends.append(torch.empty(size, dtype=torch.int64))
+            total += size
+            for _ in range(self.children[level] if level < len(self.children) else 0):
+                visit(level + 1)
+            ends[place].fill_(total)
+
+        for _ in range(self.trees):
+            visit(0)
+        return torch.cat(ends)
+
+
+CASES = {
+    "cuda": {
+        # 3B: 16 heads over 2; 7B: 28 over 4.
+        "unshared.3b": Case((2_500,), trees=8),
+        "answers.3b.6000": Case((6_000, 500), (8,)),
+        "answers.3b.2000": Case((2_000, 500), (8,), trees=3),
+        "answers.3b.16000": Case((16_000, 500), (8,)),
+        "questions.3b": Case((6_000, 60, 500), (4, 8)),
+        "six-levels.3b": Case((6_000, 60, 4, 4, 4, 500), (2, 2, 2, 2, 2)),
+        "answers.7b.6000": Case((6_000, 500), (8,), heads=(28, 4)),
+        "tower.windows": Case((64,), trees=375, heads=(16, 16), head_dim=80, segments=True),
+        "tower.whole": Case((24_000,), heads=(16, 16), head_dim=80, segments=True),
+    },
+    "cpu": {"answers": Case((40, 7), (3,), head_dim=16), "tower": Case((9,), trees=3, segments=True, head_dim=16)},
+}
+
+
+def measure(case: Case, device: str) -> dict[str, Any]:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    ends, (heads, kv_heads) = case.ends, case.heads
+    g = torch.Generator(device).manual_seed(0)
+
+    def draw(count: int) -> Tensor:
+        x = torch.randn(1, len(ends), count, case.head_dim, generator=g, device=device)
+        return x.to(dtype).transpose(1, 2)
+
+    q, k, v, dout = draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
+    mask = tree_mask(ends, torch.device(device))
+    bounds = torch.cat([ends.new_zeros(1), ends.unique()]).to(device)
+    longest, scale = int(bounds.diff().max()), case.head_dim**-0.5
+
+    def run(route: str) -> tuple[Tensor, ...]:
+        a, b, c = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        if case.segments:
+            out = segment_attention(a, b, c, bounds, longest, scale, route)
+        else:
+            out = tree_attention(a, b, c, mask, scale, route)
+        return out.detach(), *torch.autograd.grad(out, leaves, dout)
+
+    names = ("sdpa" if case.segments else KERNELS, *(("torch-flash", "flash-attn") if device == "cuda" else ("plain",)))
+    absent = {name: why_not(name, dtype, case.head_dim) for name in names[1:]}
+    taken: dict[str, list[float]] = {name: [] for name in names if not absent.get(name)}
+    for round_ in range(ROUNDS[device] + 2):
+        for name, times in taken.items():
+            start = _now(device)
+            run(name)
+            if round_ > 1:
+                times.append(_now(device) - start)
+    error, allowed = errors(case, {name: run(name) for name in taken}, q, k, v, dout)
+    return {
+        "ok": all(value <= allowed for value in error.values()),
+        "calls": 0 if case.segments else len(mask.calls.sizes),
+        "dtype": str(dtype).removeprefix("torch."),
+        "head_dim": case.head_dim,
+        "heads": case.heads,
+        "tokens": len(ends),
+        "seconds": {name: statistics.median(times) for name, times in taken.items()},
+        "errors": error,
+        "error": max(error.values()),
+        "allowed_error": allowed,
+        "absent": {name: why for name, why in absent.items() if why},
+    }
+
+
+def errors(
+    case: Case, found: dict[str, tuple[Tensor, ...]], q: Tensor, k: Tensor, v: Tensor, dout: Tensor
+) -> tuple[dict[str, float], float]:
+    """Relative error of (out, dq, dk, dv) by route, in the first group of heads, and twice eager's own: one group, so
+    that float64's scores fit."""
+    group = q.shape[1] // k.shape[1]
+    one = q[:, :group], k[:, :1], v[:, :1]
+    exact, eager = (_eager(case, *(x.to(dtype) for x in (*one, dout[:, :group]))) for dtype in (torch.float64, q.dtype))
+
+    def off(parts: tuple[Tensor, ...]) -> float:
+        return max(
+            float((x.double() - y.double()).norm() / y.double().norm()) for x, y in zip(parts, exact, strict=True)
+        )
+
+    heads = (group, group, 1, 1)
+    return {
+        name: off(tuple(x[:, :count] for x, count in zip(parts, heads, strict=True))) for name, parts in found.items()
+    }, 2 * off(eager)
+
+
+def _eager(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+    """The mask as written, one head at a time; gradients of k and v summed over heads in float64."""
+    ends = case.ends.to(q.device)
+    at = torch.arange(len(ends), device=q.device)
+    hidden = (at[None] >= ends[:, None]).T | (at[None] > at[:, None])
+    if case.segments:
+        hidden = ends[None] != ends[:, None]
+    outs, dqs, sums = [], [], [torch.zeros_like(x[0, 0], dtype=torch.float64) for x in (k, v)]
+    for head in range(q.shape[1]):
+        leaves = [x.detach().requires_grad_() for x in (q[0, head], k[0, 0], v[0, 0])]
+        scores = (leaves[0] @ leaves[1].T * q.shape[-1] ** -0.5).masked_fill(hidden, float("-inf"))
+        out = scores.softmax(-1) @ leaves[2]
+        dq, *rest = torch.autograd.grad(out, leaves, dout[0, head])
+        outs.append(out.detach())
+        dqs.append(dq)
+        sums = [total + part.double() for total, part in zip(sums, rest, strict=True)]
+    return torch.stack(outs)[None], torch.stack(dqs)[None], sums[0][None, None], sums[1][None, None]
+
+
+def _now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def write_table(path: Path) -> None:
+    """Take the newest passed row of every case over into the table that runs choose by."""
+    found: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.is_file() else {}
+    rows: dict[str, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["item"].startswith("routes.") and row["ok"] and row["gpu"]:
+            rows[row["item"]] = row
+    if not rows:
+        sys.exit(f"{path} holds no passed row of routes on a GPU")
+    kept = ("item", "calls", "dtype", "head_dim", "heads", "tokens", "seconds", "error", "allowed_error")
+    last = list(rows.values())[-1]
+    provenance = {key: last[key] for key in ("torch", "triton", "driver", "commit", "date")}
+    found[last["gpu"]] = provenance | {"rows": [{key: row[key] for key in kept} for row in rows.values()]}
+    TABLE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=tuple(CASES), default="cuda")
+    parser.add_argument("--case", help="one of " + ", ".join((*CASES["cuda"], *CASES["cpu"])))
+    parser.add_argument("--table", type=Path, help="write the table from the rows of this file")
+    chosen = parser.parse_args()
+    if chosen.table:
+        write_table(chosen.table)
+    else:
+        print(json.dumps(measure(CASES[chosen.device][chosen.case], chosen.device)))
+
+
+if __name__ == "__main__":
+    main()
