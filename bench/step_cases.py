@@ -76,7 +76,7 @@ class Case:
 CASES = {
     # Prompts, answers and their ratio of the cases below, scaled down by 12.5.
     "cpu": {
-        "480+40": Case("small", 480, 40),
+        "480+40": Case("small", 480, 40, maps=2, timed=3),
         "160+40": Case("small", 160, 40, timed=3),
         "1280+40": Case("small", 1280, 40, timed=2),
         "480+8": Case("small", 480, 8, timed=3),

@@ -362,7 +362,7 @@ def _attention(
 def _tower_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    segments = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    segments = kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"])  # a tensor in some releases of transformers
     return segment_attention(query, key, value, *segments, kwargs["scaling"]).transpose(1, 2), None
 
 
