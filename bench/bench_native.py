@@ -1,8 +1,9 @@
-"""The C++ kernels on a CPU beside torch eager, torch.compile and this project's plain torch, in one run.
+"""The C++ kernels on a CPU beside torch eager and torch.compile, in one run of a few minutes.
 
 ``python bench/bench_native.py`` measures on two threads, providers taking turns, prints a line per case and writes
-``bench/results/native-<device>.json``: seconds (medians), the ratio to torch eager, the error beside it, and for the
-head the memory that a step adds at its peak, each provider in a process of its own.
+``bench/results/native-<device>.json``: seconds (medians), the ratio to torch eager, the error beside it, for the head
+the memory that a step adds at its peak (at N = 4,096, each provider in a process of its own), and "products", the three
+bare ``torch.mm`` of the head into memory that is there.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ import kernel_run
 from rewardmap_kernels import linear_policy_loss, logits_policy_loss, native, use_implementation
 from rewardmap_kernels.dispatch import Implementation
 
-VOCAB, THREADS, ROUNDS = 32768, 2, 7
-ROWS, HEAD_ROWS = 256, 1024
+VOCAB, THREADS, ROUNDS = 32768, 2, 5
+ROWS, HEAD_ROWS, PEAK_ROWS = 256, 1024, 4096
 HEADS = (64, 256, 1024)
 RESULTS = Path(__file__).parent / "results"
 Run = Callable[[], tuple[Tensor, ...]]
@@ -41,30 +42,33 @@ def by(implementation: Implementation, run: Run) -> Run:
     return forced
 
 
-def row_providers(dtype: torch.dtype) -> dict[str, Run]:
-    """The loss of given logits and its gradient; "in place" writes it over a copy of them, made inside the time."""
+def row_providers(dtype: torch.dtype) -> tuple[dict[str, Run], dict[str, Callable[[], Any]]]:
+    """The loss of given logits and its gradient; and what is done before each call: "in place" writes over logits that
+    are put there first, as a product would."""
     of = kernel_problem.problem(ROWS, VOCAB, 16, "cpu", dtype)
     hidden, weight, targets, rows = of.hidden, of.weight, of.targets, of.rows
     logits = (hidden @ weight.t()).detach().requires_grad_()
+    memory = torch.empty_like(logits, requires_grad=True)
     compiled = torch.compile(kernel_problem.eager_loss)
 
-    def ours(inplace: bool) -> tuple[Tensor, ...]:
-        given = logits.clone() if inplace else logits
+    def ours(leaf: Tensor, inplace: bool) -> tuple[Tensor, ...]:
+        given = leaf.view_as(leaf) if inplace else leaf  # a leaf must not be overwritten
         loss = logits_policy_loss(given, targets, objective=kernel_problem.OBJECTIVE, inplace=inplace, **rows).loss
-        return torch.autograd.grad(loss, logits)
+        return torch.autograd.grad(loss, leaf)
 
-    return {
+    providers = {
         "torch eager": lambda: torch.autograd.grad(kernel_problem.eager_loss(logits, targets, rows), logits),
         "torch.compile": lambda: torch.autograd.grad(compiled(logits, targets, rows), logits),
-        "plain torch": by("torch", lambda: ours(False)),
-        "C++": by("native", lambda: ours(False)),
-        "C++ in place": by("native", lambda: ours(True)),
+        "plain torch": by("torch", lambda: ours(logits, False)),
+        "C++": by("native", lambda: ours(logits, False)),
+        "C++ in place": by("native", lambda: ours(memory, True)),
     }
+    return providers, {"C++ in place": lambda: memory.detach().copy_(logits.detach())}
 
 
-def head_providers(dtype: torch.dtype, width: int) -> dict[str, Run]:
+def head_providers(dtype: torch.dtype, width: int, n: int = HEAD_ROWS) -> dict[str, Run]:
     """The loss of hidden states through a trainable head, and both gradients."""
-    of = kernel_problem.problem(HEAD_ROWS, VOCAB, width, "cpu", dtype)
+    of = kernel_problem.problem(n, VOCAB, width, "cpu", dtype)
     hidden, weight, targets, rows = of.hidden, of.weight, of.targets, of.rows
 
     def eager(loss: Callable[..., Tensor]) -> tuple[Tensor, ...]:
@@ -75,11 +79,18 @@ def head_providers(dtype: torch.dtype, width: int) -> dict[str, Run]:
         return torch.autograd.grad(out.loss, (hidden, weight))
 
     compiled = torch.compile(kernel_problem.eager_loss)
+    x, w = hidden.detach(), weight.detach()
+    logits, d_x, d_w = torch.empty(n, VOCAB, dtype=dtype), torch.empty_like(x), torch.empty_like(w)
+
+    def products() -> tuple[Tensor, ...]:
+        torch.mm(x, w.t(), out=logits)
+        return torch.mm(logits, w, out=d_x), torch.mm(logits.t(), x, out=d_w)
+
     return {
         "torch eager": lambda: eager(kernel_problem.eager_loss),
         "torch.compile": lambda: eager(compiled),
-        "plain torch": by("torch", ours),
         "C++": by("native", ours),
+        "products": products,
     }
 
 
@@ -108,7 +119,7 @@ def exact_gradients(dtype: torch.dtype, width: int | None) -> tuple[Tensor, ...]
 
 def peak(provider: str, dtype: str, width: int) -> int:
     """Bytes that one call of the provider adds to this process's largest resident size."""
-    run = head_providers(getattr(torch, dtype), width)[provider]
+    run = head_providers(getattr(torch, dtype), width, PEAK_ROWS)[provider]
     # What the inputs' own making used must not hide the call: its high-water mark is forgotten.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident()
@@ -121,9 +132,16 @@ def resident(field: str = "VmRSS") -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(name: str, providers: dict[str, Run], exact: tuple[Tensor, ...]) -> dict[str, Any]:
-    error = {provider: relative_error(run(), exact) for provider, run in providers.items()}
-    times = kernel_run.take_turns(providers, "cpu", ROUNDS)
+def measure(
+    name: str, providers: dict[str, Run], exact: tuple[Tensor, ...], before: dict[str, Callable[[], Any]] | None = None
+) -> dict[str, Any]:
+    error = {}
+    for provider, run in providers.items():
+        if before and provider in before:
+            before[provider]()
+        if provider != "products":  # which have no result to compare
+            error[provider] = relative_error(run(), exact)
+    times = kernel_run.take_turns(providers, "cpu", ROUNDS, before)
     seconds = {provider: statistics.median(each) for provider, each in times.items()}
     faster = {provider: seconds["torch eager"] / each for provider, each in seconds.items()}
     print(name, ", ".join(f"{p} {1e3 * s:.0f} ms ({faster[p]:.2f} x)" for p, s in seconds.items()), flush=True)
@@ -144,17 +162,18 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         label = str(dtype).removeprefix("torch.")
         name = f"rows N{ROWS} V{VOCAB} {label}"
-        found[name] = measure(name, row_providers(dtype), exact_gradients(dtype, None))
-        for width in HEADS if dtype == torch.float32 else HEADS[1:2]:
+        providers, before = row_providers(dtype)
+        found[name] = measure(name, providers, exact_gradients(dtype, None), before)
+        for width in HEADS:
             name = f"head N{HEAD_ROWS} V{VOCAB} H{width} {label}"
             found[name] = measure(name, head_providers(dtype, width), exact_gradients(dtype, width))
             added = {}
-            for provider in ("torch eager", "plain torch", "C++"):
+            for provider in ("torch eager", "C++"):
                 command = [sys.executable, __file__, "--peak", provider, label, str(width)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 added[provider] = int(done.stdout.split()[-1])
-            found[name]["peak_bytes_added"] = added
-            print(name, "peak", {p: f"{b / 2**20:.0f} MiB" for p, b in added.items()}, flush=True)
+            found[name]["peak"] = {"rows": PEAK_ROWS, "bytes_added": added}
+            print(f"peak at N{PEAK_ROWS}", {p: f"{b / 2**20:.0f} MiB" for p, b in added.items()}, flush=True)
     about = {
         "device": device, "threads": THREADS, "torch": torch.__version__, "rounds": ROUNDS,
         "instructions": native.capability(), "compiler": native.compiler_version("cpu"),

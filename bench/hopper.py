@@ -1,4 +1,4 @@
-"""The Hopper kernel of logits_policy_loss beside the Triton one and a copy, on one GPU: a JSON line.
+"""The Hopper kernel of logits_policy_loss beside the Triton one and a copy, on one GPU, one launch each: a JSON line.
 
 ``python bench/hopper.py VOCAB``: medians of CUDA events, providers taking turns; the share of the bandwidth that a copy
 of as many bytes reaches (4NV: one read and one write); the error beside it.
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewardmap_kernels import PolicyObjective, logits_policy_loss, native, native_cuda
+from rewardmap_kernels import PolicyObjective, last_path, native, native_cuda, triton_launch
+from rewardmap_kernels.dispatch import choose
 
 ROWS, ROUNDS = 4096, 30
 
@@ -28,18 +29,19 @@ def measure(vocab: int) -> dict[str, Any]:
     given = torch.empty(ROWS, vocab, dtype=torch.bfloat16, device="cuda").normal_(0, 3, generator=g)
     logits, copy = given.clone(), torch.empty_like(given)
     targets = torch.randint(0, vocab, (ROWS,), generator=g, device="cuda")
-    rows: dict[str, Any] = {
-        "advantages": torch.randn(ROWS, generator=g, device="cuda"), "normalizer": float(ROWS),
-        "old_logprobs": torch.full((ROWS,), -8.0, device="cuda"), "objective": PolicyObjective("dapo"),
+    inputs: dict[str, Any] = {
+        "advantages": torch.randn(ROWS, generator=g, device="cuda"),
+        "normalizer": torch.tensor(float(ROWS), device="cuda"),
+        "old_logprobs": torch.full((ROWS,), -8.0, device="cuda"), "ref_logprobs": None, "rollout_logprobs": None,
+        "objective": PolicyObjective("dapo"),
     }  # fmt: skip
+    operation = "logits_policy_loss"
+    choose(operation, logits)
 
-    def ours(hopper: bool) -> Callable[[], Tensor]:
-        def run() -> Tensor:
+    def ours(hopper: bool) -> Callable[[], Any]:
+        def run() -> Any:
             with native_cuda.experimental_hopper(hopper):
-                # Not a leaf: the gradient is written over it.
-                out = logits_policy_loss(logits.requires_grad_(True)[:], targets, inplace=True, **rows)
-            logits.requires_grad_(False)
-            return out.logprobs
+                return triton_launch.fused(operation, logits, targets, 1.0, None, inputs, None, True)
 
         return run
 
@@ -49,6 +51,7 @@ def measure(vocab: int) -> dict[str, Any]:
     for round_ in range(ROUNDS + 1):
         for name, run in providers.items():
             logits.copy_(given)
+            torch.cuda._sleep(2_000_000)  # a millisecond in which the host gets ahead: launches are not on the clock
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             run()
@@ -58,6 +61,9 @@ def measure(vocab: int) -> dict[str, Any]:
                 milliseconds[name].append(start.elapsed_time(end))
             elif name != "copy":
                 made[name] = logits.clone()
+    kernels = last_path(operation)
+    if kernels is None or set(kernels[1]) != {"hopper", "policy_row_kernel"}:
+        return {"ok": False, "reason": f"what ran was {kernels}"}
     median = {name: statistics.median(each) for name, each in milliseconds.items()}
     gap = (made["hopper"].float() - made["triton"].float()).norm() / made["triton"].float().norm()
     return {

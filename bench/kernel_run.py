@@ -14,6 +14,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,16 @@ def slower_than(row: dict[str, Any], stored: dict[str, Any], margin: float) -> s
     return f"{ratios[peer]:.2f} x {peer}, was {before[peer]:.2f}"
 
 
-def take_turns(providers: dict[str, Run], device: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of ``rounds`` calls of each provider, one after the other in every round, after a warm-up."""
+def take_turns(
+    providers: dict[str, Run], device: str, rounds: int, before: dict[str, Callable[[], Any]] | None = None
+) -> dict[str, list[float]]:
+    """Seconds of ``rounds`` calls of each provider, one after the other in every round, after a warm-up. ``before``:
+    what a provider needs done before each call, on nobody's clock."""
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     for round_ in range(rounds + 1):
         for name, run in providers.items():
+            if before and name in before:
+                before[name]()
             _synchronize(device)
             start = _clock(device)
             run()

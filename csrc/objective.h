@@ -54,9 +54,9 @@ REWARDMAP_INLINE float kl_derivative(const Objective& o, float gap, float ratio,
     derivative = -gap;
   } else {
     const float bounded = clamp(gap, -kLogRatioBound, kLogRatioBound);
-    const float growth = expf(bounded);
-    kl = growth - bounded - 1.0f;
-    derivative = fabsf(gap) > kLogRatioBound ? 0.0f : 1.0f - growth;
+    const float growth = expm1f(bounded);
+    kl = growth - bounded;
+    derivative = fabsf(gap) > kLogRatioBound ? 0.0f : -growth;
     // The sum below, without the large numbers that cancel in it.
     if (o.kl_bias && derivative != 0.0f && slope != 0.0f) return -ratio * gap;
   }

@@ -128,18 +128,21 @@ def check_exponentials(vocab: int, dtype: torch.dtype) -> None:
     logprobs, entropy = reference.selective_log_softmax(exact, targets, 1.0)
     p = torch.softmax(exact, 1)
     wanted = p - torch.nn.functional.one_hot(targets, vocab)
-    for out in (None, torch.full((n, vocab + 3), float("nan"))[:, :vocab]):
+    for made, beside in itertools.product((torch.float32, torch.bfloat16), (False, True)):
+        out = torch.full((n, vocab + 3), float("nan"), dtype=made)[:, :vocab] if beside else None
         given = logits.masked_fill(~keep[:, None], float("nan"))
-        got = native_rows.exponentials(OPERATION, given, targets, temperature, keep, torch.float32, out)
+        got = native_rows.exponentials(OPERATION, given, targets, temperature, keep, made, out)
+        assert got.values.dtype == made
+        half_ulp = 2.0**-8 if made == torch.bfloat16 else 2e-5
         assert out is None or got.values is out
         check("logprobs", got.rows.logprobs, torch.where(keep, logprobs, 0.0), 2e-6, 2e-6)
         check("entropy", got.rows.entropy, torch.where(keep, entropy, 0.0), 2e-6, 4e-6)
         check("lse", got.rows.lse, torch.where(keep, torch.logsumexp(exact, 1), 0.0), 1e-6, 1e-6)
         direction = got.values.double() / got.total.double()[:, None]
-        check("p - onehot", direction, wanted * keep[:, None], 2e-5, 2e-7)
+        check("p - onehot", direction, wanted * keep[:, None], half_ulp, 2e-7)
         assert (got.values[7] == 0).all() and got.total[7] == 1
         at_target = direction[5, targets[5]]  # 1 - p keeps its relative accuracy where p is near 1
-        check("1 - p", at_target[None], -(wanted[5].sum() - wanted[5, targets[5]])[None], 1e-4, 1e-45)
+        check("1 - p", at_target[None], -(wanted[5].sum() - wanted[5, targets[5]])[None], half_ulp + 1e-4, 1e-45)
     elsewhere = native_rows.exponentials(
         OPERATION, logits.clone(), torch.full_like(targets, -1), temperature, None, torch.float32, None
     )

@@ -45,6 +45,26 @@ def test_loss_and_derivatives_match_autograd(objective: PolicyObjective, masked:
     torch.testing.assert_close(grads[1], 3 * d_entropy, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("spread", [0.3, 15.0])
+@pytest.mark.parametrize("objective", cases.OBJECTIVES, ids=cases.objective_id)
+def test_float32_loses_no_more_than_the_rounding_of_its_inputs(objective: PolicyObjective, spread: float) -> None:
+    """Near the policy, and beyond every bound and clamp: no large numbers cancel."""
+    n = 400
+    g = torch.Generator().manual_seed(4)
+    logprobs = torch.randn(n, generator=g) - 2.0
+    rows = cases.row_inputs(n, dtype=torch.float32)
+    for name in ("old_logprobs", "ref_logprobs", "rollout_logprobs"):
+        rows[name] = logprobs + spread * torch.randn(n, generator=g)
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in rows.items()}
+    entropy = torch.rand(n, generator=g)
+    got = policy_loss(logprobs, entropy=entropy, objective=objective, **rows)
+    wanted = policy_loss(logprobs.double(), entropy=entropy.double(), objective=objective, **wide)
+    # Differences of log-probabilities near 45 are rounded to 2^-20, their exponentials r by as much, and sapo has an
+    # exponential of that: r^2 e^-r at most times as much.
+    absolute = 4e-6 if objective.name == "sapo" else 1e-9
+    torch.testing.assert_close(got.d_logprob.double(), wanted.d_logprob, rtol=4e-6, atol=absolute)
+
+
 @pytest.mark.parametrize("objective", cases.OBJECTIVES, ids=cases.objective_id)
 def test_masked_rows_are_exactly_zero_whatever_they_hold(objective: PolicyObjective) -> None:
     rows = cases.row_inputs(31)

@@ -229,6 +229,16 @@ def test_what_is_missing_is_said_once_and_plain_torch_runs(lack: str, tmp_path: 
     assert len(lines) == 1 and said in lines[0] and "plain torch" in lines[0], done.stderr
 
 
+def test_without_a_home_directory_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(native.NativeUnavailableError, match="name a folder in XDG_CACHE_HOME"):
+        native.library()
+
+
 def test_operators_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
     runtime = subprocess.run(

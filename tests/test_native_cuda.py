@@ -96,6 +96,9 @@ def test_registers_shared_memory_spills_and_instructions(tmp_path: Path) -> None
     assert not re.search(r"\b(STL|LDL)\b", code)
     # Loads without a GPU; both sides agree about the arguments' layout.
     assert ctypes.CDLL(str(built)).rewardmap_arguments_bytes() == ctypes.sizeof(native_cuda.Arguments)
+    if not torch.cuda.is_available():  # as with an old driver: in CUDA's words, before any launch
+        with pytest.raises(native.NativeUnavailableError, match=r"CUDA says: .*(driver|device)"):
+            native.load_cuda(built)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +123,14 @@ def test_what_it_cannot_take_is_named() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cluster", native_cuda.CLUSTERS)
+def test_on_a_gpu_every_cluster_gives_triton_s_result(cluster: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On rows that need no cluster: small enough for compute-sanitizer."""
+    monkeypatch.setattr(native_cuda, "cluster_size", lambda vocab: cluster)
+    compare_with_triton(512, PolicyObjective("grpo", kl_coef=0.05, entropy_coef=0.01))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("vocab", [64, 32_768, 65_536, 152_064, 262_144])
 @pytest.mark.parametrize(
     "objective",
@@ -127,6 +138,10 @@ def test_what_it_cannot_take_is_named() -> None:
     ids=["dapo", "grpo"],
 )
 def test_on_a_gpu_it_gives_triton_s_result(vocab: int, objective: PolicyObjective) -> None:
+    compare_with_triton(vocab, objective)
+
+
+def compare_with_triton(vocab: int, objective: PolicyObjective) -> None:
     reason = native.unavailable_reason("cuda")
     if reason is not None:
         pytest.skip(reason)

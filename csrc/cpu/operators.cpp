@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "advantage.h"
 #include "rows.h"
@@ -84,13 +85,13 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return torch::stable::empty({sizes.begin(), sizes.size()}, dtype);
 }
 
-// Memory for a [N, V] gradient. Fresh memory costs a fault per page, which with pages of 4 KiB takes longer than the
-// kernel itself: large ones are asked for.
-Tensor empty_gradient(const Tensor& logits, ScalarType dtype) {
-  Tensor out = empty({logits.size(0), logits.size(1)}, dtype);
+// Memory for a matrix. Fresh memory costs a fault per page, which with pages of 4 KiB takes longer than the kernels
+// themselves: large ones are asked for.
+Tensor empty_matrix(int64_t rows, int64_t columns, ScalarType dtype) {
+  Tensor out = empty({rows, columns}, dtype);
 #if defined(__linux__)
   constexpr uintptr_t kPage = 4096, kWorthIt = 4 << 20;
-  const uintptr_t bytes = static_cast<uintptr_t>(out.numel()) * (dtype == ScalarType::Float ? 4 : 2);
+  const uintptr_t bytes = static_cast<uintptr_t>(out.numel()) * out.element_size();
   if (bytes >= kWorthIt) {
     const uintptr_t first = (reinterpret_cast<uintptr_t>(out.data_ptr()) + kPage - 1) / kPage * kPage;
     const uintptr_t last = (reinterpret_cast<uintptr_t>(out.data_ptr()) + bytes) / kPage * kPage;
@@ -98,6 +99,10 @@ Tensor empty_gradient(const Tensor& logits, ScalarType dtype) {
   }
 #endif
   return out;
+}
+
+Tensor empty_gradient(const Tensor& logits, ScalarType dtype) {
+  return empty_matrix(logits.size(0), logits.size(1), dtype);
 }
 
 struct Found {  // statistics with the tensors that own them
@@ -133,14 +138,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_exponentials(Tensor logits, Tenso
   const int64_t n = logits.size(0);
   const bool* on = bools("keep", keep, n);
   const Matrix out = matrix("values", values);
-  STD_TORCH_CHECK(out.dtype == Dtype::float32 && values.size(0) == n && values.size(1) == rows.vocab,
-                  "values must be float32 [", n, ", ", rows.vocab, "]");
+  STD_TORCH_CHECK(values.size(0) == n && values.size(1) == rows.vocab, "values must be [", n, ", ", rows.vocab, "]");
   Found found(n);
   Tensor total = empty({n}, ScalarType::Float);
   const Statistics statistics = found.pointers();
   float* totals = total.mutable_data_ptr<float>();
   for_rows(rows, n, [&](int64_t begin, int64_t end) {
-    kernels().exponentials(rows, on, statistics, totals, out, begin, end);
+    std::vector<float> scratch(out.dtype == Dtype::float32 ? 0 : rows.vocab);
+    kernels().exponentials(rows, on, statistics, totals, out, scratch.data(), begin, end);
   });
   return {found.lse, found.logprob, found.entropy, total};
 }
@@ -301,6 +306,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_advantage_op(Tensor rewards, Te
 
 STABLE_TORCH_LIBRARY(rewardmap, m) {
   m.def("capability() -> str");
+  m.def("empty_matrix(int rows, int columns, ScalarType dtype) -> Tensor");
   m.def("row_statistics(Tensor logits, Tensor targets, float temperature, Tensor? temperatures, Tensor? keep)"
         " -> (Tensor lse, Tensor logprobs, Tensor entropy)");
   m.def("row_exponentials(Tensor logits, Tensor targets, float temperature, Tensor? temperatures, Tensor? keep, "
@@ -321,6 +327,7 @@ STABLE_TORCH_LIBRARY(rewardmap, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(rewardmap, CompositeExplicitAutograd, m) {
   m.impl("capability", TORCH_BOX(&rewardmap::capability));
+  m.impl("empty_matrix", TORCH_BOX(&rewardmap::empty_matrix));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rewardmap, CPU, m) {

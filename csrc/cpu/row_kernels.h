@@ -289,19 +289,27 @@ void gradient(const Rows& rows, const Statistics& found, const Coefficients& giv
   }
 }
 
-template <class V, class T>
+template <class V, class T, class U>
 void exponentials(const Rows& rows, const bool* keep, const Statistics& found, float* total, const Matrix& out,
-                  int64_t begin, int64_t end) {
+                  float* scratch, int64_t begin, int64_t end) {
+  constexpr bool wide = sizeof(U) == sizeof(float);
+  constexpr int64_t W = V::width;
+  const int64_t vocab = rows.vocab, whole = vocab / W * W;
   Kept kept;
   for (int64_t n = begin; n < end; ++n) {
-    kept.exponentials = row_of<float>(out, n);
+    U* to = row_of<U>(out, n);
     if (keep && !keep[n]) {
       no_statistics(found, n);
       total[n] = 1.0f;
-      __builtin_memset(kept.exponentials, 0, rows.vocab * sizeof(float));
-    } else {
-      const Slope slope = row_statistics<V, T, true>(rows, found, n, &kept);
-      total[n] = settle_exponentials<V>(kept, rows.vocab, rows.targets[n], slope);
+      __builtin_memset(to, 0, vocab * sizeof(U));
+      continue;
+    }
+    kept.exponentials = wide ? reinterpret_cast<float*>(to) : scratch;
+    const Slope slope = row_statistics<V, T, true>(rows, found, n, &kept);
+    total[n] = settle_exponentials<V>(kept, vocab, rows.targets[n], slope);
+    if constexpr (!wide) {
+      for (int64_t i = 0; i < whole; i += W) V::store(to + i, V::load(scratch + i));
+      if (whole < vocab) V::store_some(to + whole, V::load_some(scratch + whole, vocab - whole), vocab - whole);
     }
   }
 }
@@ -354,9 +362,11 @@ void any_statistics(const Rows& rows, const bool* keep, const Statistics& out, i
 
 template <class V>
 void any_exponentials(const Rows& rows, const bool* keep, const Statistics& found, float* total, const Matrix& out,
-                      int64_t begin, int64_t end) {
-  const auto run = rows.logits.dtype == Dtype::float32 ? exponentials<V, float> : exponentials<V, uint16_t>;
-  run(rows, keep, found, total, out, begin, end);
+                      float* scratch, int64_t begin, int64_t end) {
+  const bool wide = rows.logits.dtype == Dtype::float32, wide_out = out.dtype == Dtype::float32;
+  const auto run = wide ? (wide_out ? exponentials<V, float, float> : exponentials<V, float, uint16_t>)
+                        : (wide_out ? exponentials<V, uint16_t, float> : exponentials<V, uint16_t, uint16_t>);
+  run(rows, keep, found, total, out, scratch, begin, end);
 }
 
 template <class V>

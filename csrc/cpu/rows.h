@@ -44,9 +44,10 @@ struct Policy {
 struct Kernels {
   const char* name;
   void (*statistics)(const Rows&, const bool* keep, const Statistics&, int64_t begin, int64_t end);
-  // float32 values E [N, V] with E / total = p - onehot; without the target's column, sums alone. 0 and 1 where masked.
+  // Values E [N, V] with E / total = p - onehot; without the target's column, sums alone. 0 and 1 where masked.
+  // `scratch` [V] is for bfloat16 values, which are rounded once the row is known; null for float32.
   void (*exponentials)(const Rows&, const bool* keep, const Statistics&, float* total, const Matrix& values,
-                       int64_t begin, int64_t end);
+                       float* scratch, int64_t begin, int64_t end);
   void (*gradient)(const Rows&, const Statistics&, const Coefficients&, const Matrix& out, int64_t begin, int64_t end);
   // The gradient has the logits' dtype.
   void (*policy)(const Rows&, const bool* keep, const Policy&, const Statistics&, const Matrix& out, int64_t begin,

@@ -230,6 +230,12 @@ extern "C" int rewardmap_logits_policy_loss(const rewardmap::KernelArguments* a,
   return cudaLaunchKernelEx(&config, logits_policy_loss_kernel, *a);
 }
 
+// 0, or the CUDA error for which the kernel cannot run here: an old driver, another GPU.
+extern "C" int rewardmap_cuda_check() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, rewardmap::logits_policy_loss_kernel);
+}
+
 extern "C" const char* rewardmap_cuda_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 extern "C" int rewardmap_arguments_bytes() { return sizeof(rewardmap::KernelArguments); }

@@ -1,7 +1,8 @@
 """The head's matrix products, by chunks of rows: logits out, their gradient back into hidden and weight.
 
-On CUDA, 16-bit operands multiply on the tensor cores with float32 accumulation (``out_dtype``); on the CPU,
-where torch has no such product, they are widened.
+On CUDA, 16-bit operands multiply on the tensor cores with float32 accumulation and results (``out_dtype``). torch has
+no such product on the CPU: logits are multiplied in float32 there. So are the gradients, but for bfloat16 where the
+processor has it (``PRODUCTS_ON_CPU``): there the products of a chunk are rounded to it before they are added.
 """
 
 from __future__ import annotations
@@ -45,11 +46,15 @@ def full_weight(weight: Tensor) -> Tensor:
     return gathered
 
 
+TILE = 4096
+"""Columns of a chunk's gradient that both products read while the CPU's caches hold them."""
+
+
 def operand_dtype(hidden: Tensor, weight: Tensor, implementation: ModuleType) -> torch.dtype:
-    """What the products read. On the CPU they are widened once (but for Triton's interpreter); otherwise the wider
-    of the two dtypes."""
+    """What the gradient's products read: the wider of the two dtypes, on the CPU float32 where that has no product."""
     wider = torch.promote_types(hidden.dtype, weight.dtype)
-    if hidden.device.type == "cpu" and implementation.WIDENS_ON_CPU and wider != torch.float64:
+    narrow = wider in (torch.float16, torch.bfloat16)
+    if hidden.device.type == "cpu" and narrow and wider not in implementation.PRODUCTS_ON_CPU:
         return torch.float32
     return wider
 
@@ -58,9 +63,17 @@ def _narrow(tensor: Tensor) -> bool:
     return tensor.dtype in (torch.float16, torch.bfloat16)
 
 
+def _tiles(columns: int) -> list[slice]:
+    return [slice(start, start + TILE) for start in range(0, columns, TILE)]
+
+
 def logits_into(out: Tensor, x: Tensor, head: Tensor) -> None:
     """out [C, V] = x [C, H] @ head [V, H].T, accumulated in float32 and rounded where ``out`` is narrower."""
-    if out.dtype == x.dtype:
+    if x.device.type == "cpu" and not _narrow(out):
+        wide = x.to(out.dtype)
+        for tile in _tiles(out.shape[1]):
+            torch.mm(wide, head[tile].to(out.dtype).t(), out=out[:, tile])
+    elif out.dtype == x.dtype:
         torch.mm(x, head.t(), out=out)
     elif x.device.type != "cuda" or not _narrow(x):
         out.copy_(x.float() @ head.float().t())
@@ -71,20 +84,20 @@ def logits_into(out: Tensor, x: Tensor, head: Tensor) -> None:
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, accumulated and kept in float32 (float64 operands: float64)."""
+    """a @ b, accumulated in float32 (float64 operands: float64), and kept in it but for bfloat16 on the CPU."""
     if not _narrow(a):
         return a @ b
     if a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return torch.mm(a, b).float() if a.dtype == torch.bfloat16 else a.float() @ b.float()
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a @ b, accumulated in float32 and rounded once to out's dtype."""
-    if out.dtype != a.dtype or (_narrow(a) and a.device.type != "cuda"):
-        out.copy_(wide_product(a, b))
-    else:
+    if out.dtype == a.dtype and (a.device.type == "cuda" or a.dtype != torch.float16):
         torch.mm(a, b, out=out)
+    else:
+        out.copy_(wide_product(a, b))
 
 
 def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -93,6 +106,8 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out=total)
     elif a.device.type == "cuda":
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    elif a.dtype == torch.bfloat16:
+        total.add_(torch.mm(a, b))
     else:
         torch.addmm(total, a.float(), b.float(), out=total)
 
@@ -133,13 +148,14 @@ class Head:
         self.d_hidden = torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device) if need_hidden else None
         self.d_weight = weight_grad if need_weight else None
         if need_weight and weight_grad is None:
-            # One chunk: one product, rounded once. Several: float32 in between. None: zero.
-            made = torch.empty if self.chunks else torch.zeros
+            # One chunk: one product, rounded once. Several: float32 in between.
             dtype = self.dtype if len(self.chunks) <= 1 else wide
-            self.d_weight = made(weight.shape, dtype=dtype, device=weight.device)
+            self.d_weight = rows.empty_matrix(*weight.shape, dtype, weight.device)
+            if not self.chunks:
+                self.d_weight.zero_()
         self.adds = weight_grad is not None
         columns = -(-vocab // ALIGNMENT) * ALIGNMENT
-        self._buffer = torch.empty(min(chunk_rows, n), columns, dtype=self.logits_dtype, device=hidden.device)
+        self._buffer = rows.empty_matrix(min(chunk_rows, n), columns, self.logits_dtype, hidden.device)
 
     def logits(self, rows: slice) -> tuple[Tensor, Tensor]:
         """(the chunk's hidden rows, masked ones zeroed; their logits)."""
@@ -156,16 +172,25 @@ class Head:
 
     def backward(self, rows: slice, x: Tensor, gradient: Tensor, factor: Tensor | None = None) -> None:
         """Products of a chunk's logit gradient [C, V], or of factor [C, 1] times it."""
-        if self.d_hidden is not None:
-            if factor is None:
-                product_into(self.d_hidden[rows], gradient, self.weight)
-            else:
-                torch.mul(wide_product(gradient, self.weight), factor, out=self.d_hidden[rows])
+        scaled = x if factor is None or self.d_weight is None else (x * factor).to(x.dtype)
+        on_cpu = gradient.device.type == "cpu"
+        together = on_cpu and not _narrow(gradient) and self.d_hidden is not None and self.d_weight is not None
+        to_hidden = torch.zeros_like(x) if together else None
         if self.d_weight is not None:
-            if factor is not None:
-                x = (x * factor).to(x.dtype)
-            if self.adds:
-                accumulate_product(self.d_weight, gradient.t(), x)
-            else:
-                product_into(self.d_weight, gradient.t(), x)
-                self.adds = True
+            for tile in _tiles(gradient.shape[1]) if on_cpu else [slice(None)]:
+                if to_hidden is not None:
+                    torch.addmm(to_hidden, gradient[:, tile], self.weight[tile], out=to_hidden)
+                self._to_weight(tile, gradient[:, tile], scaled)
+            self.adds = True
+        if self.d_hidden is None:
+            return
+        if to_hidden is None and factor is None:
+            product_into(self.d_hidden[rows], gradient, self.weight)
+        else:
+            made = wide_product(gradient, self.weight) if to_hidden is None else to_hidden
+            torch.mul(made, 1.0 if factor is None else factor, out=self.d_hidden[rows])
+
+    def _to_weight(self, columns: slice, gradient: Tensor, x: Tensor) -> None:
+        assert self.d_weight is not None
+        into = accumulate_product if self.adds else product_into
+        into(self.d_weight[columns], gradient.t(), x)

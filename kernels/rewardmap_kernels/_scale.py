@@ -33,8 +33,6 @@ def taken(ctx: Any, operation: str) -> tuple[Tensor, ...]:
 
 
 def scaled(values: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """values * grad in ``dtype``, rounded once. Where the dtype is theirs, in place: they are handed over."""
-    if values.dtype != dtype:
-        return torch.mul(values, grad).to(dtype)
+    """values * grad in ``dtype``, rounded once; in place first: they are handed over."""
     scale_(values, grad)
-    return values
+    return values.to(dtype)

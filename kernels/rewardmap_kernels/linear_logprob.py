@@ -209,12 +209,12 @@ def linear_logprobs(
     """(logprobs [N], entropy [N]) of softmax(hidden @ weight.T / temperature), nats, float32; no [N, V]
     logits.
 
-    Args: ``hidden`` [N, H], ``weight`` [V, H] floating point, ``targets`` [N] int64, ``temperature`` a
+    Args: ``hidden`` [N, H], ``weight`` [V, H] floating point, ``targets`` [N] int32 or int64, ``temperature`` a
     positive number or [N]. Differentiable with respect to hidden and weight; a frozen one skips its product.
-    ``entropy_gradient`` False
-    returns the entropy detached, which saves 2NVH FLOP. ``keep_bytes`` is what a trainable head may keep from
-    the forward (see above). FLOP forward and backward, without / with entropy gradient: frozen head 4 / 6
-    NVH, trainable 6 / 8 (8 / 8 beyond the budget).
+    ``entropy_gradient`` False returns the entropy detached, which saves 2NVH FLOP. ``chunk_rows``: rows whose logits
+    are alive at a time (None: by a budget of bytes). ``keep_bytes``: what a trainable head may keep from the forward
+    (see above). FLOP forward and backward, without / with entropy gradient: frozen head 4 / 6 NVH, trainable 6 / 8
+    (8 / 8 beyond the budget).
 
     Raises ValueError for a wrong shape, dtype or device and for a target outside [0, V).
     """

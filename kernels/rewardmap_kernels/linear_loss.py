@@ -195,8 +195,7 @@ def contributing_rows(objective: PolicyObjective, advantages: Tensor, loss_mask:
     """int64 [M] index of the rows whose gradient can be other than zero, for ``linear_policy_loss(rows=)``.
 
     Unmasked rows, without those of zero advantage when the objective has neither a KL nor an entropy term.
-    ``advantages`` and ``loss_mask`` [N] are on the CPU, where the trainer made them: on a GPU this would wait
-    for it.
+    ``advantages`` and ``loss_mask`` [N] are on the CPU, where the trainer made them: on a GPU this would wait for it.
     Raises ValueError for tensors elsewhere.
     """
     if advantages.device.type != "cpu" or (loss_mask is not None and loss_mask.device.type != "cpu"):
@@ -243,8 +242,8 @@ def linear_policy_loss(
     """Policy loss of softmax(hidden @ weight.T / temperature), without the [N, V] logits.
 
     Args: ``hidden`` [N, H] and ``weight`` [V, H], floating point; a frozen one skips its product. ``targets``
-    [N] int64 token ids. ``temperature`` a positive number or [N]. ``chunk_rows`` rows per chunk (None: 5
-    GiB of logits). ``rows`` int64 [M], distinct: only these rows enter the products, the others count as
+    [N] int32 or int64 token ids. ``temperature`` a positive number or [N]. ``chunk_rows`` rows per chunk (None: 5
+    GiB of logits, on a CPU 48 MiB). ``rows`` int64 [M], distinct: only these enter the products, the others count as
     masked (they must not be able to contribute: see ``contributing_rows``; a sequence-level objective must
     see whole sequences). ``weight_grad`` [V, H] float32: the weight's gradient is added to it in this call
     and the weight gets none; backward must then start at the loss itself. ``logits_dtype`` bfloat16 rounds
@@ -253,8 +252,8 @@ def linear_policy_loss(
     hidden gradient, and its slice's weight gradient; one collective per chunk, one for the hidden gradient. The
     others are those of ``policy_loss``; ``normalizer`` is a divisor and counts every row it is meant to.
 
-    Products accumulate in float32, the weight gradient over all chunks, and are rounded once. Masked rows get
-    gradient exactly 0 whatever they hold. First-order gradients only.
+    Products accumulate in float32, the weight gradient over all chunks, and are rounded once (docs/kernels.md has the
+    CPU's exception). Masked rows get gradient exactly 0 whatever they hold. First-order gradients only, and once.
 
     Raises ValueError for a wrong shape, dtype or device, for a target outside [0, V), and for an input that
     the objective needs and that is None, before any work.

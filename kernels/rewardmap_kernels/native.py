@@ -68,9 +68,12 @@ def cpu_units() -> list[Unit]:
 
 
 def cache_folder() -> Path:
-    """Where libraries are kept."""
+    """Where libraries are kept. Raises NativeUnavailableError where there is no home directory either."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rewardmap" / "native"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "rewardmap" / "native"
+    except RuntimeError as error:
+        raise NativeUnavailableError("there is no home directory; name a folder in XDG_CACHE_HOME") from error
 
 
 def compiler(part: Part) -> str:
@@ -218,11 +221,16 @@ def load(path: Path) -> None:
 
 
 def load_cuda(path: Path) -> ctypes.CDLL:
-    """Load a built Hopper library. Raises NativeUnavailableError."""
+    """Load a built Hopper library. Raises NativeUnavailableError where it does not load or its kernel cannot run."""
     try:
-        return ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
     except OSError as error:
         raise NativeUnavailableError(f"the library does not load: {error}") from error
+    loaded.rewardmap_cuda_error.restype = ctypes.c_char_p
+    failed = loaded.rewardmap_cuda_check()
+    if failed:
+        raise NativeUnavailableError(f"CUDA says: {loaded.rewardmap_cuda_error(failed).decode()}")
+    return loaded
 
 
 @functools.cache

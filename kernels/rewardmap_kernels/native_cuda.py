@@ -118,7 +118,6 @@ def wanted(logits: Tensor, in_place: bool) -> bool:
 def _library() -> ctypes.CDLL:
     library = native.load_cuda(native.library("cuda"))
     library.rewardmap_logits_policy_loss.argtypes = [ctypes.POINTER(Arguments), ctypes.c_int, ctypes.c_void_p]
-    library.rewardmap_cuda_error.restype = ctypes.c_char_p
     return library
 
 

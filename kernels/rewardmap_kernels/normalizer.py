@@ -18,19 +18,16 @@ def loss_normalizer(
     max_length: int | None = None,
     total_tokens: Tensor | float | None = None,
 ) -> Tensor:
-    """The divisor of every row's loss, computed from masks alone, on the mask's device and without a sync.
-    float32.
+    """The divisor of every row's loss, float32, from masks alone, on the mask's device and without a sync.
 
-    - dapo, bnpo, cispo, reinforce (token mean): the number of unmasked rows, 0-d; ``total_tokens`` replaces
-    it when the
+    - dapo, bnpo, cispo, reinforce (token mean): the number of unmasked rows, 0-d; ``total_tokens`` replaces it when the
       optimizer step spans several micro-batches or ranks (dapo's definition; bnpo's is the local count).
-    - grpo, gspo, sapo (mean over sequences of their token means): rows of the sequence * num_sequences, [N];
-    needs
+    - grpo, gspo, sapo (mean over sequences of their token means): rows of the sequence * num_sequences, [N]; needs
       ``sequence`` [N] and ``num_sequences`` (of the whole step when it spans several micro-batches).
     - dr_grpo: num_sequences * max_length, 0-d.
 
-    A step's loss is the plain sum of its micro-batches' losses. Zero counts become 1.
-    Raises ValueError for a missing or a superfluous argument.
+    ``loss_mask`` [N], non-zero where the row counts. A step's loss is the plain sum of its micro-batches' losses. Zero
+    counts become 1. Raises ValueError for a missing or a superfluous argument.
     """
     if loss_mask.dim() != 1:
         raise ValueError(f"loss_mask must have shape (N,), got {tuple(loss_mask.shape)}")

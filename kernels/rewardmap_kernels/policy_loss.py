@@ -39,7 +39,8 @@ class PolicyObjective:
     stop-gradient weight is). ``dual_clip``: c > 1; for negative advantages the loss is at most c |A|.
     ``delta``: the unclipped ratio is capped at delta > 1 + clip_eps_high (two-sided clipping, arXiv
     2505.07291). Both: clipped objectives only. ``kl_coef``, ``kl_estimator``: adds kl_coef * KL(policy ||
-    reference), estimator k1, k2 or k3, per row. ``entropy_coef``: subtracts entropy_coef * entropy per row.
+    reference), estimator k1, k2 or k3, per row; ``kl_bias_correction`` multiplies the estimate by the row's ratio,
+    with its gradient. ``entropy_coef``: subtracts entropy_coef * entropy per row.
     ``importance_correction``: multiplies the policy term by w = exp(old_logprobs - rollout_logprobs), a
     constant. "truncate" clamps w to [importance_min, importance_max]; "mask" makes w 0 outside.
     ``importance_level``: "token", or "sequence": w is the product over the sequence's rows.
@@ -256,8 +257,8 @@ def _policy_terms(objective: PolicyObjective, logprobs: Tensor, ratio: Tensor, i
         return _Terms(-weight * adv * logprobs, -weight * adv, ratio < low, ratio > high)
     if objective.name == "sapo":
         tau = torch.where(adv > 0, objective.sapo_temperature_pos, objective.sapo_temperature_neg).to(ratio.dtype)
-        gate = torch.sigmoid(tau * (ratio - 1.0))
-        return _Terms(-gate * 4.0 / tau * adv, -4.0 * gate * (1.0 - gate) * slope * adv, no, no)
+        gate, rest = torch.sigmoid(tau * (ratio - 1.0)), torch.sigmoid(tau * (1.0 - ratio))  # rest = 1 - gate, exactly
+        return _Terms(-gate * 4.0 / tau * adv, -4.0 * gate * rest * slope * adv, no, no)
     capped, capped_slope = ratio, slope
     if objective.delta is not None:
         capped = ratio.clamp(max=objective.delta)
@@ -283,8 +284,18 @@ def _kl_terms(estimator: str, gap: Tensor) -> tuple[Tensor, Tensor]:
     if estimator == "k2":
         return 0.5 * gap * gap, -gap
     bounded = gap.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
-    growth = torch.exp(bounded)
-    return growth - bounded - 1.0, torch.where(gap.abs() > LOG_RATIO_BOUND, 0.0, 1.0 - growth)
+    growth = torch.expm1(bounded)
+    return growth - bounded, torch.where(gap.abs() > LOG_RATIO_BOUND, 0.0, -growth)
+
+
+def _times_ratio(estimator: str, gap: Tensor, kl: Tensor, d_kl: Tensor, ratio: Tensor, log_ratio: Tensor) -> Tensor:
+    """Derivative of kl * ratio with respect to logprob."""
+    derivative = d_kl * ratio + kl * torch.where(log_ratio.abs() > LOG_RATIO_BOUND, 0.0, ratio)
+    if estimator != "k3":
+        return derivative
+    # (1 - e^gap) ratio + (e^gap - gap - 1) ratio without the large numbers that cancel.
+    inside = torch.maximum(log_ratio.abs(), gap.abs()) <= LOG_RATIO_BOUND
+    return torch.where(inside, -gap * ratio, derivative)
 
 
 def policy_loss(
@@ -407,10 +418,11 @@ def _evaluate(
         metrics["importance_mean"] = mean_of(weight)
         metrics["importance_rejected"] = mean_of(outside)
     if ref_logprobs is not None:
-        kl, d_kl = _kl_terms(objective.kl_estimator, clean(ref_logprobs) - logp)
+        gap = clean(ref_logprobs) - logp
+        kl, d_kl = _kl_terms(objective.kl_estimator, gap)
         if objective.kl_bias_correction:
-            slope = torch.where(log_ratio.abs() > LOG_RATIO_BOUND, 0.0, ratio)
-            kl, d_kl = kl * ratio, d_kl * ratio + kl * slope
+            d_kl = _times_ratio(objective.kl_estimator, gap, kl, d_kl, ratio, log_ratio)
+            kl = kl * ratio
         metrics["kl_ref"] = mean_of(kl)
         if objective.kl_coef:
             loss = loss + objective.kl_coef * kl

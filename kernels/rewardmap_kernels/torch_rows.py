@@ -16,8 +16,8 @@ from .policy_loss import policy_loss
 
 NATS_PER_UNIT = 1.0
 """Of the log-sum-exp in this implementation."""
-WIDENS_ON_CPU = True
-"""Whether 16-bit operands of the head's products are made float32 on the CPU, where no product accumulates in it."""
+PRODUCTS_ON_CPU: tuple[torch.dtype, ...] = ()
+"""The 16-bit dtypes that the head's products read as they are on the CPU; others are made float32."""
 
 
 class RowStatistics(NamedTuple):
@@ -47,6 +47,22 @@ class FusedRows(NamedTuple):
     entropy: Tensor
     d_logprob: Tensor
     gradient: Tensor
+
+
+def empty_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a large matrix."""
+    return torch.empty(rows, columns, dtype=dtype, device=device)
+
+
+def over(logits: Tensor, dtype: torch.dtype, upper: bool) -> Tensor:
+    """[N, V] of ``dtype`` in the memory of the logits: all of it, or a half of each row where they are twice as wide;
+    new memory where they are narrower."""
+    if dtype == logits.dtype:
+        return logits
+    if logits.element_size() != 2 * dtype.itemsize:
+        return torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    halves, stride = logits.view(dtype), logits.stride(0)
+    return halves.as_strided(logits.shape, (2 * stride, 1), halves.storage_offset() + (stride if upper else 0))
 
 
 def _scaled(logits: Tensor, temperature: Tensor | float, keep: Tensor | None) -> Tensor:

@@ -13,7 +13,7 @@ from . import native_cuda
 from . import triton_rows as kernels
 from .dispatch import launched
 from .policy_loss import CLIPPED, PolicyObjective
-from .torch_rows import Exponentials, FusedRows, RowStatistics
+from .torch_rows import Exponentials, FusedRows, RowStatistics, empty_matrix, over
 
 # (values of a row that a program holds at a time, warps). docs/kernels.md says why; the bench's "tune" tries others.
 STATISTICS = EXPONENTIALS = (2048, 8)
@@ -22,7 +22,12 @@ POLICY_ROW = (8192, 32)
 """1,024 threads of more than 32 registers: one row at a time on a multiprocessor, so that its second reading comes from
 the caches."""
 NATS_PER_UNIT = math.log(2.0)
-WIDENS_ON_CPU = False  # the interpreter stands for the GPU
+PRODUCTS_ON_CPU = (torch.float16, torch.bfloat16)
+"""Of the interpreter, which stands for the GPU."""
+
+__all__ = [
+    "NATS_PER_UNIT", "PRODUCTS_ON_CPU", "empty_matrix", "exponentials", "fused", "gradient", "scale_", "statistics",
+]  # fmt: skip
 
 
 def _block(config: tuple[int, int], columns: int) -> dict[str, int]:
@@ -38,17 +43,6 @@ def _per_row(values: Tensor | None, dummy: Tensor) -> Tensor:
 
 def _unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
-
-
-def _over(logits: Tensor, dtype: torch.dtype, upper: bool) -> Tensor:
-    """[N, V] of ``dtype`` in the memory of the logits: all of it, or a half of each row where they are twice as wide;
-    new memory where they are narrower."""
-    if dtype == logits.dtype:
-        return logits
-    if logits.element_size() != 2 * dtype.itemsize:
-        return torch.empty(logits.shape, dtype=dtype, device=logits.device)
-    halves, stride = logits.view(dtype), logits.stride(0)
-    return halves.as_strided(logits.shape, (2 * stride, 1), halves.storage_offset() + (stride if upper else 0))
 
 
 def _one(scale: Tensor | None, like: Tensor) -> Tensor:
@@ -80,7 +74,7 @@ def gradient(
 ) -> Tensor:  # fmt: skip
     """See ``torch_rows.gradient``."""
     logits = _unit_stride(logits)
-    out = _over(logits, dtype, upper=True) if in_place else torch.empty(logits.shape, dtype=dtype, device=logits.device)
+    out = over(logits, dtype, upper=True) if in_place else torch.empty(logits.shape, dtype=dtype, device=logits.device)
     n = logits.shape[0]
     per_row = isinstance(temperature, Tensor)
     launched(operation, "gradient_kernel")
@@ -101,7 +95,7 @@ def exponentials(
 ) -> Exponentials:  # fmt: skip
     """See ``torch_rows.exponentials``: one launch, one read and one write. The log-sum-exp is in base 2."""
     n = logits.shape[0]
-    into = _over(logits, dtype, upper=False) if out is None else out
+    into = over(logits, dtype, upper=False) if out is None else out
     lse2, total, logprobs, entropy = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(4))
     per_row = isinstance(temperature, Tensor)
     launched(operation, "exponentials_kernel")

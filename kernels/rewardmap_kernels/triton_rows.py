@@ -153,8 +153,8 @@ def _coefficient(
         c = -tl.where(ratio != ratio, ratio, bounded) * adv
     elif OBJECTIVE == "sapo":
         tau = tl.where(adv > 0, tau_pos, tau_neg)
-        gate = 1.0 / (1.0 + tl.exp(-tau * (ratio - 1.0)))
-        c = -4.0 * gate * (1.0 - gate) * slope * adv
+        shrunk = tl.exp(-tl.abs(tau * (ratio - 1.0)))  # gate (1 - gate) without the difference
+        c = -4.0 * (shrunk / ((1.0 + shrunk) * (1.0 + shrunk))) * slope * adv
     else:
         capped = ratio
         if DELTA:
@@ -188,6 +188,8 @@ def _coefficient(
             d_kl = tl.where(tl.abs(gap) > LOG_RATIO_BOUND, 0.0, 1.0 - growth)
         if KL_BIAS:
             d_kl = d_kl * ratio + kl * ratio_slope
+            if KL == "k3":  # the same without the large numbers that cancel
+                d_kl = tl.where((tl.abs(gap) <= LOG_RATIO_BOUND) & (ratio_slope > 0.0), -gap * ratio, d_kl)
         c += kl_coef * d_kl
     return c
 
