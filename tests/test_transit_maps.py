@@ -392,11 +392,11 @@ def test_a_full_data_set_has_the_papers_proportions_and_the_same_bytes_again(tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(1000, 1300, 50))
+@pytest.mark.parametrize("first", range(1000, 1300, 20))
 @pytest.mark.parametrize("level", list(COUNTS))
 def test_rules_hold_on_300_maps(level: str, first: int) -> None:
     balance = Balance()
-    for seed in range(first, first + 50):
+    for seed in range(first, first + 20):
         network = make(level, seed)
         for rule in (
             test_no_label_lies_on_a_label_a_marker_or_the_legend,
