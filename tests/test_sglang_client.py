@@ -102,26 +102,15 @@ def test_one_request_a_group_with_one_picture(policy, problems, server, make):
         assert (asked["n"], asked["temperature"], asked["top_p"], asked["top_k"]) == (8, 0.7, 0.9, 5)
         assert asked["max_new_tokens"] == 9 and asked["stop_token_ids"] == list(policy.stop_token_ids)
         assert {int(token) for token in asked["logit_bias"]} == set(policy.banned_token_ids)
-    assert len({tuple(body["mm_hashes"]) for body in server.bodies}) == 2  # two pictures
+    assert len({tuple(body["image_data"]) for body in server.bodies}) == 2  # two pictures
     assert server.keys["Bearer sample-key"] == 7 and not server.keys["Bearer admin-key"]
-
-
-def test_picture_keys_follow_a_trainable_tower(policy, problems, server, make):
-    for frozen, same in ((True, True), (False, False)):
-        engine = make(server.url)
-        engine.policy = dataclasses.replace(policy, freeze_vision=frozen)
-        engine.update_weights(1)
-        first = engine.picture(problems[0].image)
-        engine.update_weights(2)
-        second = engine.picture(problems[0].image)
-        assert first[0] == second[0] and (first[1] == second[1]) is same
 
 
 def test_resized_picture_gives_the_processor_its_own_pixels(policy, make, server, tmp_path):
     noise = torch.randint(0, 256, (95, 133, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "odd.png"
     Image.fromarray(noise.numpy()).save(path)
-    uri, _ = make(server.url).picture(str(path))
+    uri = make(server.url).picture(str(path))
     sent = base64.b64decode(uri.partition(",")[2])
     assert torch.equal(policy.image(sent).pixel_values, policy.image(str(path)).pixel_values)
     with Image.open(io.BytesIO(sent)) as picture:
@@ -140,7 +129,7 @@ def test_two_servers_share_the_work_and_stand_in_for_each_other(policy, problems
         engine.generate(problems, 2, SAMPLING)
         assert len(server.bodies) == len(other.bodies) == 3
         for one in (server, other):  # each map at one server
-            assert len({tuple(body["mm_hashes"]) for body in one.bodies}) == 1
+            assert len({tuple(body["image_data"]) for body in one.bodies}) == 1
     assert len(engine.generate(problems, 2, SAMPLING)) == 6  # the other is gone
     assert len(server.bodies) == 9
 

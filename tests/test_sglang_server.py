@@ -19,7 +19,7 @@ from rich.console import Console
 from rewardmap.config import ConfigError, ServerConfig, load_config
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.process import GUARD
-from rewardmap.rollout.sglang_server import Keys, SGLangServer
+from rewardmap.rollout.sglang_server import VISION_CACHE_MB, Keys, SGLangServer
 from rewardmap.train.serve import serve
 
 STAND_IN = """
@@ -59,6 +59,10 @@ def python(tmp_path):
     return python
 
 
+def server_of(config, folder, keys, frozen_vision=True):
+    return SGLangServer(config, 0, folder, folder, keys, "cpu", "float32", False, frozen_vision)
+
+
 @pytest.fixture
 def make(tmp_path, python):
     servers = []
@@ -66,7 +70,7 @@ def make(tmp_path, python):
     def make(plan, **settings):
         config = ServerConfig(python=str(python), args=("--max-total-tokens", "9", plan), **settings)
         keys = Keys.create(tmp_path)
-        servers.append(SGLangServer(config, 0, tmp_path, tmp_path, keys, "cpu", "float32", load_weights=False))
+        servers.append(server_of(config, tmp_path, keys))
         return servers[-1]
 
     yield make
@@ -138,6 +142,9 @@ def test_a_taken_port_is_changed_for_another(make, tmp_path):
 def test_a_server_that_does_not_get_ready_is_ended(make, tmp_path):
     server = make("slow", start_timeout_s=1.5)
     server.start()
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pids").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     with pytest.raises(RolloutError, match=r"was not ready within rollout.server.start_timeout_s=1.5"):
         server.wait_ready()
     assert gone(pids(tmp_path))
@@ -145,9 +152,17 @@ def test_a_server_that_does_not_get_ready_is_ended(make, tmp_path):
 
 def test_an_interpreter_that_does_not_exist_is_named(tmp_path):
     config = ServerConfig(python="/no/such/python")
-    server = SGLangServer(config, 0, tmp_path, tmp_path, Keys("a", "b"), "cpu", "float32", load_weights=False)
+    server = server_of(config, tmp_path, Keys("a", "b"))
     with pytest.raises(ConfigError, match=r"rollout.server.python='/no/such/python'"):
         server.start()
+
+
+def test_outputs_of_a_trained_tower_are_not_kept(tmp_path, monkeypatch):
+    name = "SGLANG_VLM_CACHE_SIZE_MB"
+    frozen, trained = (server_of(ServerConfig(), tmp_path, Keys("a", "b"), frozen) for frozen in (True, False))
+    assert (frozen._environment()[name], trained._environment()[name]) == (VISION_CACHE_MB, "0")
+    monkeypatch.setenv(name, "77")
+    assert (frozen._environment()[name], trained._environment()[name]) == ("77", "0")
 
 
 def test_keys_of_given_servers(tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import io
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -127,7 +126,7 @@ class SGLangEngine:
         prompt = self.policy.encode(problem).token_ids
         image_token = self.policy.model.config.image_token_id
         vocabulary = self.policy.model.config.get_text_config().vocab_size
-        body = score_body(prompt, response, image_token, *self.picture(problem.image))
+        body = score_body(prompt, response, image_token, self.picture(problem.image))
 
         async def ask() -> list[list[float]]:
             replies = await asyncio.gather(*(replica.client.generate(body, problem.uid) for replica in self.replicas))
@@ -180,12 +179,10 @@ class SGLangEngine:
         async def one(index: int) -> RolloutGroup:
             problem, prompt = problems[index], prompts[index]
             async with slots[homes[index]]:
-                picture, key = self.picture(problem.image)
                 body = generate_body(
                     prompt,
                     self.policy.model.config.image_token_id,
-                    picture,
-                    key,
+                    self.picture(problem.image),
                     group_size,
                     sampling,
                     self.policy.stop_token_ids,
@@ -251,8 +248,8 @@ class SGLangEngine:
         replica.server.wait_ready(progress)
         replica.client.url = replica.server.url
 
-    def picture(self, source: str | bytes) -> tuple[str, str]:
-        """A picture as our processor resizes it, as a data URI, and the key of its vision outputs, hexadecimal.
+    def picture(self, source: str | bytes) -> str:
+        """A picture as our processor resizes it, as a data URI.
 
         The server's own resizing then does nothing, so its pixels are ours; two libraries resize a little differently.
         """
@@ -268,9 +265,7 @@ class SGLangEngine:
             picture.save(file, "PNG", compress_level=1)
             uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
             self._pictures.put(image.digest, uri)
-        # A trainable tower's outputs change with every version: so does the key, and no stale one is ever found.
-        salt = b"" if self.policy.freeze_vision else f"version {self.version}".encode()
-        return uri, hashlib.sha256(image.digest + salt).hexdigest()[:15]
+        return uri
 
 
 def assign(images: Sequence[str | bytes], replicas: int) -> list[int]:

@@ -22,7 +22,6 @@ def generate_body(
     prompt: Sequence[int],
     image_token: int,
     picture: str,
-    picture_key: str,
     group_size: int,
     sampling: SamplingParams,
     stop: Sequence[int],
@@ -32,13 +31,12 @@ def generate_body(
 
     Args:
         prompt: [P] tokens with the image expanded; the server gets one placeholder and expands it itself.
-        picture: data URI.
-        picture_key: hexadecimal; equal keys promise equal vision outputs.
+        picture: data URI. No key of ours comes with it (``mm_hashes``): 0.5.20 and 0.5.23 pad a Qwen3-VL prompt with
+            their own key, look for ours in it, and crash.
     """
     return {
         "input_ids": collapse_image(prompt, image_token),
         "image_data": [picture],
-        "mm_hashes": [picture_key],
         "sampling_params": {
             "n": group_size,
             "temperature": sampling.temperature,
@@ -56,14 +54,11 @@ def generate_body(
     }
 
 
-def score_body(
-    prompt: Sequence[int], response: Sequence[int], image_token: int, picture: str, picture_key: str
-) -> dict[str, Json]:
+def score_body(prompt: Sequence[int], response: Sequence[int], image_token: int, picture: str) -> dict[str, Json]:
     """The body of a request for the log-probabilities of a given answer at temperature 1. Arguments as above."""
     return {
         "input_ids": [*collapse_image(prompt, image_token), *response],
         "image_data": [picture],
-        "mm_hashes": [picture_key],
         "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
         "return_logprob": True,
         "logprob_start_len": len(prompt) - 1,

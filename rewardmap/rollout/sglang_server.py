@@ -22,7 +22,8 @@ from rewardmap.rollout.process import GuardedProcess, answers, free_port
 
 KEYS_FILE = "keys.json"
 VISION_CACHE_MB = "1024"
-"""SGLang turns its cache of vision outputs off on large GPUs; our image keys make it safe (docs/rollouts.md)."""
+"""For the server's store of vision outputs, which SGLang leaves out on large GPUs. It is never cleared: where the
+tower is trained there must be none."""
 _POLL_S = 0.25
 _PORT_TRIES = 3
 
@@ -75,6 +76,8 @@ class SGLangServer:
     dtype: str
     load_weights: bool
     """False: it starts with random weights, and the trainer sends them."""
+    frozen_vision: bool
+    """Whether the vision tower stays as it is, so that its outputs may be kept."""
     _process: GuardedProcess | None = None
     _port: int = 0
 
@@ -168,7 +171,10 @@ class SGLangServer:
     def _environment(self) -> dict[str, str]:
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
         environment.pop("PYTHONPATH", None)  # ours; the server has an environment of its own
-        environment.setdefault("SGLANG_VLM_CACHE_SIZE_MB", VISION_CACHE_MB)
+        if self.frozen_vision:
+            environment.setdefault("SGLANG_VLM_CACHE_SIZE_MB", VISION_CACHE_MB)
+        else:
+            environment["SGLANG_VLM_CACHE_SIZE_MB"] = "0"
         if self.device == "cpu":
             # More threads than cores wait for each other in busy loops; compiling takes longer than it saves.
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
