@@ -1,7 +1,7 @@
 """A Python environment that runs the real SGLang server on a CPU: ``python tests/sglang_env.py VERSION``.
 
 Prints the path of its interpreter. Built once a version, in about two minutes, under ``$XDG_CACHE_HOME/rewardmap``
-(default ``~/.cache/rewardmap``), and built anew when this file changes.
+(default ``~/.cache/rewardmap``), and built anew when this file or ``sglang_pins.txt`` changes.
 
 SGLang publishes no CPU build. It falls back to torch's own operations where a CPU lacks AMX, so what it needs besides
 its own dependencies without CUDA's is a stand-in for the kernel package, whose functions all say that they are missing,
@@ -21,6 +21,7 @@ import textwrap
 from pathlib import Path
 
 TORCH, TORCHVISION = "2.13.0", "0.28.0"
+PINS = Path(__file__).with_name("sglang_pins.txt")
 GPU_ONLY = re.compile(
     r"cuda-|nvidia-|nvshmem|flash-attn|flashinfer|humming|quack|sgl-|sglang-kernel|tilelang|tokenspeed|helion|"
     r"torch|nvidia_|triton"
@@ -86,8 +87,13 @@ STAND_INS = {
 
 
 def environment(version: str) -> Path:
-    """Interpreter of the environment with this SGLang; builds it first where there is none."""
-    digest = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode()).hexdigest()[:10]
+    """Interpreter of the environment with this SGLang; builds it first where there is none.
+
+    Raises:
+        RuntimeError: it cannot be installed here.
+    """
+    made_of = Path(__file__).read_bytes() + PINS.read_bytes() + sys.version.encode()
+    digest = hashlib.sha256(made_of).hexdigest()[:10]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rewardmap"
     folder = cache / f"sglang-{version}-{digest}"
     cache.mkdir(parents=True, exist_ok=True)
@@ -95,9 +101,20 @@ def environment(version: str) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "complete").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            _build(version, folder)
+            try:
+                _build(version, folder)
+            except (OSError, subprocess.CalledProcessError) as error:
+                raise RuntimeError(
+                    f"SGLang {version} cannot be installed in {folder}: {error}; see above what pip said"
+                ) from None
             (folder / "complete").touch()
     return folder / "bin" / "python"
+
+
+def other_models(python: Path) -> str:
+    """For ``SGLANG_DISABLED_MODEL_ARCHS``: all but those of ours, so that a server starts without importing them."""
+    [models] = python.parent.parent.glob("lib/*/site-packages/sglang/srt/models")
+    return ",".join(sorted({file.stem for file in models.glob("*.py")} - {"qwen2_5_vl", "qwen3_vl"}))
 
 
 def _build(version: str, folder: Path) -> None:
@@ -125,8 +142,8 @@ def _dependencies(python: str) -> list[str]:
 
 
 def _pip(python: str, *arguments: str) -> None:
-    command = (python, "-m", "pip", "install", "--quiet", "--no-compile", *arguments)
-    subprocess.run(command, check=True, stdout=sys.stderr)
+    options = ("--quiet", "--no-compile", "--no-warn-conflicts", "--constraint", str(PINS))
+    subprocess.run((python, "-m", "pip", "install", *options, *arguments), check=True, stdout=sys.stderr)
 
 
 def _output(*command: str) -> str:
@@ -134,4 +151,7 @@ def _output(*command: str) -> str:
 
 
 if __name__ == "__main__":
-    print(environment(sys.argv[1]))
+    try:
+        print(environment(sys.argv[1]))
+    except RuntimeError as error:
+        sys.exit(str(error))

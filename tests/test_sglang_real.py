@@ -49,11 +49,18 @@ def problems():
     ]
 
 
+def interpreter(version):
+    """Of this SGLang; what a server of ours need not load on its way up is left out."""
+    python = sglang_env.environment(version)
+    os.environ["SGLANG_DISABLED_MODEL_ARCHS"] = sglang_env.other_models(python)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of three processes compiles SGLang at each start
+    return str(python)
+
+
 def start(version, family, folder, **settings):
     policy = forest_models.build(family, freeze_vision=False, dtype=torch.float32)
-    config = ServerConfig(
-        python=str(sglang_env.environment(version)), args=("--max-total-tokens", "16384"), bucket_mb=1, **settings
-    )
+    python = interpreter(version)
+    config = ServerConfig(python=python, args=("--max-total-tokens", "16384"), bucket_mb=1, **settings)
     return SyncedEngine(policy, config, folder, lambda line: None)
 
 
@@ -149,54 +156,63 @@ def test_a_groups_prompt_and_picture_are_computed_once(engine, problems):
 def long_request(engine, problem, tokens):
     """A request that goes on for ``tokens``, begun in a thread: (thread, list that will hold the reply)."""
     inner, replies = engine._engine, []
-    picture, key = inner.picture(problem.image)
     prompt = engine._policy.encode(problem).token_ids
     image_token = engine._policy.model.config.image_token_id
     place = prompt.index(image_token)
     body = {
         "input_ids": [*prompt[: place + 1], *(token for token in prompt[place:] if token != image_token)],
-        "image_data": [picture],
-        "mm_hashes": [key],
+        "image_data": [inner.picture(problem.image)],
         "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True, "temperature": 1.0},
     }
     client = inner.replicas[0].client
     thread = threading.Thread(target=lambda: replies.append(inner.loop.run(client.generate(body, "long"))))
     thread.start()
-    time.sleep(0.6)
+    wait_until_sampling(inner)
     return thread, replies
+
+
+def wait_until_sampling(inner):
+    """Until every server has a request among those it decodes."""
+
+    async def running():
+        replies = [await replica.client.call("/v1/loads", method="GET", admin=False) for replica in inner.replicas]
+        return [sum(load["num_running_reqs"] for load in reply["loads"]) for reply in replies]
+
+    deadline = time.monotonic() + 300
+    while not all(inner.loop.run(running())):
+        assert time.monotonic() < deadline, "nothing runs"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 def test_pause_holds_a_generation_and_continue_ends_it(mode, engine, problems):
-    thread, replies = long_request(engine, problems[0], 1500)
+    thread, replies = long_request(engine, problems[0], 800)
     engine._engine.control("/pause_generation", {"mode": mode})
-    time.sleep(1.0)
-    assert thread.is_alive()
     with pytest.raises(RolloutError, match="HTTP 400"):  # flushing now would mix old keys with new weights
         engine._engine.control("/flush_cache", {})
     time.sleep(3.0)
     assert thread.is_alive()
     engine._engine.control("/continue_generation", {})
-    thread.join(60)
+    thread.join(300)
     [reply] = replies
-    assert reply["meta_info"]["completion_tokens"] == 1500
+    assert reply["meta_info"]["completion_tokens"] == 800
     assert reply["meta_info"]["finish_reason"]["type"] == "length"
 
 
 def test_abort_keeps_what_was_sampled(engine, problems):
-    stop = engine._policy.stop_token_ids
-    engine._policy.stop_token_ids = ()  # go on to the limit
+    policy, banned = engine._policy, engine._policy.banned_token_ids
+    policy.banned_token_ids = (*banned, *policy.stop_token_ids)  # go on to the limit
     groups = []
     thread = threading.Thread(
         target=lambda: groups.extend(engine.generate(problems[:2], 2, SamplingParams(max_new_tokens=3000)))
     )
     thread.start()
-    time.sleep(1.5)
     try:
+        wait_until_sampling(engine._engine)
         engine._engine.abort()
-        thread.join(30)
+        thread.join(300)
     finally:
-        engine._policy.stop_token_ids = stop
+        policy.banned_token_ids = banned
     assert len(groups) == 2
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     cut = [rollout for rollout in rollouts if rollout.finish_reason == "abort"]
@@ -209,10 +225,16 @@ def test_abort_keeps_what_was_sampled(engine, problems):
 def test_a_killed_server_comes_back_and_nothing_is_lost(engine, problems):
     inner = engine._engine
     server = inner.replicas[0].server
-    killer = threading.Timer(0.3, lambda: os.killpg(child_of(server._process._guard.pid), 9))
     seen = []
+
+    def kill():
+        wait_until_sampling(inner)
+        os.killpg(child_of(server._process._guard.pid), 9)
+
+    killer = threading.Thread(target=kill)
     killer.start()
     groups = engine.generate(problems, 4, SamplingParams(max_new_tokens=400), lambda index, group: seen.append(index))
+    killer.join()
     assert inner.replicas[0].restarts == 1
     assert sorted(seen) == list(range(len(problems)))
     short = engine.generate(problems, 2, SAMPLING)
@@ -268,7 +290,7 @@ def test_the_tiny_job_on_servers_does_what_it_does_locally(tmp_path):
     ]
     servers = [
         *("rollout.engine=sglang", "rollout.server.args=['--max-total-tokens', '16384']"),
-        f"rollout.server.python='{sglang_env.environment(VERSIONS[-1])}'",
+        f"rollout.server.python='{interpreter(VERSIONS[-1])}'",
     ]
     answers, reports = {}, {}
     for name, own in (("local", []), ("sglang", servers)):
