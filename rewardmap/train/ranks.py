@@ -157,7 +157,10 @@ def join_ranks(timeout_seconds: float, alone: bool = False) -> Iterator[Ranks]:
         )
         if cuda:
             torch.cuda.set_device(ranks.local_rank)
-        dist.init_process_group(backend, timeout=timeout)
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps one store over its restarts: what the ranks before wrote there must not be read again.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.size, timeout=timeout)
     elif alone:
         ranks = Ranks()
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
