@@ -65,7 +65,7 @@ def proxy(server):
 
 @pytest.fixture
 def sync(policy, proxy, tmp_path):
-    config = ServerConfig(urls=(proxy.url,), request_timeout_s=2.0)
+    config = ServerConfig(urls=(proxy.url,), request_timeout_s=20.0)
     engine = SGLangEngine(policy, config, [], Keys("sample-key", "admin-key"))
     yield WeightSync(policy, engine, tmp_path)
     engine.close()
@@ -169,7 +169,7 @@ def test_a_push_in_order(policy, sync, server):
 def test_a_push_that_breaks_off_is_made_again_from_its_beginning(path, fault, policy, sync, server, proxy):
     never = path == "/end_weight_update" and not server._sessions  # a version without them is not asked to end one
     if fault == "hang":
-        sync._engine.replicas[0].client._timeout_s = 0.4
+        sync._engine.replicas[0].client._timeout_s = 1.5
     proxy.break_next(path, fault)
     sync.push(3)
     assert proxy.spoiled == (not never)
