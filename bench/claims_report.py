@@ -66,8 +66,8 @@ CLAIMS = (
     Claim("RewardMap beats RL on planning, at planning", "RewardMap", "RL on planning", PLANNING),
     Claim("RewardMap beats RL on planning, on everything", "RewardMap", "RL on planning"),
     Claim(
-        "Earlier stages help planning at equal planning updates",
-        "RewardMap",
+        "Earlier stages help planning, at as many questions about planning",
+        "RL in stages, no replay",
         "RL on planning, half the updates",
         PLANNING,
     ),
@@ -128,7 +128,7 @@ def difference(rows: Sequence[Row], claim: Claim, metric: Metric) -> Interval | 
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Both tables and the paragraph."""
+    """The tables and what follows from them."""
     lines = []
     for world in ("transit", "grid"):
         arms = list(dict.fromkeys(row["arm"] for row in rows if world in row["tested"]))
@@ -171,15 +171,15 @@ def paragraph(rows: Sequence[Row]) -> str:
         if found is not None and found.seeds > 1:
             said[found.verdict].append(f"{claim.text} ({claim.about.name} {found.text('+')})")
     parts = [
-        f"{lead}: {'; '.join(said[verdict])}."
+        f"- {lead}: {'; '.join(said[verdict])}."
         for verdict, lead in (
-            ("holds", "Holds, the interval of the paired difference above 0"),
-            ("the reverse holds", "Does not hold, the interval below 0"),
-            ("not resolved", "Not resolved by these seeds, the interval across 0"),
+            ("holds", "**Holds**, the interval of the paired difference above 0"),
+            ("the reverse holds", "**The reverse holds**, the interval below 0"),
+            ("not resolved", "**Not resolved** by these seeds, the interval across 0"),
         )
         if said[verdict]
     ]
-    return " ".join(parts) or "One seed tells nothing about what holds."
+    return "\n".join(parts) or "One seed tells nothing about what holds."
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
