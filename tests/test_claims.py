@@ -61,7 +61,7 @@ def test_the_paragraph_keeps_null_and_negative_results(claims: ModuleType) -> No
     rows += [row("RL on planning", s, 0.6 + 0.01 * s + 0.003 * (s == 1)) for s in range(3)]
     rows += [row("RewardMap", s, 0.5 + 0.01 * s, plus=(0.6, 0.75, 0.6)[s]) for s in range(3)]
     text = report.paragraph(rows)
-    holds, rest = text.split("Does not hold")
+    holds, rest = text.split("The reverse holds")
     reverse, open_ = rest.split("Not resolved")
     assert "RL teaches planning" in holds
     assert "RewardMap beats RL on planning, at planning" in reverse
