@@ -188,12 +188,15 @@ def wait_until_sampling(inner):
 def test_pause_holds_a_generation_and_continue_ends_it(mode, engine, problems):
     thread, replies = long_request(engine, problems[0], 800)
     engine._engine.control("/pause_generation", {"mode": mode})
-    with pytest.raises(RolloutError, match="HTTP 400"):  # flushing now would mix old keys with new weights
-        engine._engine.control("/flush_cache", {})
-    time.sleep(3.0)
-    assert thread.is_alive()
-    engine._engine.control("/continue_generation", {})
-    thread.join(300)
+    try:
+        if mode == "in_place":  # the request's keys are still there; retracted ones are not, and 0.5.23 flushes then
+            with pytest.raises(RolloutError, match="HTTP 400"):
+                engine._engine.control("/flush_cache", {})
+        time.sleep(3.0)
+        assert thread.is_alive()
+    finally:
+        engine._engine.control("/continue_generation", {})
+        thread.join(300)
     [reply] = replies
     assert reply["meta_info"]["completion_tokens"] == 800
     assert reply["meta_info"]["finish_reason"]["type"] == "length"
