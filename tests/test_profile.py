@@ -63,4 +63,4 @@ def test_a_device_without_products_still_has_its_ceilings(tmp_path):
     assert list(matrix_products([SimpleNamespace(key="aten::mm", input_shapes=[], self_cpu_time_total=1)], 4)) == []
     draw_roofline([], flops, bandwidth, tmp_path / "empty.png")
     draw_roofline([Product("one", 1e9, 1e8, 0.1, 1)], flops, bandwidth, tmp_path / "one.png")
-    assert (tmp_path / "one.png").stat().st_size > (tmp_path / "empty.png").stat().st_size
+    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "empty.png").read_bytes()
