@@ -51,7 +51,11 @@ class Given:
     def generate(
         self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, on_group: OnGroup | None = None
     ) -> list[RolloutGroup]:
-        return [self._groups[problem.uid] for problem in problems]
+        groups = [self._groups[problem.uid] for problem in problems]
+        for index, group in enumerate(groups):
+            if on_group is not None:
+                on_group(index, group)
+        return groups
 
     def update_weights(self, version: int) -> None: ...
 

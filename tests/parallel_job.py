@@ -26,6 +26,7 @@ from transformers import AutoModelForImageTextToText
 from rewardmap.config import Config, ParallelConfig, PolicyConfig, RolloutConfig, StageConfig, TrainConfig, load_config
 from rewardmap.curriculum import Curriculum
 from rewardmap.policy import Policy
+from rewardmap.rollout.engine import OnGroup
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import build_tiny
 from rewardmap.train import run
@@ -65,10 +66,16 @@ class Recorded:
     def __init__(self, policy: Policy) -> None:
         self.policy, self.step = policy, 0
 
-    def generate(self, problems: Sequence[Problem], group_size: int, sampling: Any) -> list[RolloutGroup]:
+    def generate(
+        self, problems: Sequence[Problem], group_size: int, sampling: Any, on_group: OnGroup | None = None
+    ) -> list[RolloutGroup]:
         rng = np.random.default_rng([5, self.step])
         self.step += 1
-        return [RolloutGroup(p, self.policy.encode(p).token_ids, self._answers(rng)) for p in problems]
+        groups = [RolloutGroup(p, self.policy.encode(p).token_ids, self._answers(rng)) for p in problems]
+        for index, group in enumerate(groups):
+            if on_group is not None:
+                on_group(index, group)
+        return groups
 
     def _answers(self, rng: np.random.Generator) -> tuple[Rollout, ...]:
         stop, words = self.policy.stop_token_ids[0], ("yes", "no", "\\boxed{yes}", "\\boxed{no}")

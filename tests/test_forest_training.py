@@ -9,6 +9,7 @@ import importlib.util
 import json
 import re
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,8 @@ class Recorded:
                 tokens = start[: rng.integers(0, 4)] + rng.integers(0, 200, rng.integers(1, 7)).tolist()
                 rollouts.append(Rollout(tuple(tokens), (-1.0,) * len(tokens), "", "stop", 0))
             groups.append(self.change(RolloutGroup(problem, self.policy.encode(problem).token_ids, tuple(rollouts))))
+            if on_group is not None:
+                on_group(len(groups) - 1, groups[-1])
         return groups
 
     def update_weights(self, version): ...
@@ -67,10 +70,11 @@ class Recorded:
 
 class GivenRewards(Trainer):
     def _score(self, stage, groups):
-        n = sum(len(group.rollouts) for group in groups)
-        score = np.random.default_rng([6, self.curriculum.step]).integers(0, 3, n) / 2
-        ones = np.ones(n)
-        return RewardBatch(score, score > 0, ones, ones, score > 0, np.zeros(n, np.int8), ones)
+        uids = [group.problem.uid for group in groups]
+        seeds = ([6, self.curriculum.step, *uid.encode()] for uid in uids)
+        score = np.concatenate([np.random.default_rng(seed).integers(0, 3, GROUP) / 2 for seed in seeds])
+        ones = np.ones(len(score))
+        return RewardBatch(score, score > 0, ones, ones, score > 0, np.zeros(len(score), np.int8), ones)
 
 
 def make(policy, reference=None, **train):
@@ -251,6 +255,28 @@ def test_answers_that_cannot_be_trained_on(how, says):
         bad = [row["bad_groups"] for row in rows if "bad_groups" in row]
         assert bad and all(fault.startswith("q1: ") for found in bad for fault in found)
         assert json.dumps(rows)
+
+
+def test_groups_are_scored_while_others_are_sampled(monkeypatch):
+    trainer, plain = make(build_tiny(3, True)), make(build_tiny(3, True))
+    generate, score, scored = trainer.engine.generate, trainer._score, threading.Event()
+
+    def slow(problems, group_size, sampling, on_group):
+        def hand_on(index, group):
+            on_group(index, group)
+            assert scored.wait(60)  # before the next group is there
+
+        return generate(problems, group_size, sampling, hand_on)
+
+    def watched(stage, groups):
+        batch = score(stage, groups)
+        scored.set()
+        return batch
+
+    monkeypatch.setattr(trainer.engine, "generate", slow)
+    monkeypatch.setattr(trainer, "_score", watched)
+    row, expected = trainer.train_step(), plain.train_step()
+    assert row["reward"] == expected["reward"] and row["loss"] == expected["loss"]
 
 
 def test_a_step_without_any_sound_group_stops():

@@ -380,9 +380,9 @@ def test_baselines_by_hand(config, monkeypatch, baseline, scale):
     rewards = seen["rewards"].score
     if baseline == "batch":
         expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
-        assert seen["base"] is None and seen["sizes"] == [[4] * 6]
+        assert seen["base"] is None and seen["sizes"] == [[4]] * 6
     else:
-        assert seen["sizes"] == [[4] * 6, [1] * 6]
+        assert seen["sizes"] == [*[[4]] * 6, [1] * 6]
         assert all(len(set(seen["base"][4 * i : 4 * i + 4])) == 1 for i in range(6))
         expected = rewards - seen["base"]
         expected = expected / (expected.std(ddof=1) + 1e-6) if scale == "batch" else expected

@@ -83,7 +83,9 @@ class OneStepOff(Trainer):
             [group_from_json(problem, group) for problem, group in zip(problems, state[name], strict=False)]
             for name in ("groups", "greedy")
         )
-        return Draw(self.curriculum.stages[state["stage"]], problems, self._sampling(), groups, greedy)
+        stage = self.curriculum.stages[state["stage"]]
+        rewards = [self._score(stage, [group]) for group in groups]
+        return Draw(stage, problems, self._sampling(), groups, rewards, greedy)
 
 
 def _in_background(work: Callable[[], T]) -> Future[T]:

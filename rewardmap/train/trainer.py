@@ -29,6 +29,7 @@ from rewardmap.train.forward import Vision, response_hidden
 from rewardmap.train.parallel import Forward, each_micro_batch, whole
 from rewardmap.train.ranks import ALONE, Ranks
 from rewardmap.train.reference import Reference
+from rewardmap.train.scoring import GroupScores, join
 from rewardmap.train.sound import fault_of
 from rewardmap.train.supervised import gold_answers, supervised_backward
 from rewardmap.transit.questions import gold_response
@@ -58,6 +59,8 @@ class Draw:
     problems: Sequence[Problem]
     sampling: SamplingParams
     groups: Sequence[RolloutGroup] = ()
+    rewards: Sequence[RewardBatch] = ()
+    """Of each group's answers."""
     greedy: Sequence[RolloutGroup] = ()
     """One greedy answer to each, where ``train.advantage_baseline`` asks for it."""
 
@@ -142,11 +145,12 @@ class Trainer:
 
     def _sample(self, draw: Draw) -> Draw:
         size = draw.stage.group_size or self.config.rollout.group_size
-        groups = self.engine.generate(draw.problems, size, draw.sampling)
+        with GroupScores(partial(self._score, draw.stage)) as scores:
+            groups = self.engine.generate(draw.problems, size, draw.sampling, scores)
         greedy: list[RolloutGroup] = []
         if self.config.train.advantage_baseline == "greedy":  # ReMax, arXiv 2310.10505
             greedy = self.engine.generate(draw.problems, 1, replace(draw.sampling, temperature=0.0))
-        return replace(draw, groups=groups, greedy=greedy)
+        return replace(draw, groups=groups, rewards=scores.take(), greedy=greedy)
 
     def _learn(self, draw: Draw) -> dict[str, Any]:
         self.step += 1
@@ -159,10 +163,10 @@ class Trainer:
         is 1; what the engine's policy was is ``rollout.importance_correction``'s."""
         stage = draw.stage
         with self.timer.phase("reward"):
-            groups, greedy, bad = self._sound(draw)
+            draw, bad = self._sound(draw)
+            groups, rewards = draw.groups, join(draw.rewards)
             problems, size = [group.problem for group in groups], len(groups[0].rollouts)
-            rewards = self._score(stage, groups)
-            baseline = self._score(stage, greedy).score.repeat(size) if greedy else None
+            baseline = self._score(stage, draw.greedy).score.repeat(size) if draw.greedy else None
             advantage = self._advantage(groups, rewards, baseline)
             self.curriculum.update(stage, problems, rewards.correct.reshape(-1, size).mean(1).tolist())
         with self.timer.phase("train"):
@@ -212,8 +216,8 @@ class Trainer:
         self.guard.streak, self.guard.refused = state["refused"]
         self.engine.update_weights(self.version)
 
-    def _sound(self, draw: Draw) -> tuple[list[RolloutGroup], list[RolloutGroup], list[str]]:
-        """Groups that can be trained on, their greedy answers, and what is wrong with the other groups.
+    def _sound(self, draw: Draw) -> tuple[Draw, list[str]]:
+        """With the groups alone that can be trained on, and what is wrong with the others.
 
         Raises:
             DataError: any is wrong and ``train.on_bad_group`` is ``raise``, or all are.
@@ -223,8 +227,12 @@ class Trainer:
         bad = [fault for fault in faults if fault is not None]
         if bad and (self.config.train.on_bad_group == "raise" or len(bad) == len(faults)):
             raise DataError(f"{bad[0]} (train.on_bad_group='skip' leaves such groups out and counts them)")
-        sound = [number for number, fault in enumerate(faults) if fault is None]
-        return [draw.groups[n] for n in sound], [draw.greedy[n] for n in sound if draw.greedy], bad
+
+        def sound(values: Sequence[Any]) -> list[Any]:
+            return [value for value, fault in zip(values, faults, strict=True) if fault is None]
+
+        greedy = sound(draw.greedy) if draw.greedy else ()
+        return replace(draw, groups=sound(draw.groups), rewards=sound(draw.rewards), greedy=greedy), bad
 
     def _sync(self) -> dict[str, float]:
         """The new weights to the engine; what it has to tell about that."""
