@@ -115,6 +115,7 @@ def test_keys_are_private_and_on_no_command_line(make, tmp_path):
     server.wait_ready()
     keys = Keys.read(tmp_path / "keys.json")
     assert keys == Keys.create(tmp_path) and keys.api != keys.admin and len(keys.api) >= 32
+    assert set(keys.api + keys.admin) <= set("0123456789abcdef")  # SGLang's own reader takes "-…" for an option
     for name in ("keys.json", "server-0.yaml"):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
     arguments = (tmp_path / "arguments").read_text()

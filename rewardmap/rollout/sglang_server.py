@@ -44,7 +44,7 @@ class Keys:
         path = folder / KEYS_FILE
         if path.exists():
             return cls.read(path)
-        keys = cls(secrets.token_urlsafe(24), secrets.token_urlsafe(24))
+        keys = cls(secrets.token_hex(24), secrets.token_hex(24))  # no dash: SGLang takes "-…" for an option
         _write_private(path, json.dumps({"api_key": keys.api, "admin_key": keys.admin}))
         return keys
 
