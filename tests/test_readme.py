@@ -36,7 +36,9 @@ def test_commands_exist() -> None:
 
 def test_paths_exist() -> None:
     for path in re.findall(r"\]\((?!http)([^)]+)\)", TEXT) + re.findall(r"configs/\w+\.toml", TEXT):
-        assert (ROOT / path).exists(), path
+        file, _, heading = path.partition("#")
+        assert (ROOT / file).exists(), path
+        assert not heading or f"\n## {heading.replace('-', ' ')}\n" in (ROOT / file).read_text("utf-8").lower(), path
 
 
 def test_settings_shown_are_settings() -> None:
