@@ -188,19 +188,15 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     from rewardmap.files import replacing
-    from rewardmap.report.curves import ACCENT, AFTER, GRID, INK, MUTED
+    from rewardmap.report.curves import ACCENT, AFTER, GRID, INK, plain_axes
 
     arms = list(dict.fromkeys(row["arm"] for row in rows if "transit" in row["tested"]))
     figure = Figure(figsize=(13, 1.6 + 0.36 * len(arms)), dpi=120, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(MAIN), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, MAIN, strict=True):
-        for side in ("top", "right", "left"):
-            axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(MUTED)
-        axes.tick_params(colors=MUTED, length=0, labelsize=9)
+        plain_axes(axes)
         axes.grid(axis="x", color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
         for place, arm in enumerate(arms):
             found = list(values(rows, arm, metric, "transit").values())
             mean = interval(found)

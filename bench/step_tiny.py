@@ -24,7 +24,7 @@ from rewardmap.train.trainer import Trainer
 from rewardmap.transit import gold_response
 from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.generate import TINY_LEVELS, generate_network
-from rewardmap.transit.questions import Balance, make_questions
+from rewardmap.transit.questions import Balance, as_problem, make_questions
 from rewardmap.types import KINDS, MetroData, Problem
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
@@ -42,22 +42,8 @@ def make_problems(maps: int) -> tuple[list[Problem], dict[str, MetroData]]:
         network = generate_network(TINY_LEVELS[index % len(TINY_LEVELS)], rng, f"bench/map_{index}")
         networks[network.network_id] = network.metro_data()
         picture = encode_png(draw_map(network))
-        for row in make_questions(network, "tiny", rng, balance):
-            problems.append(
-                Problem(
-                    uid=row["uid"],
-                    image=picture,
-                    question=row["question"],
-                    kind=row["type"],
-                    answer=row["answer"],
-                    station_1=row["station_1"],
-                    station_2=row["station_2"],
-                    network_id=network.network_id,
-                    map_difficulty=row["difficulty_city"],
-                    transfers_required=row["question_transfer_count"],
-                    fine_grained_answer=json.loads(row["fine_grained_answer"]),
-                )
-            )
+        rows = make_questions(network, "tiny", rng, balance)
+        problems += [as_problem(row, picture, network.network_id) for row in rows]
     return problems, networks
 
 

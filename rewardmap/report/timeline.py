@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rewardmap.files import replacing
-from rewardmap.report.curves import ACCENT, AFTER, BANDS, GRID, INK, MUTED, stage_spans
+from rewardmap.report.curves import ACCENT, AFTER, BANDS, GRID, INK, MUTED, plain_axes, stage_spans
 from rewardmap.types import KINDS
 
 COLOURS = dict(zip(KINDS, ("#1a5fd0", "#7fb0f2", "#12804a", "#74c69d", "#c9d96f", "#e07a1f"), strict=True))
@@ -47,7 +47,7 @@ def draw_curriculum(rows: Sequence[Row], path: Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0].tolist()
     for axes in panels:
-        _plain(axes)
+        plain_axes(axes)
         _stages(axes, rows, named=axes is panels[0])
     remaining = iter(panels)
     _asked(next(remaining), rows)
@@ -73,14 +73,6 @@ def bins(rows: Sequence[Row]) -> list[list[Row]]:
         else:
             groups.append([row])
     return groups
-
-
-def _plain(axes: Any) -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED)
-    axes.tick_params(colors=MUTED, length=0, labelsize=9)
-    axes.set_axisbelow(True)
 
 
 def _title(axes: Any, text: str, above: int = 6) -> None:

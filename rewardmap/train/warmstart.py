@@ -8,7 +8,6 @@ there is much to learn, so that the warm start knows the form of every answer an
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import sys
@@ -26,10 +25,10 @@ from rewardmap.policy import Policy
 from rewardmap.tiny import build_tiny
 from rewardmap.train.forest import Answers
 from rewardmap.train.supervised import gold_answers, supervised_backward
-from rewardmap.transit.draw import draw_map
+from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.generate import TINY_CELL_PX, TINY_CELLS, TINY_COLOURS, TINY_LEVELS, generate_network
 from rewardmap.transit.graph import Network
-from rewardmap.transit.questions import Balance, gold_response, make_questions
+from rewardmap.transit.questions import Balance, as_problem, gold_response, make_questions
 from rewardmap.types import Problem
 
 Tensor = torch.Tensor
@@ -82,30 +81,9 @@ def draw_study_maps(count: int, seed: int, console: Console) -> list[StudyMap]:
     rng, balance, maps = np.random.default_rng(seed), Balance(), []
     for index in track(range(count), "draw maps", console=console):
         network = generate_network(TINY_LEVELS[index % len(TINY_LEVELS)], rng, f"study/{index:05d}")
-        png = io.BytesIO()
-        draw_map(network).save(png, "PNG")
+        picture = encode_png(draw_map(network))
         rows = make_questions(network, "tiny", rng, balance)
-        maps.append(
-            StudyMap(
-                network,
-                tuple(
-                    Problem(
-                        uid=row["uid"],
-                        image=png.getvalue(),
-                        question=row["question"],
-                        kind=row["type"],
-                        answer=row["answer"],
-                        station_1=row["station_1"],
-                        station_2=row["station_2"],
-                        network_id=network.network_id,
-                        map_difficulty=row["difficulty_city"],
-                        transfers_required=row["question_transfer_count"],
-                        fine_grained_answer=json.loads(row["fine_grained_answer"]),
-                    )
-                    for row in rows
-                ),
-            )
-        )
+        maps.append(StudyMap(network, tuple(as_problem(row, picture, network.network_id) for row in rows)))
     return maps
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,8 +16,9 @@ import numpy as np
 
 from rewardmap.transit.graph import Network
 from rewardmap.transit.wording import gold_response, question_text, routes_as_plans
+from rewardmap.types import Problem
 
-__all__ = ["COLUMNS", "QUESTION_COUNTS", "Balance", "gold_response", "make_questions", "question_text"]
+__all__ = ["COLUMNS", "QUESTION_COUNTS", "Balance", "as_problem", "gold_response", "make_questions", "question_text"]
 
 QUESTION_COUNTS: dict[str, dict[str, int]] = {
     "tiny": {"TorF1": 2, "TorF2": 2, "Counting1": 2, "Counting2": 2, "Counting3": 1, "planning": 4},
@@ -108,6 +109,23 @@ def make_questions(network: Network, preset: str, rng: np.random.Generator, bala
             row["fine_grained_answer"] = json.dumps(row["fine_grained_answer"], ensure_ascii=False)
             rows.append({column: row[column] for column in COLUMNS})
     return rows
+
+
+def as_problem(row: Mapping[str, Any], image: str | bytes, network_id: str) -> Problem:
+    """The question of a row of ``make_questions`` about a picture."""
+    return Problem(
+        uid=row["uid"],
+        image=image,
+        question=row["question"],
+        kind=row["type"],
+        answer=row["answer"],
+        station_1=row["station_1"],
+        station_2=row["station_2"],
+        network_id=network_id,
+        map_difficulty=row["difficulty_city"],
+        transfers_required=row["question_transfer_count"],
+        fine_grained_answer=json.loads(row["fine_grained_answer"]),
+    )
 
 
 class _Asker:
