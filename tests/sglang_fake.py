@@ -116,6 +116,8 @@ class FakeServer(Threaded):
         self.running_now -= 1
         place = body["input_ids"].index(self.image_token)
         prompt = body["input_ids"][:place] + [self.image_token] * self.image_tokens + body["input_ids"][place + 1 :]
+        if self.tokenizer.convert_ids_to_tokens(prompt[-1]) == "<|vision_start|>":
+            raise IndexError("the real server looks at the token after each <|vision_start|>")
         meta = {"prompt_tokens": len(prompt), "weight_version": self.version}
         if body["sampling_params"]["max_new_tokens"] == 0:
             scored = prompt[body["logprob_start_len"] + 1 :]

@@ -216,8 +216,13 @@ def test_replies_that_do_not_fit(policy, problems, server, make):
             engine.generate(problems[:1], 2, SAMPLING)
 
 
+def test_an_answer_cut_at_a_vision_start_is_scored(problems, server, make):
+    start = make(server.url).policy.tokenizer.convert_tokens_to_ids("<|vision_start|>")
+    assert make(server.url).logprobs(problems[0], (40, start)) == [[-0.5, -0.5]]
+
+
 def test_a_prompt_longer_than_the_context_is_named_before_it_is_sent(problems, server, make):
-    server.info["max_total_num_tokens"] = 50
+    server.info["max_total_num_tokens"] = 58
     with pytest.raises(ConfigError, match=r"q-0: 52 prompt tokens and rollout.max_new_tokens=24 exceed the 50 tokens"):
         make(server.url).generate(problems, 2, SAMPLING)
     with pytest.raises(ConfigError, match="exceed the 50 tokens"):

@@ -130,6 +130,17 @@ def test_each_route_changes_the_answers(route, engine, problems, tmp_path):
     assert (changed - torch.tensor(before.rollouts[0].rollout_logprobs)).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("length", ["short", "as long as fits"])
+def test_an_answer_cut_at_a_vision_start_is_scored(length, engine, problems):
+    policy, inner = engine._policy, engine._engine
+    room = inner._limit - len(policy.encode(problems[0]).token_ids)
+    answer = [*range(40, 80)] * (room // 40 + 1)
+    response = [*answer[: (4 if length == "short" else room) - 1], policy.model.config.vision_start_token_id]
+    for scores in inner.logprobs(problems[0], response):
+        expected = engine._own_logprobs(problems[0], response)
+        np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
 def test_a_groups_prompt_and_picture_are_computed_once(engine, problems):
     inner = engine._engine
     inner.control("/flush_cache", {})

@@ -14,12 +14,15 @@ from rewardmap.rollout.sglang_client import SGLangClient
 
 OLDEST, NEWEST, TOO_NEW = (0, 5, 17), (0, 5, 23), (0, 6)
 """Oldest version that works, newest one tried, and the first that nobody can know anything about."""
+_RESERVE = 8
+"""What a context must hold besides a prompt and its answer for the server to score them: SGLang keeps 7 tokens free of
+an input, and a scoring request has one more."""
 _VOLATILE = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "use_cache", "architectures"}
 _TOKENIZER_SAMPLE = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Zürich 地铁 Line 2?<|im_end|>\n"
 
 
 async def check_server(client: SGLangClient, policy: Policy) -> int:
-    """The longest sequence the server takes, in tokens.
+    """The longest sequence the server can sample and score, in tokens.
 
     Raises:
         ConfigError: a version, a model or a tokenizer that does not fit, by name.
@@ -36,7 +39,7 @@ async def check_server(client: SGLangClient, policy: Policy) -> int:
             f"{client.url}: its tokenizer differs from the trainer's ({len(tokens['tokens'])} tokens of a sample text "
             f"against {len(ours)}); serve the folder that policy.model names"
         )
-    return int(min(tokens["max_model_len"], server["max_total_num_tokens"]))
+    return int(min(tokens["max_model_len"], server["max_total_num_tokens"])) - _RESERVE
 
 
 def check_length(prompt_tokens: int, max_new_tokens: int, limit: int, uid: str) -> None:

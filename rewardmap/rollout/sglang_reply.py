@@ -57,7 +57,8 @@ def generate_body(
 def score_body(prompt: Sequence[int], response: Sequence[int], image_token: int, picture: str) -> dict[str, Json]:
     """The body of a request for the log-probabilities of a given answer at temperature 1. Arguments as above."""
     return {
-        "input_ids": [*collapse_image(prompt, image_token), *response],
+        # One token more than is asked for: SGLang fails on a text whose last token is <|vision_start|>.
+        "input_ids": [*collapse_image(prompt, image_token), *response, prompt[-1]],
         "image_data": [picture],
         "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
         "return_logprob": True,
@@ -72,7 +73,7 @@ def read_scores(reply: Json, prompt: Sequence[int], response: Sequence[int], voc
         MismatchError: the server scored other tokens.
     """
     try:
-        entries = reply["meta_info"]["input_token_logprobs"][-len(response) :]
+        entries = reply["meta_info"]["input_token_logprobs"][-len(response) - 1 : -1]
         counted = reply["meta_info"]["prompt_tokens"]
         tokens, nats = [int(entry[1]) for entry in entries], [float(entry[0]) for entry in entries]
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -80,8 +81,9 @@ def read_scores(reply: Json, prompt: Sequence[int], response: Sequence[int], voc
     last = vocabulary - 1
     if tokens != [0 if token == last else token for token in response] and tokens != list(response):
         raise MismatchError(f"{uid}: the server scored tokens {tokens}; it was sent {list(response)}")
-    if counted != len(prompt) + len(response):
-        raise MismatchError(f"{uid}: the server scored {counted} tokens; it was sent {len(prompt) + len(response)}")
+    sent = len(prompt) + len(response) + 1
+    if counted != sent:
+        raise MismatchError(f"{uid}: the server scored {counted} tokens; it was sent {sent}")
     return [math.nan if token == last else value for token, value in zip(response, nats, strict=True)]
 
 
