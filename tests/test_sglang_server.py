@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import stat
@@ -19,7 +20,7 @@ from rich.console import Console
 from rewardmap.config import ConfigError, ServerConfig, load_config
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.process import GUARD
-from rewardmap.rollout.sglang_server import VISION_CACHE_MB, Keys, SGLangServer
+from rewardmap.rollout.sglang_server import VISION_CACHE_MB, Keys, Router, SGLangServer
 from rewardmap.train.serve import serve
 
 STAND_IN = """
@@ -60,7 +61,7 @@ def python(tmp_path):
 
 
 def server_of(config, folder, keys, frozen_vision=True):
-    return SGLangServer(config, 0, folder, folder, keys, "cpu", "float32", False, frozen_vision)
+    return SGLangServer(config, 0, folder, folder, keys, "cpu", "float32", False, frozen_vision, banned=(261, 262))
 
 
 @pytest.fixture
@@ -97,6 +98,19 @@ def gone(processes, seconds=15.0):
     return not any(map(alive, processes))
 
 
+def test_the_router_starts_and_its_key_is_not_on_the_command_line(python, tmp_path):
+    keys = Keys("sample-key", "admin-key")
+    router = Router(ServerConfig(python=str(python), router=True), ["http://127.0.0.1:1"], tmp_path, keys)
+    try:
+        router.start()
+        processes = pids(tmp_path)
+        line = Path(f"/proc/{processes[0]}/cmdline").read_text()
+        assert "--worker-urls\0http://127.0.0.1:1\0" in line and "sample-key" not in line
+    finally:
+        router.stop()
+    assert gone(processes)
+
+
 def test_start_and_stop(make, tmp_path):
     server = make("serve")
     server.start()
@@ -124,6 +138,8 @@ def test_keys_are_private_and_on_no_command_line(make, tmp_path):
     options = arguments.split("\n")
     assert options[options.index("--host") + 1] == "127.0.0.1"
     assert options[options.index("--load-format") + 1] == "dummy"
+    preferred = json.loads(options[options.index("--preferred-sampling-params") + 1])
+    assert preferred == {"logit_bias": {"261": -1e9, "262": -1e9}}
 
 
 def test_a_server_that_ends_is_an_error_with_its_last_words(make):

@@ -10,12 +10,17 @@ from rewardmap.rollout.engine import RolloutError
 from rewardmap.types import FinishReason, Problem, Rollout, RolloutGroup, SamplingParams
 
 Json = Any
-BAN = -1e9
+_BAN = -1e9
 """Added to a banned token's logit."""
 
 
 class MismatchError(RolloutError):
     """A reply that does not fit what was asked: training on it would be wrong."""
+
+
+def bans(tokens: Sequence[int]) -> dict[str, float]:
+    """SGLang's ``logit_bias`` under which none of ``tokens`` is sampled."""
+    return {str(token): _BAN for token in tokens}
 
 
 def generate_body(
@@ -44,7 +49,7 @@ def generate_body(
             "top_k": sampling.top_k,
             "max_new_tokens": sampling.max_new_tokens,
             "stop_token_ids": list(stop),
-            "logit_bias": {str(token): BAN for token in banned},
+            "logit_bias": bans(banned),
             "skip_special_tokens": False,
             "spaces_between_special_tokens": False,
             "no_stop_trim": True,

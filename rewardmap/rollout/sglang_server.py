@@ -19,11 +19,18 @@ from pathlib import Path
 from rewardmap.config import ConfigError, ServerConfig
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.process import GuardedProcess, answers, free_port
+from rewardmap.rollout.sglang_reply import bans
 
 KEYS_FILE = "keys.json"
 VISION_CACHE_MB = "1024"
 """For the server's store of vision outputs, which SGLang leaves out on large GPUs. It is never cleared: where the
 tower is trained there must be none."""
+_ROUTER = """import os, sys
+from sglang_router.launch_router import main
+sys.argv += ["--api-key", key] if (key := os.environ.pop("ROUTER_KEY")) else []
+main()
+"""
+"""It takes its key as an option alone, and a command line is seen by every user of the machine."""
 _POLL_S = 0.25
 _PORT_TRIES = 3
 
@@ -78,6 +85,8 @@ class SGLangServer:
     """False: it starts with random weights, and the trainer sends them."""
     frozen_vision: bool
     """Whether the vision tower stays as it is, so that its outputs may be kept."""
+    banned: Sequence[int] = ()
+    """Tokens that no request samples, also one that comes through the router, which drops a request's own bans."""
     _process: GuardedProcess | None = None
     _port: int = 0
 
@@ -157,6 +166,8 @@ class SGLangServer:
         config = self.config
         options = ["--model-path", str(self.model.absolute()), "--host", config.host, "--port", str(self._port)]
         options += ["--tp-size", str(config.tensor_parallel), "--dtype", self.dtype, "--skip-server-warmup"]
+        if self.banned:
+            options += ["--preferred-sampling-params", json.dumps({"logit_bias": bans(self.banned)})]
         if not self.load_weights:
             options += ["--load-format", "dummy"]
         if config.colocated:
@@ -200,12 +211,10 @@ class Router:
         """Start it and wait until it serves. Raises RolloutError."""
         port = free_port("127.0.0.1")
         self.url = f"http://127.0.0.1:{port}"
-        command = [self.config.python or sys.executable, "-m", "sglang_router.launch_router"]
+        command = [self.config.python or sys.executable, "-c", _ROUTER]
         command += ["--worker-urls", *self.urls, "--host", "127.0.0.1", "--port", str(port)]
         command += ["--policy", "cache_aware", "--prometheus-port", str(free_port("127.0.0.1")), "--disable-retries"]
-        if self.keys.api:
-            command += ["--api-key", self.keys.api]
-        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+        environment = {**os.environ, "PYTHONSAFEPATH": "1", "ROUTER_KEY": self.keys.api or ""}
         self._process = GuardedProcess(command, self.folder / "router.log", environment)
         deadline = time.monotonic() + 60
         while not answers(f"{self.url}/health"):

@@ -37,7 +37,18 @@ def start_servers(
         save_without_weights(policy, model)
     dtype = str(policy.model.dtype).removeprefix("torch.")
     servers = [
-        SGLangServer(config, index, model, folder, keys, policy.device.type, dtype, load_weights, policy.freeze_vision)
+        SGLangServer(
+            config,
+            index,
+            model,
+            folder,
+            keys,
+            policy.device.type,
+            dtype,
+            load_weights,
+            policy.freeze_vision,
+            policy.banned_token_ids,
+        )
         for index in range(config.replicas)
     ]
     try:
