@@ -9,17 +9,15 @@ holds the answers that wait to be trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
 from rewardmap.config import StageConfig
+from rewardmap.train.background import in_background
 from rewardmap.train.ranks import group_from_json, group_to_json
 from rewardmap.train.trainer import Draw, Trainer
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -61,7 +59,7 @@ class OneStepOff(Trainer):
             # The local engine computes with the weights and on the device that train: there is nothing to overlap.
             self._coming.set_result(self._answer(draw))
         else:
-            self._coming = _in_background(lambda: self._sample(draw))
+            self._coming = in_background(lambda: self._sample(draw), "next step's answers")
 
     def _before_update(self) -> None:
         if self._coming is not None:
@@ -86,17 +84,3 @@ class OneStepOff(Trainer):
         stage = self.curriculum.stages[state["stage"]]
         rewards = [self._score(stage, [group]) for group in groups]
         return Draw(stage, problems, self._sampling(), groups, rewards, greedy)
-
-
-def _in_background(work: Callable[[], T]) -> Future[T]:
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    # A daemon: a run that stops at once does not wait for answers nobody will train on.
-    Thread(target=run, name="next step's answers", daemon=True).start()
-    return future

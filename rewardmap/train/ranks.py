@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,14 +19,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from rewardmap.rollout.engine import OnGroup, RolloutEngine
+from rewardmap.rollout.engine import OnGroup, RolloutEngine, RolloutError
+from rewardmap.train.background import in_background
 from rewardmap.types import Problem, Rollout, RolloutGroup, SamplingParams
 
 T = TypeVar("T")
+_BEAT_S = 1.0
 
 
-class FirstRankError(RuntimeError):
-    """Rank 0 could not do what the others wait for; it says why itself."""
+class OtherRankError(RuntimeError):
+    """Another rank could not do what all wait for; it says why itself."""
 
 
 class LostRankError(RuntimeError):
@@ -100,11 +103,24 @@ class Ranks:
         """Until every rank is here."""
         self.any(False)
 
+    def agree(self, error: BaseException | None) -> None:
+        """Every rank goes on, or none does.
+
+        Raises:
+            ``error`` where there is one, else OtherRankError when there is one elsewhere.
+        """
+        said = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise OtherRankError(f"stopped with rank {rank}: {text}")
+
     def first(self, work: Callable[[], T]) -> T:
         """``work()`` on rank 0 while the others wait; its JSON value on every rank.
 
         Raises:
-            What ``work`` raises on rank 0, FirstRankError elsewhere.
+            What ``work`` raises on rank 0, OtherRankError elsewhere.
         """
         if self.size == 1:
             return work()
@@ -114,12 +130,29 @@ class Ranks:
                 value = work()
             except Exception as caught:
                 error = caught
-        value, message = self.gather([value, None if error is None else f"{type(error).__name__}: {error}"])[0]
-        if error is not None:
-            raise error
-        if message is not None:
-            raise FirstRankError(f"stopped with rank 0: {message}")
-        return value  # type: ignore[return-value]
+        self.agree(error)
+        return self.gather(value)[0]  # type: ignore[no-any-return]
+
+    def patiently(self, work: Callable[[], T], at_each_beat: Callable[[], None] = lambda: None) -> T:
+        """``work()`` on every rank, however much longer it takes on one than a collective waits: in a thread, while the
+        ranks hear of each other. The first error ends it for all.
+
+        Args:
+            at_each_beat: called by all ranks together, about once a second; here collectives are in order.
+
+        Raises:
+            What ``work`` raises here, OtherRankError when it raises elsewhere.
+        """
+        if self.size == 1:
+            return work()
+        task = in_background(work, "patient work")
+        while True:
+            wait([task], _BEAT_S)
+            ended = task.done()
+            self.agree(task.exception() if ended else None)
+            at_each_beat()
+            if all(self.gather(ended)):
+                return task.result()
 
 
 ALONE = Ranks()
@@ -170,7 +203,8 @@ def join_ranks(timeout_seconds: float, alone: bool = False) -> Iterator[Ranks]:
     try:
         yield ranks
     except RuntimeError as error:
-        if "imed out" in str(error) or "closed by peer" in str(error):  # as gloo and the store say it
+        ours = isinstance(error, (RolloutError, OtherRankError))
+        if not ours and ("imed out" in str(error) or "closed by peer" in str(error)):  # as gloo and the store say it
             raise LostRankError(
                 f"another rank hangs or is gone (parallel.timeout_seconds={timeout_seconds:g}); its own lines say why; "
                 "resume when it can run again"
@@ -212,13 +246,7 @@ class SharedRollouts:
         mine = self._ranks.share(problems)
         with self._whole_weights():
             groups = self._engine.generate(mine, group_size, replace(sampling, seed=seed)) if mine else []
-        shares = self._ranks.gather([group_to_json(group) for group in groups])
-        everyone = [group for share in shares for group in share]
-        result = [group_from_json(problem, group) for problem, group in zip(problems, everyone, strict=True)]
-        if on_group is not None:
-            for index, group in enumerate(result):
-                on_group(index, group)
-        return result
+        return gather_groups(self._ranks, problems, groups, on_group)
 
     def metrics(self) -> dict[str, float]:
         """The engine's of this rank."""
@@ -229,6 +257,20 @@ class SharedRollouts:
 
     def close(self) -> None:
         self._engine.close()
+
+
+def gather_groups(
+    ranks: Ranks, problems: Sequence[Problem], mine: Sequence[RolloutGroup], on_group: OnGroup | None
+) -> list[RolloutGroup]:
+    """The groups of all ``problems`` on every rank, of those that each rank has, which follow each other in rank order.
+    ``on_group`` sees each."""
+    shares = ranks.gather([group_to_json(group) for group in mine])
+    everyone = [group for share in shares for group in share]
+    result = [group_from_json(problem, group) for problem, group in zip(problems, everyone, strict=True)]
+    if on_group is not None:
+        for index, group in enumerate(result):
+            on_group(index, group)
+    return result
 
 
 def group_to_json(group: RolloutGroup) -> list[Any]:
