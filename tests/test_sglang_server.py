@@ -123,6 +123,38 @@ def test_start_and_stop(make, tmp_path):
     server.stop()
 
 
+def test_each_replica_has_its_gpus_and_sees_the_trainers(tmp_path, monkeypatch):
+    def seen(gpus, size=1, visible="", count=4, **settings):
+        monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        config = ServerConfig(gpus=gpus, tensor_parallel=size, replicas=2, **settings)
+        servers = [
+            SGLangServer(config, index, tmp_path, tmp_path, Keys(), "cuda", "bfloat16", False, True) for index in (0, 1)
+        ]
+        return [server._environment()["CUDA_VISIBLE_DEVICES"] for server in servers]
+
+    assert seen(()) == ["0,1,2,3", "1,0,2,3"]
+    assert seen((), size=2) == ["0,1,2,3", "2,3,0,1"]
+    assert seen((), visible="GPU-a,GPU-b") == ["GPU-a,GPU-b", "GPU-b,GPU-a"]
+    assert seen((6, 7), visible="4,5") == ["6,4,5", "7,4,5"]  # the trainer's own are there to be read from
+    assert seen((0, 0), count=1) == ["0", "0"]
+    with pytest.raises(ConfigError, match=r"replicas=2 of 1 GPUs each: this machine shows 1; name them"):
+        seen((), count=1)
+
+
+def test_a_colocated_server_keeps_its_weights_while_it_sleeps(tmp_path):
+    options = server_of(ServerConfig(colocated=True), tmp_path, Keys())._options()
+    assert {"--enable-memory-saver", "--enable-weights-cpu-backup"} <= set(options)
+
+
+def test_a_server_is_no_rank_of_the_job_that_starts_it(tmp_path, monkeypatch):
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "ROLE_NAME", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    for name in (*launcher, "PYTHONPATH", "LOCAL_SETTING"):
+        monkeypatch.setenv(name, "1")
+    environment = server_of(ServerConfig(), tmp_path, Keys())._environment()
+    assert not environment.keys() & {*launcher, "PYTHONPATH"} and environment["LOCAL_SETTING"] == "1"
+
+
 def test_keys_are_private_and_on_no_command_line(make, tmp_path):
     server = make("serve")
     server.start()

@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from rewardmap.config import ConfigError, ServerConfig
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.process import GuardedProcess, answers, free_port
@@ -32,6 +34,10 @@ main()
 """
 """It takes its key as an option alone, and a command line is seen by every user of the machine."""
 _POLL_S = 0.25
+_LAUNCHERS = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} | {
+    f"{prefix}_{name}" for prefix in ("LOCAL", "GROUP", "ROLE") for name in ("RANK", "WORLD_SIZE", "NAME")
+}
+"""Environment variables that say who one of several ranks is."""
 _PORT_TRIES = 3
 
 Progress = Callable[[str], None]
@@ -171,7 +177,8 @@ class SGLangServer:
         if not self.load_weights:
             options += ["--load-format", "dummy"]
         if config.colocated:
-            options += ["--enable-memory-saver"]
+            # Without the copy a server that wakes up for a second round, as in an evaluation, has lost its weights.
+            options += ["--enable-memory-saver", "--enable-weights-cpu-backup"]
         if config.deterministic:
             options += ["--enable-deterministic-inference"]
         if self.device == "cpu":
@@ -181,7 +188,11 @@ class SGLangServer:
 
     def _environment(self) -> dict[str, str]:
         environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-        environment.pop("PYTHONPATH", None)  # ours; the server has an environment of its own
+        for name in os.environ:
+            # PYTHONPATH is ours; the server has an environment of its own. What launched our ranks did not launch it:
+            # with torchrun's variables its processes would look for each other at torchrun's store.
+            if name == "PYTHONPATH" or name in _LAUNCHERS or name.startswith("TORCHELASTIC_"):
+                del environment[name]
         if self.frozen_vision:
             environment.setdefault("SGLANG_VLM_CACHE_SIZE_MB", VISION_CACHE_MB)
         else:
@@ -189,11 +200,23 @@ class SGLangServer:
         if self.device == "cpu":
             # More threads than cores wait for each other in busy loops; compiling takes longer than it saves.
             environment |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-        elif self.config.gpus:
-            size = self.config.tensor_parallel
-            gpus = self.config.gpus[self.index * size : (self.index + 1) * size]
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        else:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus())
         return environment
+
+    def _gpus(self) -> list[str]:
+        """All that this machine shows us, this replica's first: it takes those, and can open what a trainer on another
+        one shares with it."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        known = visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
+        chosen, size = [str(gpu) for gpu in self.config.gpus] or known, self.config.tensor_parallel
+        own = chosen[self.index * size : (self.index + 1) * size]
+        if len(own) < size:
+            raise ConfigError(
+                f"rollout.server.replicas={self.config.replicas} of {size} GPUs each: this machine shows "
+                f"{len(known)}; name them in rollout.server.gpus, one more than once if replicas share it"
+            )
+        return [*own, *(gpu for gpu in known if gpu not in own)]
 
 
 @dataclass
