@@ -9,11 +9,14 @@ import asyncio
 import base64
 import io
 import json
+import os
 import pickle
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -230,3 +233,29 @@ class Proxy(Threaded):
                     sample["meta_info"]["weight_version"] = "stale"
             text = json.dumps(samples)
         return web.Response(status=status, text=text, content_type="application/json")
+
+
+def serve() -> None:
+    """``python sglang_fake.py OPTIONS``, those of ``sglang.launch_server``: the server in a process of its own. With
+    ``--die-once FILE`` it ends at its first question, if nobody has before."""
+    from transformers import AutoTokenizer
+
+    options = dict(zip(sys.argv, sys.argv[1:], strict=False))
+    model = Path(options["--model-path"])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    server = FakeServer(tokenizer, json.loads((model / "config.json").read_text())["image_token_id"])
+    died, answer = Path(options["--die-once"]) if "--die-once" in options else None, server._generate
+
+    async def generate(body: Any) -> Any:
+        if died is not None and not died.exists():
+            died.touch()
+            os._exit(9)
+        return await answer(body)
+
+    route = next(r for r in server.app.router.routes() if r.resource and r.resource.canonical == "/generate")
+    route._handler = server._handled(generate)
+    web.run_app(server.app, host=options["--host"], port=int(options["--port"]), print=None)
+
+
+if __name__ == "__main__":
+    serve()

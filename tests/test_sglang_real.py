@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -323,6 +325,36 @@ def test_the_tiny_job_on_servers_does_what_it_does_locally(tmp_path):
     log = (tmp_path / "sglang" / "servers" / "server-0.log").read_text()
     _, ready, served = log.partition("ready to roll")  # before, 0.5.23 may ask itself something too early, and say so
     assert ready and "Traceback" not in served
+
+
+def test_the_tiny_job_on_two_ranks_with_a_server(tmp_path):
+    """By torchrun, weights split over both ranks: the server holds what they hold after every step, and resumes."""
+    settings = [
+        *("data.train_maps=6", "data.test_maps=6", "train.prompts_per_step=8", "eval.samples=0", "policy.device=cpu"),
+        *("eval.text_only=false", "eval.max_problems=6", "train.checkpoint_every=2", "train.keep_checkpoints=9"),
+        "train.stages=[{name='warm start', kind='sft', steps=1, checkpoint='shipped'}, {name='counting', steps=4}]",
+        *("rollout.engine=sglang", "rollout.server.args=['--max-total-tokens', '16384']", "rollout.server.bucket_mb=1"),
+        f"rollout.server.python={interpreter(VERSIONS[-1])}",
+    ]
+    out = tmp_path / "run"
+
+    def launch(*arguments):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        job = [*command, "rewardmap.cli", "train", *arguments]
+        done = subprocess.run(job, env=environment, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        rows = read_metrics(out)
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and all(len(row["train_flop"]) == 2 for row in rows)
+        assert all(row["rollout_drift"] < 1e-4 and row["sync_drift_max"] < 1e-4 for row in rows[1:])
+        log = (out / "servers" / "server-0.log").read_text()
+        _, ready, served = log.rpartition("ready to roll")  # of the last one started
+        assert ready and "Traceback" not in served and not (out / "servers" / "rank-1").exists()
+
+    launch("tiny", *settings, "--run-dir", str(out))
+    for name in ("step-000004", "step-000005"):
+        shutil.rmtree(out / "checkpoints" / name)
+    launch("--resume", str(out))
 
 
 def test_a_wrong_key_is_refused(engine, problems):

@@ -103,9 +103,9 @@ class SGLangClient:
             raise RolloutError(f"{self.url}{path}: {reply.get('message', text)}")
         return reply
 
-    async def has(self, path: str) -> bool:
+    async def has(self, path: str, timeout_s: float | None = None) -> bool:
         """Whether the server knows a POST endpoint: a GET there is the wrong method (405), and has no effect."""
-        status, _ = await self._within(self._timeout_s, "GET", path, None, admin=False)
+        status, _ = await self._within(timeout_s or self._timeout_s, "GET", path, None, admin=False)
         return status == 405
 
     async def _within(self, limit: float, method: str, path: str, body: Json, admin: bool) -> tuple[int, str]:

@@ -214,11 +214,12 @@ class SGLangEngine:
                 if await self._restarted(replica, error):
                     return await replica.client.generate(body, uid)
                 if replica is order[-1]:
-                    raise
+                    said = f". The server ended; {replica.server.last_lines()}" if replica.server else ""
+                    raise RolloutError(f"{error}{said}") from None
         raise AssertionError("unreachable")
 
     async def _restarted(self, replica: Replica, error: UnreachableError) -> bool:
-        """Start a server of our own again if it is gone. False: it is not ours."""
+        """Start a server of our own again if it is gone. False: not ours, or nobody can bring it up to date."""
         async with replica.lock:
             server = replica.server
             if server is None:
@@ -226,7 +227,7 @@ class SGLangEngine:
             if await asyncio.to_thread(server.answers):
                 return True  # another group's request brought it back, or only the connection broke
             if self.on_restart is None:
-                raise RolloutError(f"{error}. The server ended; {server.last_lines()}") from None
+                return False
             await asyncio.to_thread(self.restart, replica)
             await asyncio.to_thread(self.on_restart, replica)
             return True

@@ -6,10 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from rewardmap.config import Config, ConfigError
 from rewardmap.policy import Policy, load_policy
 from rewardmap.rollout.engine import RolloutEngine
 from rewardmap.rollout.local import LocalEngine
+from rewardmap.train.parallel import Forward
+from rewardmap.train.ranks import ALONE, Ranks, SharedRollouts
 from rewardmap.types import Problem
 
 SERVERS = "servers"
@@ -17,7 +21,13 @@ SERVERS = "servers"
 
 
 def make_engine(
-    config: Config, policy: Policy, folder: Path, problems: Sequence[Problem], progress: Callable[[str], None]
+    config: Config,
+    policy: Policy,
+    folder: Path,
+    problems: Sequence[Problem],
+    progress: Callable[[str], None],
+    ranks: Ranks = ALONE,
+    forward: Forward | None = None,
 ) -> RolloutEngine:
     """The engine of ``config.rollout``; its servers, if any, are running, hold the policy's weights and fit it.
 
@@ -25,23 +35,36 @@ def make_engine(
         folder: of the run.
         problems: all that will be asked; each must fit into the servers' context.
         progress: told what is going on while servers start.
+        ranks: of the job; every rank makes this call.
+        forward: of a sharded policy.
 
     Raises:
         ConfigError: aiohttp is not installed, or a server does not fit.
         RolloutError: servers that cannot be reached or started.
+        OtherRankError: either of them, on another rank.
     """
     if config.rollout.engine == "local":
-        return LocalEngine(policy, config.rollout.batch_sequences)
+        engine = LocalEngine(policy, config.rollout.batch_sequences)
+        return engine if forward is None else SharedRollouts(engine, ranks, policy.whole_weights)
     need_client()
     from rewardmap.train.synced import SyncedEngine
 
-    engine = SyncedEngine(policy, config.rollout.server, folder / SERVERS, progress)
+    servers = SyncedEngine(
+        policy,
+        config.rollout.server,
+        folder / SERVERS,
+        progress,
+        dtype=getattr(torch, config.parallel.compute_dtype or config.policy.dtype),
+        ranks=ranks,
+        forward=forward,
+        ahead=config.rollout.staleness > 0,
+    )
     try:
-        engine.check(problems, config.rollout.max_new_tokens)
+        servers.check(problems, config.rollout.max_new_tokens)
     except BaseException:
-        engine.close()
+        servers.close()
         raise
-    return engine
+    return servers
 
 
 def attach(config: Config, url: str, problems: Sequence[Problem]) -> tuple[RolloutEngine, str]:

@@ -143,6 +143,12 @@ def each_micro_batch(policy: Policy, forests: Sequence[PackedForest]) -> Iterato
         yield forest
 
 
+def split_again(policy: Policy) -> None:
+    """After a forward pass that no backward pass follows: what it gathered is let go. Nothing for a whole policy."""
+    for module in _sharded_modules(policy.model):
+        module.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered on every rank; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

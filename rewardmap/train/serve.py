@@ -6,6 +6,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from rewardmap.config import Config, ConfigError
@@ -34,7 +35,8 @@ def serve(config: Config, folder: Path, *, console: Console) -> None:
         raise ConfigError(f"rollout.server.urls={list(server.urls)} names servers that run already; leave it out")
     say = partial(console.print, highlight=False, soft_wrap=True)
     policy = initial_policy(config)
-    servers, keys = start_servers(policy, server, folder, say, load_weights=True)
+    dtype = getattr(torch, config.parallel.compute_dtype or config.policy.dtype)
+    servers, keys = start_servers(policy, server, folder, say, load_weights=True, dtype=dtype)
     del policy  # the servers have loaded it
     router: Router | None = None
     try:

@@ -32,7 +32,7 @@ from rewardmap.train.examine import (
 )
 from rewardmap.train.identity import changes, identity, restore_random_state
 from rewardmap.train.parallel import needs_sharding, prepare_policy, shard_policy
-from rewardmap.train.ranks import ALONE, Ranks, SharedRollouts, join_ranks
+from rewardmap.train.ranks import ALONE, Ranks, join_ranks
 from rewardmap.train.reference import make_reference
 from rewardmap.train.trainer import Trainer
 from rewardmap.transit.reasonmap import MapData, load_dataset, write_dataset
@@ -107,11 +107,6 @@ def _make_trainer(
     networks: dict[str, Networks] = {mode: networks_for(mode, training, testing) for mode in modes}
     curriculum = Curriculum(training.problems, config.train.stages, config.train.prompts_per_step, config.train.seed)
     sharded = needs_sharding(config.parallel, ranks, config.policy.dtype)
-    if sharded and config.rollout.engine != "local":
-        raise ConfigError(
-            f"rollout.engine='{config.rollout.engine}' trains on one process, with parallel.compute_dtype unset and "
-            "without parallel.offload: its weights are not pushed from shards yet"
-        )
     settings = replace(config.policy, device="cpu") if sharded else config.policy  # split before they go to the GPU
     with timer.phase("load"):
         # Adapters lie beside the weights they began with.
@@ -127,8 +122,7 @@ def _make_trainer(
     computes_in = getattr(torch, config.parallel.compute_dtype or config.policy.dtype)
     console.print(policy.describe_attention(computes_in), highlight=False, soft_wrap=True)
     with timer.phase("servers"):
-        engine = make_engine(config, policy, run_dir, asked, partial(console.print, highlight=False))
-        engine = SharedRollouts(engine, ranks, policy.whole_weights) if sharded else engine
+        engine = make_engine(config, policy, run_dir, asked, partial(console.print, highlight=False), ranks, forward)
     try:
         return (OneStepOff if config.rollout.staleness else Trainer)(
             config,

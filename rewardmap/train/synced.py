@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 
 import torch
 
@@ -14,16 +18,27 @@ from rewardmap.rollout.engine import OnGroup, RolloutError
 from rewardmap.rollout.sglang_engine import Replica, SGLangEngine
 from rewardmap.rollout.sglang_server import Keys, Progress, Router, SGLangServer
 from rewardmap.train.forest import Answers, pack_forest
-from rewardmap.train.forward import response_hidden
+from rewardmap.train.forward import Vision, response_hidden
+from rewardmap.train.parallel import Forward, split_again
+from rewardmap.train.ranks import ALONE, Ranks, gather_groups
 from rewardmap.train.weight_sync import MEMORY, WeightSync
 from rewardmap.types import Problem, RolloutGroup, SamplingParams
 from rewardmap_kernels import linear_logprobs
 
 
 def start_servers(
-    policy: Policy, config: ServerConfig, folder: Path, progress: Progress, *, load_weights: bool
+    policy: Policy,
+    config: ServerConfig,
+    folder: Path,
+    progress: Progress,
+    *,
+    load_weights: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[SGLangServer], Keys]:
     """Servers of our own, ready to answer. On an error or an interrupt none is left running.
+
+    Args:
+        dtype: they compute in; None: the model's own.
 
     Raises:
         ConfigError, RolloutError: see ``SGLangServer``.
@@ -35,7 +50,7 @@ def start_servers(
         policy.save(model)
     else:
         save_without_weights(policy, model)
-    dtype = str(policy.model.dtype).removeprefix("torch.")
+    name = str(dtype or policy.model.dtype).removeprefix("torch.")
     servers = [
         SGLangServer(
             config,
@@ -44,7 +59,7 @@ def start_servers(
             folder,
             keys,
             policy.device.type,
-            dtype,
+            name,
             load_weights,
             policy.freeze_vision,
             policy.banned_token_ids,
@@ -74,41 +89,64 @@ def save_without_weights(policy: Policy, folder: Path) -> None:
 
 
 class SyncedEngine:
-    """``RolloutEngine`` on SGLang servers that get the trainer's weights whenever they change."""
+    """``RolloutEngine`` on SGLang servers that get the trainer's weights whenever they change.
 
-    def __init__(self, policy: Policy, config: ServerConfig, folder: Path, progress: Progress) -> None:
+    Under several ranks every rank makes every call. The first rank of each node starts servers there, or rank 0 alone
+    speaks to those named in ``urls``; such a rank asks for its share of the problems, then all ranks hold all groups.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: ServerConfig,
+        folder: Path,
+        progress: Progress,
+        *,
+        dtype: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
+        forward: Forward | None = None,
+        ahead: bool = False,
+    ) -> None:
         """Start the servers or attach to those named, check them, push the weights as version 0.
+
+        Args:
+            dtype: the servers compute in; None: the model's own.
+            forward: of a sharded policy.
+            ahead: answers are sampled while the policy trains, so that shards cannot be gathered meanwhile.
 
         Raises:
             ConfigError, RolloutError: see ``SGLangServer`` and ``check_server``.
+            OtherRankError: either of them, on another rank.
         """
         self._policy, self._config = policy, config
-        self._router: Router | None = None
+        self._ranks = ranks.apart()  # answers may be gathered while the trainer's collectives run
+        self._forward = forward or partial(response_hidden, policy)
+        leads = ranks.is_first if config.urls else ranks.local_rank == 0
+        self._leaders = [rank for rank, does in enumerate(ranks.gather(leads)) if does]
         self._asleep = False
         self._sample: tuple[Problem, tuple[int, ...]] | None = None
         self._metrics: dict[str, float] = {}
-        servers: list[SGLangServer] = []
-        keys = Keys.read(config.keys_file) if config.keys_file else Keys()
-        if not config.urls:
-            servers, keys = start_servers(policy, config, folder, progress, load_weights=False)
+        self._ended: SimpleQueue[tuple[Replica, Future[None]]] = SimpleQueue()
+        self._router: Router | None = None
+        self._servers: list[SGLangServer] = []
+        own = folder if ranks.is_first else folder / f"rank-{ranks.rank}"
         try:
-            if config.router:
-                self._router = Router(config, [server.url for server in servers], folder, keys)
-                self._router.start()
-            self._engine = SGLangEngine(policy, config, servers, keys, self._router.url if self._router else None)
-            self._sync = WeightSync(policy, self._engine, folder)
-            self._engine.check()
-            self._engine.on_restart = self._bring_up
+            keys = self._ranks.patiently(lambda: self._start(own, progress, dtype) if leads else Keys())
+            asked = config if leads else replace(config, urls=())
+            router = self._router.url if self._router else None
+            self._engine = SGLangEngine(policy, asked, self._servers, keys, router)
+            self._sync = WeightSync(policy, self._engine, own, dtype, self._ranks)
+            self.check([], 0)
+            if forward is None or not ahead:
+                self._engine.on_restart = self._bring_up
             self.update_weights(0)
         except BaseException:
             self.close()
-            for server in servers:
-                server.stop()
             raise
 
     def check(self, problems: Sequence[Problem], max_new_tokens: int) -> None:
         """Whether the servers can take the longest of these. Raises ConfigError."""
-        self._engine.check(problems, max_new_tokens)
+        self._ranks.patiently(lambda: self._engine.check(problems, max_new_tokens) if self._engine.replicas else None)
 
     def generate(
         self,
@@ -118,16 +156,17 @@ class SyncedEngine:
         on_group: OnGroup | None = None,
     ) -> list[RolloutGroup]:
         """See ``SGLangEngine.generate``. Colocated servers are awake only meanwhile."""
-        if self._asleep:
-            self._engine.control("/resume_memory_occupation", {"tags": MEMORY})
-            self._asleep = False
-        groups = self._engine.generate(problems, group_size, sampling, on_group)
+        alone = self._ranks.size == 1
+        mine = self._share(problems)
+        self._make_room()
+        groups = self._ranks.patiently(
+            lambda: self._generate(mine, group_size, sampling, on_group if alone else None), self._push_to_restarted
+        )
+        if not alone:
+            groups = gather_groups(self._ranks, problems, groups, on_group)
         if groups:
             longest = max(groups[0].rollouts, key=lambda rollout: len(rollout.token_ids))
             self._sample = (groups[0].problem, longest.token_ids)
-        if self._config.colocated:
-            self._engine.control("/release_memory_occupation", {"tags": MEMORY})
-            self._asleep = True
         return groups
 
     def update_weights(self, version: int) -> None:
@@ -135,7 +174,9 @@ class SyncedEngine:
 
         Raises:
             RolloutError: the push failed twice, or the difference is above ``rollout.server.drift_alarm``.
+            OtherRankError: either of them, on another rank.
         """
+        self._make_room()
         self._sync.push(version)
         self._asleep = False
         self._engine.update_weights(version)
@@ -150,6 +191,94 @@ class SyncedEngine:
             RolloutError: the mean is above the alarm's threshold.
         """
         here = self._own_logprobs(problem, response)
+        found = self._ranks.gather(self._ranks.patiently(lambda: self._drift(problem, response, here)))
+        servers = [drift for drift in found if drift]
+        return {name: max(drift[name] for drift in servers) for name in (servers[0] if servers else ())}
+
+    def metrics(self) -> dict[str, float]:
+        """``sync_seconds``, ``sync_drift_mean`` and ``sync_drift_max`` in nats; see ``RolloutEngine``."""
+        taken, self._metrics = self._metrics, {}
+        return taken
+
+    def close(self) -> None:
+        """End servers of our own. A second call does nothing."""
+        while not self._ended.empty():
+            self._ended.get()[1].set_exception(RolloutError("the run ends"))
+        if hasattr(self, "_sync"):
+            self._sync.close()
+        if hasattr(self, "_engine"):
+            self._engine.close()
+        if self._router is not None:
+            self._router.stop()
+        for server in self._servers:
+            server.stop()
+
+    def _start(self, folder: Path, progress: Progress, dtype: torch.dtype | None) -> Keys:
+        """Servers of our own and the router, where the configuration asks for them."""
+        config = self._config
+        if config.urls:
+            return Keys.read(config.keys_file) if config.keys_file else Keys()
+        self._servers, keys = start_servers(self._policy, config, folder, progress, load_weights=False, dtype=dtype)
+        if config.router:
+            self._router = Router(config, [server.url for server in self._servers], folder, keys)
+            self._router.start()
+        return keys
+
+    def _share(self, problems: Sequence[Problem]) -> Sequence[Problem]:
+        """What this rank's servers are asked."""
+        if self._ranks.rank not in self._leaders:
+            return ()
+        return Ranks(self._leaders.index(self._ranks.rank), len(self._leaders)).share(problems)
+
+    def _make_room(self) -> None:
+        """Colocated servers wake up once no rank of theirs computes or keeps memory it does not use."""
+        if self._config.colocated:
+            torch.cuda.empty_cache()
+            self._ranks.wait()
+
+    def _generate(
+        self, problems: Sequence[Problem], group_size: int, sampling: SamplingParams, on_group: OnGroup | None
+    ) -> list[RolloutGroup]:
+        groups: list[RolloutGroup] = []
+        if problems:
+            if self._asleep:
+                self._engine.control("/resume_memory_occupation", {"tags": MEMORY})
+                self._asleep = False
+            groups = self._engine.generate(problems, group_size, sampling, on_group)
+        if self._config.colocated and not self._asleep:
+            self._engine.control("/release_memory_occupation", {"tags": MEMORY})
+            self._asleep = True
+        return groups
+
+    def _bring_up(self, replica: Replica) -> None:
+        """The current weights for a server that was started again; called in a thread of the generation."""
+        done: Future[None] = Future()
+        self._ended.put((replica, done))
+        if self._ranks.size == 1:
+            self._push_to_restarted()
+        done.result()
+
+    def _push_to_restarted(self) -> None:
+        """Every rank gathers, those that brought a server up send."""
+        waiting = []
+        while not self._ended.empty():
+            waiting.append(self._ended.get())
+        if not self._ranks.any(bool(waiting)):
+            return
+        assert self._engine.version is not None
+        try:
+            self._sync.push(self._engine.version, [replica for replica, _ in waiting])
+        except BaseException as error:
+            for _, done in waiting:
+                done.set_exception(error)
+            raise
+        for _, done in waiting:
+            done.set_result(None)
+
+    def _drift(self, problem: Problem, response: Sequence[int], here: torch.Tensor) -> dict[str, float]:
+        """Of this rank's servers; nothing without any."""
+        if not self._engine.replicas:
+            return {}
         there = torch.tensor(self._engine.logprobs(problem, response))
         difference = (there - here).abs()  # [servers, R]
         means = difference.nanmean(dim=1)
@@ -165,30 +294,13 @@ class SyncedEngine:
         largest = float(difference.nan_to_num().max())
         return {"sync_drift_mean": mean, "sync_drift_max": largest}
 
-    def metrics(self) -> dict[str, float]:
-        """``sync_seconds``, ``sync_drift_mean`` and ``sync_drift_max`` in nats; see ``RolloutEngine``."""
-        taken, self._metrics = self._metrics, {}
-        return taken
-
-    def close(self) -> None:
-        """End servers of our own. A second call does nothing."""
-        if hasattr(self, "_sync"):
-            self._sync.close()
-        if hasattr(self, "_engine"):
-            self._engine.close()
-        if self._router is not None:
-            self._router.stop()
-
-    def _bring_up(self, replica: Replica) -> None:
-        """The current weights for a server that was started again."""
-        assert self._engine.version is not None
-        self._sync.push(self._engine.version, [replica])
-
     @torch.no_grad()
     def _own_logprobs(self, problem: Problem, response: Sequence[int]) -> torch.Tensor:
-        """[R] at temperature 1."""
+        """[R] at temperature 1. Every rank computes it, because each holds a part of the weights."""
         answers = Answers(self._policy.encode(problem), problem.image, (tuple(response),), (0,))
         [forest] = pack_forest([answers], max_tokens=1 << 30)
-        hidden = response_hidden(self._policy, forest)
+        hidden = self._forward(forest, Vision(self._policy, [forest]))
         weight = self._policy.model.lm_head.weight
-        return linear_logprobs(hidden, weight, forest.target.to(hidden.device))[0].float().cpu()
+        logprobs = linear_logprobs(hidden, weight, forest.target.to(hidden.device))[0].float().cpu()
+        split_again(self._policy)
+        return logprobs

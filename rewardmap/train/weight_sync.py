@@ -3,6 +3,8 @@
 ``tensor``: CUDA IPC handles of a bucket, for servers on this machine's GPUs; by value where the trainer is on a CPU.
 ``distributed``: each bucket broadcast in a process group of trainer and servers (NCCL, gloo on a CPU).
 ``disk``: safetensors in a folder that the servers see too.
+
+Under several ranks all gather each weight together, and those that have servers send it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import shutil
 import socket
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -33,7 +36,8 @@ from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.process import free_port
 from rewardmap.rollout.sglang_client import SGLangClient
 from rewardmap.rollout.sglang_engine import Replica, SGLangEngine
-from rewardmap.train.weights import Bucket, buckets
+from rewardmap.train.ranks import ALONE, Ranks
+from rewardmap.train.weights import Bucket, buckets, whole_weights
 
 Tensor = torch.Tensor
 Json = dict[str, Any]
@@ -46,38 +50,50 @@ class WeightSync:
     """Pushes a policy's weights to the servers of an engine."""
 
     def __init__(
-        self, policy: Policy, engine: SGLangEngine, folder: Path, agree: Callable[[bool], bool] = lambda failed: failed
+        self,
+        policy: Policy,
+        engine: SGLangEngine,
+        folder: Path,
+        dtype: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """
         Args:
+            engine: on a rank without servers one without replicas.
             folder: where the disk route writes; servers must see it under the same path.
-            agree: whether any rank of the job says True; ranks of a sharded policy try again together or not at all.
+            dtype: what is sent; None: the model's own.
         """
-        self._policy, self._engine, self._folder, self._agree = policy, engine, folder, agree
+        self._policy, self._engine, self._folder, self._ranks = policy, engine, folder, ranks
         self._config = engine.config
-        self._dtype = policy.model.dtype
+        self._dtype = dtype or policy.model.dtype
         self._group: _Group | None = None
+        # A server that hangs is given up before the ranks that wait for it are.
+        alone = ranks.size == 1
+        self._limit = None if alone else min(engine.config.request_timeout_s, ranks.timeout_seconds / 2)
         self.seconds = 0.0
         """Duration of the last push."""
 
     def push(self, version: int, replicas: Sequence[Replica] | None = None) -> None:
         """Make all servers hold the current weights as ``version``. A push that breaks off is made once more, from its
-        beginning, after servers of our own that ended were started again.
+        beginning, after servers of our own that ended were started again. Every rank makes this call.
+
+        Args:
+            replicas: of this rank that need them; None: all.
 
         Raises:
             RolloutError: naming the server and the call that failed twice, or the deadline that passed.
+            OtherRankError: a push failed on another rank.
         """
         chosen = list(self._engine.replicas if replicas is None else replicas)
         begin = time.perf_counter()
-        error = self._attempt(version, chosen)
-        if self._agree(error is not None):
+        if self._ranks.any(self._attempt(version, chosen) is not None):
             self._forget_group()
-            self._revive(chosen)
-            again = self._attempt(version, chosen)
-            if self._agree(again is not None):
-                raise RolloutError(
-                    f"weights version {version} did not reach the servers: {again or error or 'another rank says why'}"
-                ) from again
+            self._ranks.patiently(lambda: self._revive(chosen))
+            cause, error = self._attempt(version, chosen), None
+            if cause is not None:
+                error = RolloutError(f"weights version {version} did not reach the servers: {cause}")
+                error.__cause__ = cause
+            self._ranks.agree(error)
         self.seconds = time.perf_counter() - begin
 
     def close(self) -> None:
@@ -86,39 +102,40 @@ class WeightSync:
         for old in self._folder.glob("weights-*"):
             shutil.rmtree(old, ignore_errors=True)
 
-    def _attempt(self, version: int, replicas: Sequence[Replica]) -> RolloutError | None:
-        """None on success. Takes every bucket also after a failure: other ranks gather them with us."""
-        pieces = buckets(self._policy.model, self._dtype, self._config.bucket_mb << 20)
+    def _attempt(self, version: int, replicas: Sequence[Replica]) -> Exception | None:
+        """None on success. Takes every weight also after a failure, and without servers: other ranks gather it too."""
+        if not replicas:
+            deque(whole_weights(self._policy.model, self._dtype, self._policy.device), maxlen=0)
+            return None
+        pieces = buckets(self._policy.model, self._dtype, self._config.bucket_mb << 20, self._policy.device)
+        send = {"tensor": self._by_tensor, "distributed": self._by_group, "disk": self._by_disk}[self._config.sync]
         try:
             self._do(replicas, self._open)
-            {"tensor": self._by_tensor, "distributed": self._by_group, "disk": self._by_disk}[self._config.sync](
-                version, replicas, pieces
-            )
+            send(version, replicas, pieces)
             self._do(replicas, lambda client: self._finish(client, version))
-        except RolloutError as error:
-            for _ in pieces:
-                pass
+        except Exception as error:
+            deque(pieces, maxlen=0)
             self._do(replicas, self._abandon)
             return error
         return None
 
     async def _open(self, client: SGLangClient) -> None:
         """Nothing runs, memory is there, and a session is open where the version has them."""
-        await client.call("/pause_generation", {"mode": "abort"})
+        await self._call(client, "/pause_generation", {"mode": "abort"})
         if self._config.colocated:
-            await client.call("/resume_memory_occupation", {"tags": ["weights"]})
-        if self._config.sync != "disk" and await client.has(_BEGIN):
-            await client.call(_BEGIN, {"selector": "all"})
+            await self._call(client, "/resume_memory_occupation", {"tags": ["weights"]})
+        if self._config.sync != "disk" and await client.has(_BEGIN, self._limit):
+            await self._call(client, _BEGIN, {"selector": "all"})
 
     async def _finish(self, client: SGLangClient, version: int) -> None:
-        if self._config.sync != "disk" and await client.has(_BEGIN):
-            await client.call("/end_weight_update", {})
+        if self._config.sync != "disk" and await client.has(_BEGIN, self._limit):
+            await self._call(client, "/end_weight_update", {})
         if self._config.colocated:
-            await client.call("/resume_memory_occupation", {"tags": ["kv_cache"]})
+            await self._call(client, "/resume_memory_occupation", {"tags": ["kv_cache"]})
         # Refused (HTTP 400) while anything runs: then old keys and values would serve new weights.
-        await client.call(f"/flush_cache?timeout={_FLUSH_S}", {})
-        await client.call("/continue_generation", {})
-        found = (await client.call("/model_info", method="GET", admin=False))["weight_version"]
+        await self._call(client, f"/flush_cache?timeout={_FLUSH_S}", {})
+        await self._call(client, "/continue_generation", {})
+        found = (await self._call(client, "/model_info", method="GET", admin=False))["weight_version"]
         if str(found) != str(version):
             raise RolloutError(f"{client.url}: holds weights {found} after a push of version {version}")
 
@@ -154,8 +171,8 @@ class WeightSync:
                 "flush_cache": False,
                 "weight_version": str(version),
             }
-            calls = self._engine.loop.start(_all(replicas, lambda c, b=body: c.call(_DISTRIBUTED, b)))  # type: ignore[misc]
-            self._group.broadcast(bucket.flat, calls.done, self._config.request_timeout_s)
+            calls = self._engine.loop.start(_all(replicas, lambda c, b=body: self._call(c, _DISTRIBUTED, b)))  # type: ignore[misc]
+            self._group.broadcast(bucket.flat, calls.done, self._limit or self._config.request_timeout_s)
             calls.result()
 
     def _by_disk(self, version: int, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
@@ -177,7 +194,10 @@ class WeightSync:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _post(self, replicas: Sequence[Replica], path: str, body: Json) -> None:
-        self._do(replicas, lambda client: client.call(path, body))
+        self._do(replicas, lambda client: self._call(client, path, body))
+
+    async def _call(self, client: SGLangClient, path: str, body: Json | None = None, **named: Any) -> Any:
+        return await client.call(path, body, timeout_s=self._limit, **named)
 
     def _do(self, replicas: Sequence[Replica], call: Callable[[SGLangClient], Coroutine[Any, Any, Any]]) -> None:
         self._engine.loop.run(_all(replicas, call))

@@ -45,35 +45,46 @@ class Bucket:
         return {e.name: self.flat[e.start : e.end].view(e.dtype).view(e.shape) for e in self.entries}
 
 
-def buckets(model: Any, dtype: torch.dtype, limit: int) -> Iterator[Bucket]:
+def buckets(model: Any, dtype: torch.dtype, limit: int, device: torch.device | None = None) -> Iterator[Bucket]:
     """All weights of ``model`` in ``dtype``, one after the other in buckets of at most ``limit`` bytes; a larger
     weight has one for itself.
 
     One buffer serves all buckets, so besides the model there are never more than one bucket and one whole weight in
     memory. With a sharded model every rank must take every bucket: each weight is gathered as it is reached.
+
+    Args:
+        device: of the buckets, wherever the weights rest; None: theirs.
     """
     entries: list[Entry] = []
     flat: Tensor | None = None
     end = 0
-    for name, weight in whole_weights(model):
+    for name, weight in whole_weights(model, dtype, device):
         size = weight.numel() * dtype.itemsize
         if entries and end + size > limit:
             assert flat is not None
             yield Bucket(flat[:end], tuple(entries))
             entries, end = [], 0
         if flat is None or size > len(flat):
-            flat = torch.empty(max(size, limit), dtype=torch.uint8, device=weight.device)
+            flat = torch.empty(max(size, limit), dtype=torch.uint8, device=device or weight.device)
         flat[end : end + size].view(dtype).copy_(weight.detach().reshape(-1))
         entries.append(Entry(name, dtype, tuple(weight.shape), end, end + size))
         end += size
+        del weight  # or it lives while the next one is gathered
     if entries:
         assert flat is not None
         yield Bucket(flat[:end], tuple(entries))
 
 
-def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+def whole_weights(
+    model: Any, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) of every parameter, under a checkpoint's names: shards gathered, a shared parameter once, low-rank
-    adapters multiplied into the weights they belong to."""
+    adapters multiplied into the weights they belong to.
+
+    Args:
+        dtype: what a shard is rounded to before it is gathered, which moves less; others stay as they are.
+        device: where a shard is gathered.
+    """
     adapted = {}
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
@@ -81,22 +92,25 @@ def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
-        weight = _whole(parameter)
-        if name in adapted:
-            weight = _merged(weight, adapted[name])
+        weight = parameter.detach()
+        weight = _merged(weight, adapted[name], device) if name in adapted else _whole(weight, dtype, device)
         for part, other in _RENAMED.items():
             name = name.replace(part, other)
         yield name, weight
 
 
-def _whole(weight: Tensor) -> Tensor:
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+def _whole(weight: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
+    if not isinstance(weight, DTensor):
+        return weight
+    shard: Any = weight.to(device=device or weight.device, dtype=dtype or weight.dtype)
+    return shard.full_tensor()  # type: ignore[no-any-return]
 
 
-def _merged(weight: Tensor, module: Any) -> Tensor:
+def _merged(weight: Tensor, module: Any, device: torch.device | None) -> Tensor:
     """W + scaling B A of peft's layers, computed at least in fp32."""
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    wide = _whole(weight, None, device)
+    wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
     for adapter in module.lora_A:
-        down, up = _whole(module.lora_A[adapter].weight), _whole(module.lora_B[adapter].weight)
+        down, up = (_whole(one[adapter].weight.detach(), None, device) for one in (module.lora_A, module.lora_B))
         wide = wide + module.scaling[adapter] * (up.to(wide.dtype) @ down.to(wide.dtype))
     return wide

@@ -1,0 +1,183 @@
+"""Several ranks with SGLang servers: weights gathered from shards, answers shared, failures that end all ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+
+from rewardmap.config import PolicyConfig
+from rewardmap.policy import load_policy
+from rewardmap.report import read_metrics
+from rewardmap.tiny import WARM_START
+from rewardmap.train.checkpoint import list_checkpoints
+from rewardmap.train.weights import whole_weights
+
+sys.path.append(str(Path(__file__).parent))
+import sglang_fake as fake
+
+JOB = Path(__file__).parent / "sglang_ranks_job.py"
+PUSHED = {
+    "plain": {},
+    "bfloat16": {"parallel": {"compute_dtype": "bfloat16"}},
+    "offload": {"parallel": {"offload": True}, "policy": {"freeze_vision": False}},
+    "lora": {"policy": {"lora_rank": 4}},
+}
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy(WARM_START, PolicyConfig())
+
+
+@pytest.fixture
+def make(policy):
+    """Servers, and proxies before them."""
+    with ExitStack() as stack:
+
+        def make():
+            server = fake.FakeServer(policy.tokenizer, policy.model.config.image_token_id)
+            stack.enter_context(server.running())
+            proxy = fake.Proxy(server.url)
+            stack.enter_context(proxy.running())
+            return server, proxy
+
+        yield make
+
+
+def run_jobs(folder, jobs, timeout=400):
+    """What each rank of each job saw."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, str(JOB), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {
+        name: [json.loads(path.read_text()) for path in sorted((folder / name).glob("[0-9].json"))] for name in jobs
+    }
+
+
+def pushing(url, size=2, **settings):
+    return {"scenario": "push", "size": size, "server": {"urls": [url], "bucket_mb": 1}, **settings}
+
+
+def test_two_ranks_push_what_one_does_and_hold_one_weight_at_a_time(policy, make, tmp_path):
+    servers = {(variant, size): make()[0] for variant in PUSHED for size in (1, 2)}
+    jobs = {f"{v}-{n}": pushing(server.url, n, **PUSHED[v]) for (v, n), server in servers.items()}
+    seen = run_jobs(tmp_path, jobs)
+    for (variant, size), server in servers.items():
+        assert server.version == "3" and not server.paused and not server.session
+        assert server.calls.count("/update_weights_from_tensor") > 1
+        ranks = seen[f"{variant}-{size}"]
+        assert len(ranks) == size
+        # Beside the shards a rank has the weight being gathered at most; adapters are gathered with theirs.
+        assert variant == "lora" or all(rank["held"] == rank["largest"] > 0 for rank in ranks)
+    loaded = dict(whole_weights(policy.model))
+    for variant in PUSHED:
+        one, two = (servers[variant, size].weights for size in (1, 2))
+        assert one.keys() == two.keys() == loaded.keys()
+        assert all(torch.equal(two[name], weight) for name, weight in one.items())
+        dtype = torch.bfloat16 if variant == "bfloat16" else torch.float32
+        for name, weight in one.items():
+            merged = variant == "lora" and "_proj.weight" in name and "visual" not in name
+            assert weight.dtype == dtype and torch.equal(weight, loaded[name].to(dtype)) != merged, name
+
+
+def test_a_push_that_fails_is_made_again_by_all_ranks_or_ends_all_with_one_error(make, tmp_path):
+    refused = {name: make() for name in ("/pause_generation", "/update_weights_from_tensor", "/flush_cache")}
+    for path, (_, proxy) in refused.items():
+        for _ in range(2):
+            proxy.break_next(path, "400")
+    (once, broken), (_, hanging) = make(), make()
+    broken.break_next("/update_weights_from_tensor", "reset")
+    for _ in range(2):
+        hanging.break_next("/update_weights_from_tensor", "hang")
+    jobs = {path.strip("/"): pushing(proxy.url) for path, (_, proxy) in refused.items()}
+    jobs |= {"once": pushing(broken.url), "hangs": pushing(hanging.url, timeout_seconds=8)}
+    seen = run_jobs(tmp_path, jobs)
+    for path, (server, _) in refused.items():
+        first, second = seen[path.strip("/")]
+        assert first["error"] == "RolloutError" and path in first["says"] and "HTTP 400" in first["says"]
+        says = "stopped with rank 0: RolloutError: weights version 3 did not reach the servers"
+        assert second["error"] == "OtherRankError" and second["says"].startswith(says)
+        assert max(first["seconds"], second["seconds"]) < 20
+        assert not server.paused and not server.session
+    assert len(seen["once"]) == 2 and not any("error" in rank for rank in seen["once"])
+    assert broken.spoiled == 1 and once.version == "3"
+    first, second = seen["hangs"]  # given up before the ranks that wait for it are
+    assert "no answer within 4 s" in first["says"] and second["error"] == "OtherRankError"
+
+
+def test_all_ranks_hold_the_answers_that_rank_0_asked_for(make, tmp_path):
+    server, _ = make()
+    settings = {"urls": [server.url], "colocated": True, "drift_alarm": 100.0}
+    first, second = run_jobs(tmp_path, {"job": {"scenario": "sample", "size": 2, "server": settings}})["job"]
+    assert first == second | {"restarts": [0]} and first["sharded"]
+    assert first["uids"] == [f"q-{n}" for n in range(5)] and first["calls"] == [0, 1, 2, 3, 4]
+    assert set(first["metrics"]) == {"sync_drift_mean", "sync_drift_max"}
+    versions = [rollout[-1] for group in first["groups"] for rollout in group[1]]
+    assert versions == [0] * 10 + [1] * 2
+    asked = [body for body in server.bodies if body["sampling_params"]["max_new_tokens"]]
+    assert len(asked) == 6 and len({tuple(body["input_ids"]) for body in asked}) == 5
+    # Servers take memory only when every rank is there.
+    awake, asleep, come = "/resume_memory_occupation", "/release_memory_occupation", "/tokenize"
+    order = [call for call in server.calls if call in (awake, asleep, come, "/generate")]
+    start = order.index("/generate") - 1
+    assert order[start] == come
+    assert order[start + 1 :] == [*["/generate"] * 5, asleep, come, awake, awake, "/generate", "/generate", asleep]
+
+
+def test_the_first_rank_of_each_node_has_servers_there_and_one_that_ends_comes_back(tmp_path):
+    """Two ranks that take themselves for two nodes. Each one's server ends at its first question, is started again, and
+    gets the weights of both ranks' shards while the other may still sample."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nshift 2\nexec "{sys.executable}" "{fake.__file__}" "$@"\n')
+    python.chmod(0o755)
+    settings = {"python": str(python), "drift_alarm": 100.0, "args": ["--die-once", "died"]}
+    job = {"scenario": "sample", "size": 2, "server": settings, "nodes": 2}
+    first, second = run_jobs(tmp_path, {"job": job})["job"]
+    assert first == second and first["restarts"] == [1] and first["sharded"]
+    assert first["uids"] == [f"q-{n}" for n in range(5)] and first["calls"] == [0, 1, 2, 3, 4]
+    assert [rollout[-1] for group in first["groups"] for rollout in group[1]] == [0] * 10 + [1] * 2
+    assert all((tmp_path / "job" / folder / "died").exists() for folder in ("servers", "servers/rank-1"))
+
+
+def test_runs_on_two_ranks_train_stop_and_go_on(make, tmp_path):
+    """At each step, and one step off."""
+    shared = [
+        *("data.train_maps=3", "data.test_maps=3", "train.prompts_per_step=5", "rollout.group_size=2"),
+        *("train.checkpoint_every=1", "eval.max_problems=3", "eval.samples=0", "eval.text_only=false"),
+        *("rollout.engine=sglang", "rollout.server.drift_alarm=100.0", "rollout.importance_correction=truncate"),
+        *("policy.device=cpu", "parallel.compute_dtype=bfloat16", "parallel.timeout_seconds=60"),
+        *("train.skip_equal_groups=false", "train.keep_checkpoints=9"),
+        "train.stages=[{name='warm', kind='sft', steps=0, checkpoint='shipped'}, {name='all', steps=3}]",
+    ]
+    servers, jobs = {"together": make()[0], "ahead": make()[0]}, {}
+    for name, server in servers.items():
+        own = [f"rollout.server.urls=['{server.url}']", f"rollout.staleness={int(name == 'ahead')}"]
+        jobs[name] = {"scenario": "run", "size": 2, "overrides": [*shared, *own]}
+    run_jobs(tmp_path, jobs)
+    for name, server in servers.items():
+        out = tmp_path / name / "run"
+        rows = read_metrics(out)
+        assert [row["step"] for row in rows] == [1, 2, 3] and server.version == "3"
+        assert all("sync_drift_mean" in row and len(row["train_flop"]) == 2 for row in rows)
+        assert [row["staleness"] for row in rows] == [0, 1, 1] if name == "ahead" else "staleness" not in rows[0]
+        saved = list_checkpoints(out / "checkpoints")
+        assert [path.name for path in saved] == ["step-000001", "step-000002", "step-000003"]
+        for newest in saved[1:]:
+            shutil.rmtree(newest)
+        server.weights = {}
+    run_jobs(tmp_path, {name: {"scenario": "run", "size": 2, "resume": True} for name in servers})
+    for name, server in servers.items():
+        out = tmp_path / name / "run"
+        assert [row["step"] for row in read_metrics(out)] == [1, 2, 3] and server.version == "3"
+        assert next(iter(server.weights.values())).dtype == torch.bfloat16
+        assert (out / "report.json").is_file()
