@@ -184,6 +184,35 @@ def check_advantage() -> None:
         assert torch.equal(got[3], wanted[3])
 
 
+def check_product() -> None:
+    """Both layouts and dtypes of either side, edges of panels, blocks and tiles, inside memory of NaN; cut for many
+    threads as for one."""
+    product, g = torch.ops.rewardmap.product_, torch.Generator().manual_seed(4)
+
+    def operand(lines: int, depth: int, along: bool, dtype: torch.dtype) -> Tensor:
+        shape = (lines, depth) if along else (depth, lines)
+        memory = torch.full((shape[0], shape[1] + 3), float("nan"), dtype=dtype)
+        memory[:, : shape[1]] = torch.randn(shape, generator=g)
+        inside = memory[:, : shape[1]]
+        return inside if along else inside.t()
+
+    shapes = ((1, 1, 1), (5, 15, 2), (6, 16, 7), (7, 33, 9), (13, 47, 258), (200, 70, 31), (590, 19, 5), (3, 530, 515))
+    dtypes = (torch.float32, torch.bfloat16)
+    for shape, left, right, *dtype in itertools.product(shapes, (True, False), (True, False), dtypes, dtypes):
+        (m, n, k), add = shape, left == right
+        a, b = operand(m, k, left, dtype[0]), operand(n, k, right, dtype[1]).t()
+        made = []
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            memory = torch.full((m, n + 5), 7.0)
+            product(memory[:, :n], a, b, add)
+            assert (memory[:, n:] == 7).all()
+            made.append(memory[:, :n])
+        assert torch.equal(*made)
+        check(f"product {shape} {left} {right} {dtype}", made[0], a.double() @ b.double() + 7 * add, 1e-6, k * 2.0**-22)
+    torch.set_num_threads(2)
+
+
 def check_refusals() -> None:
     """Bad input raises; memory is never read beyond it."""
     ops = torch.ops.rewardmap
@@ -194,6 +223,9 @@ def check_refusals() -> None:
         (lambda: ops.row_statistics(logits.t(), torch.zeros(8).long(), 1.0, None, None), "rows of stride 1"),
         (lambda: ops.row_statistics(logits.double(), targets * 0, 1.0, None, None), "float32 or bfloat16"),
         (lambda: ops.row_statistics(logits, targets * 0, 1.0, torch.ones(2), None), "temperatures must be"),
+        (lambda: ops.product_(logits, torch.ones(3, 2), torch.ones(3, 8), False), "cannot be a"),
+        (lambda: ops.product_(logits, torch.ones(3, 4)[:, ::2], torch.ones(2, 8), False), "a must have rows"),
+        (lambda: ops.product_(logits.bfloat16(), torch.ones(3, 2), torch.ones(2, 8), False), "out must be float32"),
         (lambda: ops.group_advantage(torch.ones(3), torch.tensor([0, 2, 1, 3]), "group", 1, 0.0, False, "mean", None),
          "offsets must rise"),
         (lambda: ops.group_advantage(torch.ones(3), torch.tensor([0, 9]), "group", 1, 0.0, False, "mean", None),
@@ -221,6 +253,8 @@ def main() -> None:
                 check_rows(objective, vocab, dtype, per_row=i % 2 == 0)
     check_not_a_number()
     check_advantage()
+    if torch.ops.rewardmap.products(False):
+        check_product()
     check_refusals()
     print(f"{native.capability()}: all equal the definition")
 

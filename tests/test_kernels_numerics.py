@@ -227,7 +227,7 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket is torch.ops.aten.mm:
+        if func.overloadpacket.__name__ in ("mm", "product_"):
             buffers = {t.untyped_storage().data_ptr() for ref in self.alive if (t := ref()) is not None}
             self.most = max(self.most, len(buffers))
         for value in out if isinstance(out, tuple | list) else (out,):
@@ -351,6 +351,25 @@ def test_mixed_dtypes_give_each_side_its_own(mixed: tuple[torch.dtype, torch.dty
     for grad, dtype, gold in zip(torch.autograd.grad(got.loss, (hidden, weight)), mixed, wanted[3:], strict=True):
         assert grad.dtype == dtype
         torch.testing.assert_close(grad.double(), gold, rtol=1e-2, atol=1e-5)
+
+
+def test_operands_of_any_strides() -> None:
+    hidden, weight, targets, rows = problem(40, 31, 8)
+    out = linear_policy_loss(hidden, weight, targets, objective=DAPO, **rows)
+    wanted = torch.autograd.grad(out.loss, (hidden, weight))
+    apart = torch.empty(40, 16)[:, ::2].copy_(hidden.detach()).requires_grad_()
+    turned = weight.detach().t().contiguous().t().requires_grad_()
+    for x, w in ((apart, weight), (hidden, turned), (apart, turned)):
+        for chunk_rows in (None, 16):
+            buffer = torch.zeros(8, 31).t()
+            for into in (None, buffer):
+                got = linear_policy_loss(
+                    x, w, targets, objective=DAPO, chunk_rows=chunk_rows, weight_grad=into, **rows
+                )
+                made = torch.autograd.grad(got.loss, (x, w), allow_unused=True)
+                torch.testing.assert_close(got.logprobs, out.logprobs, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(made[0], wanted[0], rtol=1e-4, atol=1e-7)
+                torch.testing.assert_close(made[1] if into is None else buffer, wanted[1], rtol=1e-4, atol=1e-7)
 
 
 def test_autocast_narrows_the_operands_and_nothing_inside() -> None:

@@ -1,6 +1,7 @@
 // Row kernels for AVX2 with FMA, eight floats at a time. Compiled with -mavx2 -mfma.
 #include <immintrin.h>
 
+#include "product_kernels.h"
 #include "row_kernels.h"
 
 namespace rewardmap {
@@ -58,8 +59,15 @@ struct Avx2 {
   }
 };
 
+struct Avx2Product : Avx2 {
+  static constexpr int64_t rows = 6, vectors = 2;
+  static constexpr bool paired = false;
+  static F dot(F a, F b, F c) { return fma(a, b, c); }
+};
+
 }  // namespace
 
 const Kernels kAvx2Kernels = kernels_of<Avx2>("avx2");
+const ProductKernel kAvx2Product = product_of<Avx2Product>("avx2");
 
 }  // namespace rewardmap

@@ -1,6 +1,7 @@
 // Row kernels for AVX-512, sixteen floats at a time. Compiled with -mavx512f -mavx512bw -mavx512dq -mavx512vl.
 #include <immintrin.h>
 
+#include "product_kernels.h"
 #include "row_kernels.h"
 
 namespace rewardmap {
@@ -44,8 +45,15 @@ struct Avx512 {
   }
 };
 
+struct Avx512Product : Avx512 {
+  static constexpr int64_t rows = 8, vectors = 2;
+  static constexpr bool paired = false;
+  static F dot(F a, F b, F c) { return fma(a, b, c); }
+};
+
 }  // namespace
 
 const Kernels kAvx512Kernels = kernels_of<Avx512>("avx512");
+const ProductKernel kAvx512Product = product_of<Avx512Product>("avx512");
 
 }  // namespace rewardmap

@@ -1,12 +1,14 @@
 """The head's matrix products, by chunks of rows: logits out, their gradient back into hidden and weight.
 
 On CUDA, 16-bit operands multiply on the tensor cores with float32 accumulation and results (``out_dtype``). torch has
-no such product on the CPU: logits are multiplied in float32 there. So are the gradients, but for bfloat16 where the
-processor has it (``PRODUCTS_ON_CPU``): there the products of a chunk are rounded to it before they are added.
+no such product on the CPU. Where the implementation has one of its own (``PRODUCT``), that makes all three. Elsewhere
+logits are multiplied in float32, and so are the gradients, but for bfloat16 where the processor has it
+(``PRODUCTS_ON_CPU``): there torch rounds the products of a chunk to it before they are added.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -18,8 +20,8 @@ from ._checks import compute_dtype
 CHUNK_BYTES = 5 << 30
 """Budget of a chunk's float32 logits: 8,704 rows of a 152,064-token vocabulary. A chunk that holds all rows needs no
 float32 weight gradient. With several, it is read and written once per chunk, which shows below 4,096 rows."""
-CPU_CHUNK_BYTES = 48 << 20
-"""The same on the CPU: 384 rows of a 32,768-token vocabulary, which keeps a step at H = 256 and N = 1,024 under a
+CPU_CHUNK_BYTES = 64 << 20
+"""The same on the CPU: 512 rows of a 32,768-token vocabulary, which keeps a step at H = 256 and N = 1,024 under a
 quarter of torch eager's peak memory (bench/bench_native.py)."""
 
 ALIGNMENT = 16
@@ -57,6 +59,12 @@ def operand_dtype(hidden: Tensor, weight: Tensor, implementation: ModuleType) ->
     if hidden.device.type == "cpu" and narrow and wider not in implementation.PRODUCTS_ON_CPU:
         return torch.float32
     return wider
+
+
+def own_product(implementation: ModuleType, *operands: Tensor) -> Callable[..., None] | None:
+    """The implementation's ``PRODUCT`` if it takes tensors of these dtypes and strides."""
+    taken = all(t.dtype in (torch.float32, torch.bfloat16) and 1 in t.stride() for t in operands)
+    return implementation.PRODUCT if taken else None
 
 
 def _narrow(tensor: Tensor) -> bool:
@@ -140,11 +148,15 @@ class Head:
         need_hidden: bool, need_weight: bool, weight_grad: Tensor | None, chunk_rows: int,
     ) -> None:  # fmt: skip
         self.dtype = operand_dtype(hidden, weight, rows)
+        self._product = own_product(rows, hidden, weight)
+        if weight_grad is not None and weight_grad.stride(1) != 1:
+            self._product = None
         wide = compute_dtype(hidden)
         n, vocab = hidden.shape[0], weight.shape[0]
         self.chunks = row_chunks(n, chunk_rows)
         self.logits_dtype = logits_dtype if wide == torch.float32 else wide
-        self.hidden, self.keep, self.weight = hidden, keep, weight.to(self.dtype)
+        self.hidden, self.keep = hidden, keep
+        self.weight = weight if self._product else weight.to(self.dtype)
         self.d_hidden = torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device) if need_hidden else None
         self.d_weight = weight_grad if need_weight else None
         if need_weight and weight_grad is None:
@@ -155,6 +167,8 @@ class Head:
                 self.d_weight.zero_()
         self.adds = weight_grad is not None
         columns = -(-vocab // ALIGNMENT) * ALIGNMENT
+        if hidden.device.type == "cpu" and columns % 1024 == 0:
+            columns += ALIGNMENT  # rows a multiple of 4 KiB apart compete for the same places in the caches
         self._buffer = rows.empty_matrix(min(chunk_rows, n), columns, self.logits_dtype, hidden.device)
 
     def logits(self, rows: slice) -> tuple[Tensor, Tensor]:
@@ -163,34 +177,51 @@ class Head:
         if self.keep is not None:
             x = torch.where(self.keep[rows, None], x, 0.0)
         logits = self._buffer[: x.shape[0], : self.weight.shape[0]]
-        logits_into(logits, x, self.weight)
+        if self._product and logits.dtype == torch.float32:
+            self._product(logits, x, self.weight.t(), False)
+        else:
+            logits_into(logits, x, self.weight)
         return x, logits
 
     def direction(self, gradient: Tensor) -> Tensor:
         """gradient [C, V] @ weight, for hidden [C, H], in float32."""
-        return wide_product(gradient, self.weight)
+        if self._product is None:
+            return wide_product(gradient, self.weight)
+        made = gradient.new_empty(gradient.shape[0], self.weight.shape[1], dtype=torch.float32)
+        self._product(made, gradient, self.weight, False)
+        return made
 
     def backward(self, rows: slice, x: Tensor, gradient: Tensor, factor: Tensor | None = None) -> None:
         """Products of a chunk's logit gradient [C, V], or of factor [C, 1] times it."""
         scaled = x if factor is None or self.d_weight is None else (x * factor).to(x.dtype)
         on_cpu = gradient.device.type == "cpu"
-        together = on_cpu and not _narrow(gradient) and self.d_hidden is not None and self.d_weight is not None
+        together = (
+            on_cpu and self._product is None and not _narrow(gradient)
+            and self.d_hidden is not None and self.d_weight is not None
+        )  # fmt: skip
         to_hidden = torch.zeros_like(x) if together else None
         if self.d_weight is not None:
-            for tile in _tiles(gradient.shape[1]) if on_cpu else [slice(None)]:
+            tiled = on_cpu and (self._product is None or _narrow(self.d_weight))
+            for tile in _tiles(gradient.shape[1]) if tiled else [slice(None)]:
                 if to_hidden is not None:
                     torch.addmm(to_hidden, gradient[:, tile], self.weight[tile], out=to_hidden)
-                self._to_weight(tile, gradient[:, tile], scaled)
+                self._to_weight(self.d_weight[tile], gradient[:, tile], scaled)
             self.adds = True
         if self.d_hidden is None:
             return
-        if to_hidden is None and factor is None:
+        if self._product is None and to_hidden is None and factor is None:
             product_into(self.d_hidden[rows], gradient, self.weight)
         else:
-            made = wide_product(gradient, self.weight) if to_hidden is None else to_hidden
+            made = self.direction(gradient) if to_hidden is None else to_hidden
             torch.mul(made, 1.0 if factor is None else factor, out=self.d_hidden[rows])
 
-    def _to_weight(self, columns: slice, gradient: Tensor, x: Tensor) -> None:
-        assert self.d_weight is not None
-        into = accumulate_product if self.adds else product_into
-        into(self.d_weight[columns], gradient.t(), x)
+    def _to_weight(self, total: Tensor, gradient: Tensor, x: Tensor) -> None:
+        """total [T, H] = or += gradient [C, T].T @ x."""
+        if self._product is None:
+            (accumulate_product if self.adds else product_into)(total, gradient.t(), x)
+        elif _narrow(total):
+            made = torch.empty(total.shape, dtype=torch.float32, device=total.device)
+            self._product(made, gradient.t(), x, False)
+            total.copy_(made)
+        else:
+            self._product(total, gradient.t(), x, self.adds)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _rows
 from ._checks import check_linear, check_temperature, compute_dtype
-from ._head import Head, accumulate_product, chunk_size, full_weight, operand_dtype, row_chunks
+from ._head import Head, accumulate_product, chunk_size, full_weight, operand_dtype, own_product, row_chunks
 from .torch_rows import RowStatistics
 
 OPERATION = "linear_logprobs"
@@ -112,9 +112,14 @@ def _weight_from_kept(
     divisor = temperature if row_temperature is None else row_temperature
     factor = torch.where(grad == 0, 0.0, -grad / (totals * divisor))[:, None]
     made = torch.zeros(kept.shape[1], hidden.shape[1], dtype=compute_dtype(hidden), device=hidden.device)
+    product = own_product(_rows.implementation(OPERATION, hidden), hidden, kept)
     with _rows.no_autocast(hidden):
         for rows in row_chunks(hidden.shape[0], chunk_rows):
-            accumulate_product(made, kept[rows].t(), (hidden[rows] * factor[rows]).to(kept.dtype))
+            x = (hidden[rows] * factor[rows]).to(kept.dtype)
+            if product is not None:
+                product(made, kept[rows].t(), x, True)
+            else:
+                accumulate_product(made, kept[rows].t(), x)
     return made
 
 

@@ -243,7 +243,7 @@ def linear_policy_loss(
 
     Args: ``hidden`` [N, H] and ``weight`` [V, H], floating point; a frozen one skips its product. ``targets``
     [N] int32 or int64 token ids. ``temperature`` a positive number or [N]. ``chunk_rows`` rows per chunk (None: 5
-    GiB of logits, on a CPU 48 MiB). ``rows`` int64 [M], distinct: only these enter the products, the others count as
+    GiB of logits, on a CPU 64 MiB). ``rows`` int64 [M], distinct: only these enter the products, the others count as
     masked (they must not be able to contribute: see ``contributing_rows``; a sequence-level objective must
     see whole sequences). ``weight_grad`` [V, H] float32: the weight's gradient is added to it in this call
     and the weight gets none; backward must then start at the loss itself. ``logits_dtype`` bfloat16 rounds

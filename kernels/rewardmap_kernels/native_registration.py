@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 
 def register() -> None:
     """Once, after the library is loaded."""
     fake = torch.library.register_fake
+    fake("rewardmap::product_", lambda out, *rest: None)
+    register_flop_formula(torch.ops.rewardmap.product_)(_product_flop)
     fake("rewardmap::row_statistics", _row_statistics)
     fake("rewardmap::row_exponentials", lambda logits, *rest: (*_vectors(logits), _vectors(logits)[0]))
     fake("rewardmap::row_exponentials_", lambda logits, *rest: (*_vectors(logits), _vectors(logits)[0]))
@@ -20,6 +23,10 @@ def register() -> None:
     fake("rewardmap::policy_rows_", lambda logits, *rest: _vectors(logits))
     fake("rewardmap::group_advantage", _group_advantage)
     torch.library.register_autograd("rewardmap::row_statistics", _backward, setup_context=_save)
+
+
+def _product_flop(out: Any, a: Any, b: Any, add: bool, **shapes: Any) -> int:
+    return 2 * int(a[0] * a[1] * b[1])
 
 
 def _like(logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,11 +16,15 @@ from .policy_loss import CLIPPED, PolicyObjective
 from .torch_rows import NATS_PER_UNIT, Exponentials, FusedRows, RowStatistics, over, scale_
 
 __all__ = [
-    "NATS_PER_UNIT", "PRODUCTS_ON_CPU", "empty_matrix", "exponentials", "fused", "gradient", "group_advantage",
-    "scale_", "statistics",
+    "NATS_PER_UNIT", "PRODUCT", "PRODUCTS_ON_CPU", "empty_matrix", "exponentials", "fused", "gradient",
+    "group_advantage", "scale_", "statistics",
 ]  # fmt: skip
 
-PRODUCTS_ON_CPU = (torch.bfloat16,) if torch.cpu._is_avx512_bf16_supported() else ()
+PRODUCT = torch.ops.rewardmap.product_ if torch.ops.rewardmap.products(False) else None
+_MULTIPLIES_BFLOAT16 = (
+    torch.cpu._is_avx512_bf16_supported() if PRODUCT is None else torch.ops.rewardmap.products(True) == "avx512_bf16"
+)
+PRODUCTS_ON_CPU = (torch.bfloat16,) if _MULTIPLIES_BFLOAT16 else ()
 """Where the processor multiplies bfloat16, at twice the rate of float32: E and dW's operand are narrow then."""
 
 

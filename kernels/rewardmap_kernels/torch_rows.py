@@ -6,6 +6,7 @@ Same functions as ``triton_launch``; ``dispatch`` says which of the two runs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,10 @@ NATS_PER_UNIT = 1.0
 """Of the log-sum-exp in this implementation."""
 PRODUCTS_ON_CPU: tuple[torch.dtype, ...] = ()
 """The 16-bit dtypes that the head's products read as they are on the CPU; others are made float32."""
+
+PRODUCT: Callable[[Tensor, Tensor, Tensor, bool], None] | None = None
+"""(out, a, b, add): out [M, N] float32 = (or, ``add``, +=) a [M, K] @ b [K, N], float32 or bfloat16 each, accumulated
+in float32; each has rows or columns of unit stride, ``out`` rows. None where torch multiplies."""
 
 
 class RowStatistics(NamedTuple):

@@ -13,7 +13,7 @@ from . import native_cuda
 from . import triton_rows as kernels
 from .dispatch import launched
 from .policy_loss import CLIPPED, PolicyObjective
-from .torch_rows import Exponentials, FusedRows, RowStatistics, empty_matrix, over
+from .torch_rows import PRODUCT, Exponentials, FusedRows, RowStatistics, empty_matrix, over
 
 # (values of a row that a program holds at a time, warps). docs/kernels.md says why; the bench's "tune" tries others.
 STATISTICS = EXPONENTIALS = (2048, 8)
@@ -26,7 +26,8 @@ PRODUCTS_ON_CPU = (torch.float16, torch.bfloat16)
 """Of the interpreter, which stands for the GPU."""
 
 __all__ = [
-    "NATS_PER_UNIT", "PRODUCTS_ON_CPU", "empty_matrix", "exponentials", "fused", "gradient", "scale_", "statistics",
+    "NATS_PER_UNIT", "PRODUCT", "PRODUCTS_ON_CPU", "empty_matrix", "exponentials", "fused", "gradient", "scale_",
+    "statistics",
 ]  # fmt: skip
 
 
