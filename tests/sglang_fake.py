@@ -15,7 +15,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -241,15 +241,18 @@ def serve() -> None:
     from transformers import AutoTokenizer
 
     options = dict(zip(sys.argv, sys.argv[1:], strict=False))
+    with Path("pids").open("a") as pids:
+        print(os.getpid(), file=pids)
     model = Path(options["--model-path"])
     tokenizer = AutoTokenizer.from_pretrained(model)
     server = FakeServer(tokenizer, json.loads((model / "config.json").read_text())["image_token_id"])
     died, answer = Path(options["--die-once"]) if "--die-once" in options else None, server._generate
 
     async def generate(body: Any) -> Any:
-        if died is not None and not died.exists():
-            died.touch()
-            os._exit(9)
+        if died is not None:
+            with suppress(FileExistsError):
+                died.touch(exist_ok=False)
+                os._exit(9)
         return await answer(body)
 
     route = next(r for r in server.app.router.routes() if r.resource and r.resource.canonical == "/generate")

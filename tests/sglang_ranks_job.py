@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import urllib.request
 import weakref
@@ -30,6 +32,7 @@ from rewardmap.rollout.sglang_engine import SGLangEngine
 from rewardmap.rollout.sglang_server import Keys
 from rewardmap.tiny import WARM_START
 from rewardmap.train import run, weights
+from rewardmap.train.faults import Stopped
 from rewardmap.train.parallel import Forward, prepare_policy, shard_policy
 from rewardmap.train.ranks import OtherRankError, Ranks, group_to_json, join_ranks
 from rewardmap.train.synced import SyncedEngine
@@ -99,7 +102,8 @@ def sample(folder: Path, settings: Settings, ranks: Ranks) -> Settings:
     """Answers, a push, more answers; the other rank comes late to each."""
     policy, forward, dtype = make_policy(settings, ranks)
     config = ServerConfig(**settings["server"])
-    engine = SyncedEngine(policy, config, folder / "servers", print, dtype=dtype, ranks=ranks, forward=forward)
+    named: Settings = {"dtype": dtype, "ranks": ranks, "forward": forward, "ahead": settings.get("ahead", False)}
+    engine = SyncedEngine(policy, config, folder / "servers", print, **named)
     calls: list[int] = []
 
     def late() -> None:
@@ -132,11 +136,23 @@ def sample(folder: Path, settings: Settings, ranks: Ranks) -> Settings:
 
 
 def whole_run(folder: Path, settings: Settings) -> None:
-    torch.set_num_threads(1)
-    if settings.get("resume"):
-        run.resume(folder / "run", console=Console(quiet=True))
-    else:
-        run.train(load_config("tiny", settings["overrides"]), folder / "run", console=Console(quiet=True))
+    """Its exit code where a signal stops it, which rank 1 gets after the first step if ``stop`` asks for that."""
+    out, rank = folder / "run", int(os.environ["RANK"])
+    if settings.get("stop") and rank == 1:
+        threading.Thread(target=stop_after_first_step, args=(out / "metrics.jsonl",), daemon=True).start()
+    try:
+        if settings.get("resume"):
+            run.resume(out, console=Console(quiet=True))
+        else:
+            run.train(load_config("tiny", settings["overrides"]), out, console=Console(quiet=True))
+    except Stopped as stopped:
+        (folder / f"{rank}.json").write_text(json.dumps({"says": str(stopped), "code": stopped.exit_code}))
+
+
+def stop_after_first_step(metrics: Path) -> None:
+    while not metrics.exists() or not metrics.read_text():
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def one_rank(folder: Path, settings: Settings) -> None:

@@ -134,23 +134,43 @@ def test_all_ranks_hold_the_answers_that_rank_0_asked_for(make, tmp_path):
     assert order[start + 1 :] == [*["/generate"] * 5, asleep, come, awake, awake, "/generate", "/generate", asleep]
 
 
-def test_the_first_rank_of_each_node_has_servers_there_and_one_that_ends_comes_back(tmp_path):
-    """Two ranks that take themselves for two nodes. Each one's server ends at its first question, is started again, and
-    gets the weights of both ranks' shards while the other may still sample."""
+@pytest.fixture
+def python(tmp_path):
+    """Starts the stand-in as a server of our own."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nshift 2\nexec "{sys.executable}" "{fake.__file__}" "$@"\n')
     python.chmod(0o755)
-    settings = {"python": str(python), "drift_alarm": 100.0, "args": ["--die-once", "died"]}
-    job = {"scenario": "sample", "size": 2, "server": settings, "nodes": 2}
-    first, second = run_jobs(tmp_path, {"job": job})["job"]
-    assert first == second and first["restarts"] == [1] and first["sharded"]
-    assert first["uids"] == [f"q-{n}" for n in range(5)] and first["calls"] == [0, 1, 2, 3, 4]
-    assert [rollout[-1] for group in first["groups"] for rollout in group[1]] == [0] * 10 + [1] * 2
-    assert all((tmp_path / "job" / folder / "died").exists() for folder in ("servers", "servers/rank-1"))
+    return str(python)
 
 
-def test_runs_on_two_ranks_train_stop_and_go_on(make, tmp_path):
-    """At each step, and one step off."""
+def check_that_servers_are_gone(folder, count):
+    pids = [int(pid) for pid in (folder / "pids").read_text().split()]
+    assert len(pids) == count and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_servers_that_end_while_they_are_asked_come_back(python, tmp_path):
+    """Two ranks that take themselves for two nodes: each one's server ends at its first question, is started again, and
+    gets the weights of both ranks' shards while the other may still sample. And one step off, when there is another
+    server to ask until the next sync."""
+    settings = {"python": python, "drift_alarm": 100.0, "args": ["--die-once", "died"]}
+    nodes = {"scenario": "sample", "size": 2, "server": settings, "nodes": 2}
+    ahead = {"scenario": "sample", "size": 2, "server": {**settings, "replicas": 2}, "ahead": True}
+    seen = run_jobs(tmp_path, {"nodes": nodes, "ahead": ahead})
+    first, second = seen["nodes"]
+    assert first == second and first["restarts"] == [1]
+    assert seen["ahead"][0] == seen["ahead"][1] | {"restarts": seen["ahead"][0]["restarts"]}
+    assert sorted(seen["ahead"][0]["restarts"]) == [0, 1]
+    for ranks in seen.values():
+        assert ranks[0]["uids"] == [f"q-{n}" for n in range(5)] and ranks[0]["calls"] == [0, 1, 2, 3, 4]
+        assert [rollout[-1] for group in ranks[0]["groups"] for rollout in group[1]] == [0] * 10 + [1] * 2
+        assert ranks[0]["sharded"]
+    for folder, count in (("nodes/servers", 2), ("nodes/servers/rank-1", 2), ("ahead/servers", 3)):
+        assert (tmp_path / folder / "died").exists()
+        check_that_servers_are_gone(tmp_path / folder, count)
+
+
+def test_runs_on_two_ranks_train_stop_and_go_on(make, python, tmp_path):
+    """At each step, and one step off; and one with servers of its own that a signal to one rank stops."""
     shared = [
         *("data.train_maps=3", "data.test_maps=3", "train.prompts_per_step=5", "rollout.group_size=2"),
         *("train.checkpoint_every=1", "eval.max_problems=3", "eval.samples=0", "eval.text_only=false"),
@@ -160,10 +180,14 @@ def test_runs_on_two_ranks_train_stop_and_go_on(make, tmp_path):
         "train.stages=[{name='warm', kind='sft', steps=0, checkpoint='shipped'}, {name='all', steps=3}]",
     ]
     servers, jobs = {"together": make()[0], "ahead": make()[0]}, {}
+    own = [f"rollout.server.python='{python}'", "rollout.server.replicas=2"]
+    jobs["stopped"] = {"scenario": "run", "size": 2, "stop": True, "overrides": [*shared, *own]}
     for name, server in servers.items():
         own = [f"rollout.server.urls=['{server.url}']", f"rollout.staleness={int(name == 'ahead')}"]
         jobs[name] = {"scenario": "run", "size": 2, "overrides": [*shared, *own]}
-    run_jobs(tmp_path, jobs)
+    first, second = run_jobs(tmp_path, jobs)["stopped"]
+    assert first == second and first["code"] == 143 and first["says"].startswith("saved after step ")
+    check_that_servers_are_gone(tmp_path / "stopped" / "run" / "servers", 2)
     for name, server in servers.items():
         out = tmp_path / name / "run"
         rows = read_metrics(out)
