@@ -87,7 +87,7 @@ class ServerConfig:
     router: bool = False
     """Send requests through sglang-router, installed beside SGLang. Otherwise this client spreads them itself."""
     colocated: bool = False
-    """Servers share the trainer's GPUs: they give up memory while it trains (``--enable-memory-saver``)."""
+    """Servers share the trainer's GPUs: they move to host memory while it trains (``--enable-memory-saver``)."""
     deterministic: bool = False
     """``--enable-deterministic-inference``: answers do not depend on what else is in the batch."""
     args: tuple[str, ...] = ()
@@ -113,6 +113,10 @@ class ServerConfig:
             raise ValueError(
                 f"gpus={list(self.gpus)}: {self.replicas} replicas of {self.tensor_parallel} GPUs need "
                 f"{self.replicas * self.tensor_parallel}"
+            )
+        if self.colocated and self.sync == "distributed":
+            raise ValueError(
+                "sync='distributed' with colocated=true: NCCL takes one process a GPU; choose sync='tensor' or 'disk'"
             )
         if self.urls and self.router:
             raise ValueError("router=true is for servers we start; with urls, name the servers themselves")

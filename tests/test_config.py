@@ -157,3 +157,8 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
     path.write_text("[train\nseed = 1", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"broken\.toml.*TOML"):
         load_config(path)
+
+
+def test_colocated_servers_are_not_sent_weights_by_nccl():
+    with pytest.raises(ConfigError, match=r"rollout.server.*NCCL takes one process a GPU; choose sync='tensor' or"):
+        load_config("tiny", ["rollout.server.colocated=true", "rollout.server.sync=distributed"])

@@ -264,14 +264,13 @@ def test_colocated_servers_sleep_while_the_trainer_works(policy, problem, server
         mark = len(server.calls)
         engine.generate([problem], 2, SamplingParams(max_new_tokens=24))
         engine.generate([problem], 2, SamplingParams(max_new_tokens=24))  # as an evaluation does: no push between
-        assert since(mark) == [
-            *("/generate", "/release_memory_occupation"),
-            *("/resume_memory_occupation", "/generate", "/release_memory_occupation"),
-        ]
+        assert since(mark) == ["/resume_memory_occupation", "/generate", "/release_memory_occupation"] * 2
         mark = len(server.calls)
         engine.update_weights(1)
-        assert since(mark)[:3] == [
-            *("/resume_memory_occupation", "/update_weights_from_tensor", "/resume_memory_occupation"),
-        ]
+        awake = ["/resume_memory_occupation", "/update_weights_from_tensor", "/resume_memory_occupation"]
+        assert since(mark) == [*awake, "/generate"]  # awake for the next questions, as for the probe
+        mark = len(server.calls)
+        engine.update_weights(2)  # after a supervised step: nothing was asked
+        assert since(mark) == [*awake, "/generate", "/release_memory_occupation"]
     finally:
         engine.close()

@@ -123,7 +123,7 @@ class SyncedEngine:
         self._forward = forward or partial(response_hidden, policy)
         leads = ranks.is_first if config.urls else ranks.local_rank == 0
         self._leaders = [rank for rank, does in enumerate(ranks.gather(leads)) if does]
-        self._asleep = False
+        self._asleep = self._asked = False
         self._sample: tuple[Problem, tuple[int, ...]] | None = None
         self._metrics: dict[str, float] = {}
         self._ended: SimpleQueue[tuple[Replica, Future[None]]] = SimpleQueue()
@@ -155,9 +155,10 @@ class SyncedEngine:
         sampling: SamplingParams,
         on_group: OnGroup | None = None,
     ) -> list[RolloutGroup]:
-        """See ``SGLangEngine.generate``. Colocated servers are awake only meanwhile."""
+        """See ``SGLangEngine.generate``. Colocated servers are awake meanwhile, and from an update before it."""
         alone = self._ranks.size == 1
         mine = self._share(problems)
+        self._asked = True
         self._make_room()
         groups = self._ranks.patiently(
             lambda: self._generate(mine, group_size, sampling, on_group if alone else None), self._push_to_restarted
@@ -183,6 +184,9 @@ class SyncedEngine:
         self._metrics |= {"sync_seconds": self._sync.seconds}
         if self._sample is not None:
             self._metrics |= self.probe(*self._sample)
+        if not self._asked:  # since the last update: what trains now, as a supervised stage, asks nothing
+            self._ranks.patiently(self._sleep)
+        self._asked = False
 
     def probe(self, problem: Problem, response: Sequence[int]) -> dict[str, float]:
         """Mean and largest difference in nats between each server's log-probabilities of an answer and the trainer's.
@@ -245,10 +249,13 @@ class SyncedEngine:
                 self._engine.control("/resume_memory_occupation", {"tags": MEMORY})
                 self._asleep = False
             groups = self._engine.generate(problems, group_size, sampling, on_group)
+        self._sleep()
+        return groups
+
+    def _sleep(self) -> None:
         if self._config.colocated and not self._asleep:
             self._engine.control("/release_memory_occupation", {"tags": MEMORY})
             self._asleep = True
-        return groups
 
     def _bring_up(self, replica: Replica) -> None:
         """The current weights for a server that was started again; called in a thread of the generation."""
