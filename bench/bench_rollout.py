@@ -4,8 +4,9 @@
     python bench/bench_rollout.py --python ENV/bin/python   # SGLang as well: our client, SGLang's own, syncs
 
 All on the tiny model with pictures and answers of a fixed length, so that every contender samples the same number of
-tokens. SGLang's benchmark client (``rollout_peer.py``) sends one request an answer, as it always does; the bare
-requests are our client's own bodies, one a group, whose replies are thrown away unread: no client can be faster.
+tokens. SGLang's benchmark client (``rollout_peer.py``; it needs the package ``datasets`` in that environment) sends
+one request an answer, as it always does; the bare requests are our client's own bodies, one a group, whose replies are
+thrown away unread: no client can be faster.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from rewardmap.tiny import WARM_START
 from rewardmap.types import Problem, SamplingParams
 
 RESULTS = Path(__file__).parent / "results"
-GROUP, REPEATS = 8, 3
+GROUP, REPEATS = 8, 5
 
 
 def main() -> None:
@@ -85,9 +86,14 @@ def local(policy: Policy, problems: Sequence[Problem], tokens: int) -> dict[str,
     engine = LocalEngine(policy, batch_sequences=GROUP * len(problems))
     sampling = SamplingParams(max_new_tokens=tokens)
     total = GROUP * len(problems) * tokens
-    ours = total / seconds(lambda: engine.generate(problems, GROUP, sampling))
-    batch = total / seconds(lambda: generate(policy, problems, tokens))
-    single = total / seconds(lambda: [generate(policy, [problem], tokens) for problem in problems])
+    ours, batch, single = (
+        total / one
+        for one in race(
+            lambda: engine.generate(problems, GROUP, sampling),
+            lambda: generate(policy, problems, tokens),
+            lambda: [generate(policy, [problem], tokens) for problem in problems],
+        )
+    )
     return {
         "tokens_per_second": ours,
         "generate_batch_tokens_per_second": batch,
@@ -155,8 +161,10 @@ def servers(policy: Policy, problems: Sequence[Problem], tokens: int, python: st
             async def bare() -> None:
                 await asyncio.gather(*(plain(body, "bench") for body in bodies))
 
-            through = total / seconds(lambda: engine.generate(problems, GROUP, sampling))
-            lower = total / seconds(lambda: inner.loop.run(bare()))
+            through, lower = (
+                total / one
+                for one in race(lambda: engine.generate(problems, GROUP, sampling), lambda: inner.loop.run(bare()))
+            )
             requests = Path(folder) / "requests.json"
             requests.write_text(json.dumps(bodies))
             environment = os.environ | {"OPENAI_API_KEY": Keys.read(Path(folder) / KEYS_FILE).api or ""}
@@ -195,17 +203,18 @@ def servers(policy: Policy, problems: Sequence[Problem], tokens: int, python: st
             engine.close()
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    """Median of ``REPEATS`` calls after one to warm up."""
-    work()
-    times = []
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+def race(*contenders: Callable[[], Any]) -> list[float]:
+    """Median seconds of each, in turns, after a turn to warm up."""
+    times: list[list[float]] = [[] for _ in contenders]
+    for turn in range(REPEATS + 1):
+        for work, taken in zip(contenders, times, strict=True):
+            begin = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                taken.append(time.perf_counter() - begin)
+    return [statistics.median(taken) for taken in times]
 
 
 def machine(device: str) -> str:

@@ -1,12 +1,13 @@
 """The local engine samples what the model says, records the log-probabilities it sampled with, and repeats itself by
 seed."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers.cache_utils import DynamicLayer
 
 from rewardmap.config import PolicyConfig
 from rewardmap.policy import load_policy, mrope_positions
@@ -17,6 +18,9 @@ from rewardmap.transit.draw import draw_map
 from rewardmap.transit.generate import generate_network
 from rewardmap.transit.questions import Balance, make_questions
 from rewardmap.types import DataError, Problem, SamplingParams
+
+sys.path.append(str(Path(__file__).parent))
+import forest_models
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def model_logprobs(policy, problem, prompt, response):
     with torch.no_grad():
         logits = policy.model(
             input_ids=ids,
-            pixel_values=image.pixel_values,
+            pixel_values=image.pixel_values.to(policy.model.dtype),
             image_grid_thw=torch.tensor([image.grid_thw]),
             mm_token_type_ids=(ids == policy.model.config.image_token_id).int(),
         ).logits[0]
@@ -158,11 +162,16 @@ def test_broken_picture_is_named(policy, tmp_path):
         policy.encode(bad)
 
 
-def test_room_for_the_next_tokens_changes_nothing(policy, problems, monkeypatch):
-    """Keys and values in place are, to the last bit, those that transformers' own cache copies at every token."""
-    endless = replace(policy, stop_token_ids=policy.banned_token_ids[1:])  # beyond the first room
-    cases = [(policy, SamplingParams(max_new_tokens=24, seed=1)), (endless, SamplingParams(max_new_tokens=80, seed=2))]
-    ours = [LocalEngine(own, 64).generate(problems[:6], 4, sampling) for own, sampling in cases]
-    monkeypatch.setattr("rewardmap.rollout.local._Roomy", DynamicLayer)
-    assert [LocalEngine(own, 64).generate(problems[:6], 4, sampling) for own, sampling in cases] == ours
-    assert {len(rollout.token_ids) for group in ours[1] for rollout in group.rollouts} == {80}
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_decoding_is_the_models_forward_pass(family, problems):
+    """With padded prompts, answers that end early, and answers beyond the first room for keys and values."""
+    policy = forest_models.build(family)
+    asked = [replace(problem, question=problem.question[: 20 + 9 * i]) for i, problem in enumerate(problems[:6])]
+    groups = LocalEngine(policy, 64).generate(asked, 4, SamplingParams(max_new_tokens=80, seed=1))
+    lengths = [len(rollout.token_ids) for group in groups for rollout in group.rollouts]
+    assert min(lengths) < 64 and max(lengths) == 80 and len({len(group.prompt_token_ids) for group in groups}) > 1
+    for group in groups:
+        for rollout in group.rollouts:
+            logprobs = model_logprobs(policy, group.problem, group.prompt_token_ids, rollout.token_ids)
+            chosen = logprobs.gather(-1, torch.tensor(rollout.token_ids)[:, None]).squeeze(1)
+            np.testing.assert_allclose(rollout.rollout_logprobs, chosen, atol=1e-5)

@@ -7,18 +7,15 @@ leave the batch, and log-probabilities are recorded as each token is sampled.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
 
 from rewardmap.policy import EncodedPrompt, Policy
+from rewardmap.rollout.decoder import Decoder
 from rewardmap.rollout.engine import OnGroup
 from rewardmap.types import FinishReason, Problem, Rollout, RolloutGroup, SamplingParams
 
 Tensor = torch.Tensor
-_ROOM = 64
-"""Tokens that keys and values have room for beyond those they hold."""
 
 
 class LocalEngine:
@@ -83,13 +80,7 @@ class LocalEngine:
         generator: torch.Generator,
     ) -> list[RolloutGroup]:
         policy = self._policy
-        logits, cache, padding, next_position = self._prefill(problems, prompts)
-        # S = prompts x group_size answers, group by group.
-        logits = logits.repeat_interleave(group_size, 0)
-        cache.batch_repeat_interleave(group_size)
-        padding = padding.repeat_interleave(group_size, 0)
-        next_position = next_position.repeat_interleave(group_size)
-
+        logits, decoder = self._prefill(problems, prompts, group_size)
         total = len(problems) * group_size
         tokens: list[list[int]] = [[] for _ in range(total)]
         logprobs: list[list[float]] = [[] for _ in range(total)]
@@ -110,22 +101,9 @@ class LocalEngine:
             if len(keep) == 0 or step + 1 == sampling.max_new_tokens:
                 break
             if len(keep) < len(alive):
-                cache.batch_select_indices(keep)
-                alive, token, padding, next_position = (
-                    alive[keep],
-                    token[keep],
-                    padding[keep],
-                    next_position[keep],
-                )
-            visible = torch.nn.functional.pad(padding, (0, step + 1), value=True)
-            out = policy.text_model(
-                inputs_embeds=policy.text_model.embed_tokens(token[:, None]),
-                position_ids=(next_position + step).view(1, -1, 1).expand(3, -1, 1),
-                attention_mask=visible[:, None, None, :],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = policy.model.lm_head(out.last_hidden_state[:, -1])
+                decoder.keep(keep)
+                alive, token = alive[keep], token[keep]
+            logits = decoder.step(token)
 
         rollouts = [
             Rollout(
@@ -143,13 +121,12 @@ class LocalEngine:
         ]
 
     def _prefill(
-        self, problems: Sequence[Problem], prompts: Sequence[EncodedPrompt]
-    ) -> tuple[Tensor, Cache, Tensor, Tensor]:
+        self, problems: Sequence[Problem], prompts: Sequence[EncodedPrompt], group_size: int
+    ) -> tuple[Tensor, Decoder]:
         """One pass over B left-padded prompts.
 
         Returns:
-            logits [B, V] of the first answer token, the cache, padding mask [B, P] (True: a real token), and each
-            prompt's next mRoPE position [B].
+            logits [S, V] of the first token of S = B x group_size answers, group by group, and what decodes the next.
         """
         policy, device = self._policy, self._policy.device
         longest = max(len(prompt.token_ids) for prompt in prompts)
@@ -162,55 +139,22 @@ class LocalEngine:
             ids[row, longest - length :] = torch.tensor(prompt.token_ids)
             positions[:, row, longest - length :] = torch.from_numpy(prompt.position_ids)
             padding[row, longest - length :] = True
-        ids, padding = ids.to(device), padding.to(device)
+        padding = padding.to(device)
         features = policy.image_features([problem.image for problem in problems])
         causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
         # A padding query sees itself, or its softmax would be empty.
         visible = causal & padding[:, None, :] | torch.eye(longest, dtype=torch.bool, device=device)
-        cache = Cache(layers=[_Roomy() for _ in range(policy.text_model.config.num_hidden_layers)])
         out = policy.text_model(
             **policy.text_inputs(ids, features),
             position_ids=positions.to(device),
             attention_mask=visible[:, None],
-            past_key_values=cache,
             use_cache=True,
         )
         logits = policy.model.lm_head(out.last_hidden_state[:, -1])
-        return logits, cache, padding, positions.amax((0, 2)).to(device) + 1
-
-
-class _Roomy(DynamicLayer):
-    """One layer's keys and values [S, heads, T, D] with room behind them for the next tokens. ``DynamicLayer`` copies
-    all it holds at every token."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._rooms: list[Tensor] = []
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.keys, self.values, self.is_initialized = key_states, value_states, True
-            return key_states, value_states
-        length = self.get_seq_length()
-        end = length + key_states.shape[2]
-        if not self._rooms or end > self._rooms[0].shape[2]:
-            self._move(slice(None))
-        for room, states in zip(self._rooms, (key_states, value_states), strict=True):
-            room[:, :, length:end] = states
-        self.keys, self.values = (room[:, :, :end] for room in self._rooms)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._move(indices)
-
-    def _move(self, rows: Tensor | slice) -> None:
-        """``rows`` into new rooms."""
-        kept = [held[rows] for held in (self.keys, self.values) if held is not None]
-        length = kept[0].shape[2]
-        self._rooms = [one.new_empty(*one.shape[:2], length + _ROOM, one.shape[3]) for one in kept]
-        for room, one in zip(self._rooms, kept, strict=True):
-            room[:, :, :length] = one
-        self.keys, self.values = (room[:, :, :length] for room in self._rooms)
+        own = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
+        kept = [(layer.keys[own], layer.values[own]) for layer in out.past_key_values.layers]
+        next_position = positions.amax((0, 2)).to(device) + 1
+        return logits[own], Decoder(policy, kept, padding[own], next_position[own])
 
 
 def sample(
@@ -241,5 +185,8 @@ def sample(
             probs = ordered.softmax(-1)
             cut = probs.cumsum(-1) - probs >= sampling.top_p  # mass before a token; the first one always stays
             allowed = allowed.masked_fill(cut.gather(-1, index.argsort(-1)), -torch.inf)
-        token = torch.multinomial(allowed.softmax(-1), 1, generator=generator).squeeze(1)
+        # One number a row. torch.multinomial draws one for each entry, which takes longer than a small model's layer.
+        mass = allowed.exp().cumsum(-1, dtype=torch.float64)
+        draw = torch.rand(len(mass), 1, dtype=torch.float64, device=mass.device, generator=generator)
+        token = torch.searchsorted(mass, draw * mass[:, -1:], right=True).squeeze(1)
     return token, logprobs.gather(-1, token[:, None]).squeeze(1)
