@@ -210,10 +210,13 @@ class Policy:
         """What the decoder takes of [B, T] tokens and their pictures, in the order of their placeholders:
         ``inputs_embeds`` [B, T, H] and, for Qwen3-VL, its deep features.
 
+        Args:
+            token_ids: on the host, where their placeholders are found without waiting for the device.
+
         Raises:
             ValueError: placeholders and features do not match.
         """
-        embeds = self.text_model.embed_tokens(token_ids)
+        embeds = self.text_model.embed_tokens(token_ids.to(self.device))
         if not features:
             return {"inputs_embeds": embeds}
         places = token_ids == self.model.config.image_token_id
@@ -223,10 +226,12 @@ class Policy:
             raise ValueError(f"{len(at)} image placeholders for {len(merged)} image features")
         shape = embeds.shape
         inputs: dict[str, Any] = {
-            "inputs_embeds": embeds.view(-1, shape[-1]).index_copy(0, at, merged.to(embeds.dtype)).view(shape)
+            "inputs_embeds": embeds.view(-1, shape[-1])
+            .index_copy(0, at.to(self.device), merged.to(embeds.dtype))
+            .view(shape)
         }
         if features[0].deep:
-            inputs["visual_pos_masks"] = places
+            inputs["visual_pos_masks"] = places.to(self.device)
             inputs["deepstack_visual_embeds"] = [
                 torch.cat(level) for level in zip(*(seen.deep for seen in features), strict=True)
             ]

@@ -69,7 +69,7 @@ def response_hidden(policy: Policy, forest: PackedForest, vision: Vision | None 
     """
     device = policy.device
     seen = policy.image_features(forest.images) if vision is None else vision.of(forest.images)
-    inputs = policy.text_inputs(forest.input_ids[None].to(device), seen)
+    inputs = policy.text_inputs(forest.input_ids[None], seen)
     out = policy.text_model(
         **inputs,
         position_ids=policy.positions(forest.position_ids[:, None].to(device)),
