@@ -30,6 +30,7 @@ from rewardmap.rewards.hashing import MISS, lookup
 from rewardmap.rewards.jit import entry, helper, merged
 from rewardmap.rewards.score import FAILURE_CODE
 from rewardmap.rewards.scorer import HAND_BACK
+from rewardmap.rewards.texts import utf8
 
 LINE, CLEAN_NAME, RAW_NAME = range(3)
 """Sorts of interned names; a name's space is ``3 * network + sort``."""
@@ -276,15 +277,15 @@ def _exact_only(legs, count):  # type: ignore[no-untyped-def]
 
 
 @entry
-def score_routes(data, starts, rows, asked, questions, bank, paper, room, results):  # type: ignore[no-untyped-def]
-    """Score those of the answers data[starts[i]:starts[i + 1]] (UTF-8) to the questions asked[i] whose i is
-    in ``rows``.
+def score_routes(answers, rows, asked, questions, bank, paper, room, results):  # type: ignore[no-untyped-def]
+    """Score the answers numbered ``rows``, each to the question asked[row].
 
     Time is linear in the bytes. An answer with more Unicode than ``Bank.lower`` knows gets ``HAND_BACK``.
     """
     legs, buf, spare = room.legs, room.buf, room.spare
+    data, start = answers.data, ZERO
     for row in rows:
-        start, end, question = starts[row], starts[row + 1], asked[row]
+        end, question = utf8(answers, row), asked[row]
         network = questions.network[question]
         count, flawed = _read(data, start, end, legs)
         unsure = False

@@ -31,6 +31,7 @@ from rewardmap.rewards.hashing import MISS
 from rewardmap.rewards.jit import entry, merged
 from rewardmap.rewards.score import FAILURE_CODE
 from rewardmap.rewards.scorer import HAND_BACK
+from rewardmap.rewards.texts import utf8
 
 TRUE_FALSE, CHOICE, COUNT = range(3)
 """Kinds of short answers."""
@@ -132,14 +133,14 @@ def short(kind, buf, low, n):  # type: ignore[no-untyped-def]
 
 
 @entry
-def score_short(data, starts, rows, asked, questions, lower, buf, spare, results):  # type: ignore[no-untyped-def]
-    """Score those of the answers data[starts[i]:starts[i + 1]] (UTF-8) to the questions asked[i] whose i is
-    in ``rows``.
+def score_short(answers, rows, asked, questions, lower, buf, spare, results):  # type: ignore[no-untyped-def]
+    """Score the answers numbered ``rows``, each to the question asked[row].
 
     Time is linear in the bytes. ``buf`` and ``spare`` are scratch, twice as long as the longest answer and 64.
     """
+    data, start = answers.data, ZERO
     for row in rows:
-        start, end, question = starts[row], starts[row + 1], asked[row]
+        end, question = utf8(answers, row), asked[row]
         kind = questions.kind[question]
         low, high = extract(data, start, end, lower, buf, spare)
         said = short(kind, buf, low, high) if low >= 0 else UNSURE

@@ -18,6 +18,7 @@ from rewardmap.rewards.graph_text import key_of, spans_of
 from rewardmap.rewards.hashing import MISS, lookup
 from rewardmap.rewards.jit import entry, helper
 from rewardmap.rewards.score import FAILURE_CODE
+from rewardmap.rewards.texts import utf8
 
 STOP_KEY, LINE_KEY, STOP_NAME, LINE_NAME = (np.int64(n) for n in range(4))
 """Sorts of interned names, folded and as the network spells them; a name's space is ``4 * network + sort``."""
@@ -140,23 +141,23 @@ def _travel(data, spans, count, network, start, goal, reached, atlas, room, key,
 
 
 @entry
-def score_trips(data, starts, rows, asked, questions, atlas, room, results):  # type: ignore[no-untyped-def]
-    """Score those of the answers data[starts[i]:starts[i + 1]] (UTF-8) to the questions asked[i] whose i is
-    in ``rows``.
+def score_trips(answers, rows, asked, questions, atlas, room, results):  # type: ignore[no-untyped-def]
+    """Score the answers numbered ``rows``, each to the question asked[row].
 
     Time is linear in the bytes.
     """
     spans, key, spare = room.spans, room.key, room.spare
+    data, low = answers.data, ZERO
     searched = np.int64(-1)
     reached = ZERO
     for row in rows:
-        low, end, question = starts[row], starts[row + 1], asked[row]
+        end, question = utf8(answers, row), asked[row]
         start = rfind(data, low, end, THOUGHT)
         start = low if start < 0 else start + 8
         count = spans_of(data, start, end, spans)
         if count == 0:
-            low, high = strip(data, low, end)
-            results.failure[row] = _NO_ANSWER if low == high else _BAD_FORMAT
+            a, b = strip(data, low, end)
+            results.failure[row] = _NO_ANSWER if a == b else _BAD_FORMAT
             continue
         network, goal = questions.network[question], questions.goal[question]
         if goal != searched:

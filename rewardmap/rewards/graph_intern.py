@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +15,17 @@ from rewardmap.rewards.graph_ride import STOPS, Atlas, room
 from rewardmap.rewards.graph_short import Asked, score_said
 from rewardmap.rewards.graph_text import folds, key_room
 from rewardmap.rewards.hashing import make_table
-from rewardmap.rewards.intern import BY_HAND, KIND_CODE, LARGEST_GOLD, PLANNING, named_rows
+from rewardmap.rewards.intern import BY_HAND, KIND_CODE, LARGEST_GOLD, PLANNING, columns, named_rows
 from rewardmap.rewards.jit import announce
 from rewardmap.rewards.score import Outcome
 from rewardmap.rewards.scorer import HAND_BACK, Networks, Results
+from rewardmap.rewards.texts import Chunk
 from rewardmap.rewards.topology import LONGEST_NAME, Topology, line_key, topology
 from rewardmap.types import DataError, Problem
 
 
-class _Interned(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Interned:
     """One network. Groups and lines count within it."""
 
     number: int
@@ -61,51 +63,48 @@ class Verified:
             interned[name] = _intern(number, topology(name, network))
         return Verified({**self.networks, **networks}, interned)
 
-    def score(
-        self,
-        problems: Sequence[Problem],
-        asked: NDArray[np.int64],
-        data: NDArray[np.uint8],
-        starts: NDArray[np.int64],
-        results: Results,
-    ) -> None:
+    def score(self, chunk: Chunk, results: Results) -> None:
         """See ``Scorer``. Raises DataError where a route's ends are no stops of the network."""
         base = self._atlas[1]
         flat: list[int] = []
         keys: list[bytes] = []
         list_at = [0]
-        for problem in problems:
-            kind, gold = KIND_CODE[problem.kind], problem.answer
+        for problem in chunk.problems:
+            kind = KIND_CODE[problem.kind]
             known = self._interned[problem.network_id]
-            start = goal = -1
+            gold = start = goal = -1
             if kind == PLANNING:
-                start, goal = _ends(problem, known, base[known.number])
-            elif not -LARGEST_GOLD < gold < LARGEST_GOLD:
+                start, goal = known.ends.get(problem.station_1, -1), known.ends.get(problem.station_2, -1)
+                if start < 0 or goal < 0:
+                    start, goal = _ends(problem, known)
+                start, goal = start + base[known.number], goal + base[known.number]
+            elif -LARGEST_GOLD < problem.answer < LARGEST_GOLD:
+                gold = problem.answer
+                if problem.fine_grained_answer:
+                    keys += [key.encode("utf-8", "surrogatepass") for key in gold_keys(problem)]
+            else:
                 kind = BY_HAND
-            elif problem.fine_grained_answer:
-                keys += [key.encode("utf-8", "surrogatepass") for key in gold_keys(problem)]
             list_at.append(len(keys))
-            of_lines = problem.kind != "Counting1"
-            flat += (kind, 0 if kind == BY_HAND else gold, of_lines, known.number, start, goal)
-        columns = np.array(flat, dtype=np.int64).reshape(-1, 6).T.copy()
-        kinds = columns[0][asked]
-        longest = int(np.diff(starts).max(initial=0))
+            flat += (kind, gold, problem.kind != "Counting1", known.number, start, goal)
+        kind_of, gold_of, of_lines, *trip = columns(flat, 6)
+        kinds = kind_of[chunk.asked]
+        longest = len(chunk.answers.data)
         planning = np.flatnonzero(kinds == PLANNING)
         if len(planning):
             announce("score_trips")
-            atlas, trips = self._atlas[0], Trips(columns[3], columns[4], columns[5])
+            atlas, trips = self._atlas[0], Trips(*trip)
             scratch = room(longest, int(atlas.about[:, STOPS].max()))
-            score_trips(data, starts, planning, asked, trips, atlas, scratch, results)
+            score_trips(chunk.answers, planning, chunk.asked, trips, atlas, scratch, results)
         short = np.flatnonzero(kinds < PLANNING)
         if len(short):
             announce("score_said")
             key_at = np.cumsum([0, *map(len, keys)])
             text = np.frombuffer(bytearray().join(keys), dtype=np.uint8)
-            lists = Asked(columns[0], columns[1], columns[2], np.array(list_at), key_at, text)
+            lists = Asked(kind_of, gold_of, of_lines, np.array(list_at), key_at, text)
             letters = folds()
             buf = np.empty(max(longest, key_room()), dtype=np.uint8)
             found = np.empty(len(keys), dtype=np.uint8)
-            score_said(data, starts, short, asked, lists, letters.text, letters.at, buf, found, results)
+            score_said(chunk.answers, short, chunk.asked, lists, letters.text, letters.at, buf, found, results)
         results.failure[kinds == BY_HAND] = HAND_BACK
 
     def by_hand(self, problem: Problem, response: str) -> Outcome:
@@ -117,8 +116,8 @@ class Verified:
         return _atlas(self._interned.values())
 
 
-def _ends(problem: Problem, known: _Interned, base: int) -> tuple[int, int]:
-    """Groups of the route's ends."""
+def _ends(problem: Problem, known: _Interned) -> tuple[int, int]:
+    """Groups of the route's ends, however they are spelt."""
     ends = []
     for name in ("station_1", "station_2"):
         station = getattr(problem, name)
@@ -129,7 +128,7 @@ def _ends(problem: Problem, known: _Interned, base: int) -> tuple[int, int]:
             raise DataError(
                 f"row {problem.uid!r}, field {name!r}: {station!r} is not in network {problem.network_id!r}"
             )
-        ends.append(base + group)
+        ends.append(group)
     return ends[0], ends[1]
 
 

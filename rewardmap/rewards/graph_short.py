@@ -27,6 +27,7 @@ from rewardmap.rewards.graph_text import (
 )
 from rewardmap.rewards.jit import entry, helper, merged
 from rewardmap.rewards.score import FAILURE_CODE
+from rewardmap.rewards.texts import utf8
 
 NOTHING = np.int64(-(1 << 40))
 """No value of the asked sort; no value is so small."""
@@ -199,15 +200,15 @@ def _f1(data, low, high, is_line, first, last, key_at, keys, fold_text, fold_at,
 
 
 @entry
-def score_said(data, starts, rows, asked, questions, fold_text, fold_at, buf, found, results):  # type: ignore[no-untyped-def]
-    """Score those of the answers data[starts[i]:starts[i + 1]] (UTF-8) to the questions asked[i] whose i is
-    in ``rows``.
+def score_said(answers, rows, asked, questions, fold_text, fold_at, buf, found, results):  # type: ignore[no-untyped-def]
+    """Score the answers numbered ``rows``, each to the question asked[row].
 
     Time is linear in the bytes. Scratch: ``buf`` for the longest answer and the longest key, ``found`` for the
     longest list.
     """
+    data, low = answers.data, ZERO
     for row in rows:
-        low, end, question = starts[row], starts[row + 1], asked[row]
+        end, question = utf8(answers, row), asked[row]
         start = rfind(data, low, end, THOUGHT)
         start = low if start < 0 else start + 8
         kind = questions.kind[question]

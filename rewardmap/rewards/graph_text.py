@@ -50,6 +50,7 @@ def folds() -> Folds:
     return Folds(np.frombuffer(b"".join(parts), dtype=np.uint8), at)
 
 
+@cache
 def key_room() -> int:
     """Bytes that the longest key can take."""
     return LONGEST_NAME * int(np.diff(folds().at).max())

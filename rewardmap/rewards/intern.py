@@ -3,9 +3,10 @@ becomes an index."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from rewardmap.rewards.jit import announce
 from rewardmap.rewards.parse import MISSING, clean, clean_network, strip_markers
 from rewardmap.rewards.score import CleanLines, Outcome, line_key, score_paper, score_reference
 from rewardmap.rewards.scorer import HAND_BACK, AnyNetwork, Networks, Results
+from rewardmap.rewards.texts import Chunk
 from rewardmap.transit.graph import Network
 from rewardmap.types import Problem
 
@@ -34,7 +36,8 @@ LARGEST_GOLD = 10**17
 """Larger counts, and answers to ``BY_HAND`` questions in general, are left to the plain code."""
 
 
-class _Interned(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Interned:
     number: int
     lines: CleanLines
     stops: dict[str, int]
@@ -49,9 +52,8 @@ class _Interned(NamedTuple):
     members: NDArray[np.bool_]
 
     def number_of(self, station: str) -> int:
-        """Number of a problem's station; -1 if its cleaned name is none of the network's."""
-        number = self.gold.get(station)
-        return self.stops.get(clean(station), -1) if number is None else number
+        """Number of a problem's station, however it is spelt; -1 if its cleaned name is none of the network's."""
+        return self.stops.get(clean(station), -1)
 
 
 class Published:
@@ -72,40 +74,39 @@ class Published:
             interned[name] = _intern(number, name, network)
         return Published(self._paper, {**self.networks, **networks}, interned)
 
-    def score(
-        self,
-        problems: Sequence[Problem],
-        asked: NDArray[np.int64],
-        data: NDArray[np.uint8],
-        starts: NDArray[np.int64],
-        results: Results,
-    ) -> None:
+    def score(self, chunk: Chunk, results: Results) -> None:
         """See ``Scorer``."""
         flat: list[int] = []
-        for problem in problems:
-            kind, gold = KIND_CODE[problem.kind], problem.answer
+        for problem in chunk.problems:
+            kind = KIND_CODE[problem.kind]
             known = self._interned[problem.network_id]
-            start = goal = required = -1
+            gold = start = goal = required = -1
             if kind == PLANNING:
                 required = problem.transfers_required
-                start, goal = known.number_of(problem.station_1), known.number_of(problem.station_2)
+                start, goal = known.gold.get(problem.station_1, -1), known.gold.get(problem.station_2, -1)
+                if start < 0 or goal < 0:
+                    start, goal = known.number_of(problem.station_1), known.number_of(problem.station_2)
                 if start < 0 or goal < 0:
                     kind = BY_HAND
-            elif not -LARGEST_GOLD < gold < LARGEST_GOLD:
+            elif -LARGEST_GOLD < problem.answer < LARGEST_GOLD:
+                gold = problem.answer
+            else:
                 kind = BY_HAND
-            flat += (kind, 0 if kind == BY_HAND else gold, known.number, start, goal, required)
-        kind_of, gold_of, *route = np.array(flat, dtype=np.int64).reshape(-1, 6).T.copy()
-        kinds = kind_of[asked]
-        scratch = room(int(np.diff(starts).max(initial=0)))
+            flat += (kind, gold, known.number, start, goal, required)
+        kind_of, gold_of, *route = columns(flat, 6)
+        kinds = kind_of[chunk.asked]
+        scratch = room(len(chunk.answers.data))
         planning = np.flatnonzero(kinds == PLANNING)
         if len(planning):
             announce("score_routes")
-            score_routes(data, starts, planning, asked, Routes(*route), self._bank, self._paper, scratch, results)
+            score_routes(
+                chunk.answers, planning, chunk.asked, Routes(*route), self._bank, self._paper, scratch, results
+            )
         short = np.flatnonzero(kinds < PLANNING)
         if len(short):
             announce("score_short")
             asks, lower = Shorts(kind_of, gold_of), self._bank.lower
-            score_short(data, starts, short, asked, asks, lower, scratch.buf, scratch.spare, results)
+            score_short(chunk.answers, short, chunk.asked, asks, lower, scratch.buf, scratch.spare, results)
         results.failure[kinds == BY_HAND] = HAND_BACK
 
     @cached_property
@@ -153,6 +154,12 @@ def _intern(number: int, network_id: str, network: AnyNetwork) -> _Interned:
     )
     text, rows = named_rows((3 * number + sort, name, value) for sort, name, value in entries)
     return _Interned(number, lines, stops, gold, text, rows, special, members)
+
+
+def columns(flat: list[int], count: int) -> NDArray[np.int64]:
+    """[count, rows] of numbers that are listed row by row."""
+    # Reading a buffer, NumPy need not ask each number what it is.
+    return np.frombuffer(array("q", flat), dtype=np.int64).reshape(-1, count).T.copy()
 
 
 def named_rows(entries: Iterable[tuple[int, str, int]]) -> tuple[bytes, NDArray[np.int32]]:

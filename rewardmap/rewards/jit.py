@@ -41,7 +41,7 @@ def _can_keep() -> bool:
     return True
 
 
-def entry(function: Callable[..., Any]) -> Any:
+def entry(function: Callable[..., Any], *, nogil: bool = True) -> Any:
     """Compile a function that Python calls on its first call; without a writable cache, in every process.
 
     It allocates nothing: without the runtime (``_nrt``) its arrays are not reference-counted, which would cost more
@@ -50,11 +50,16 @@ def entry(function: Callable[..., Any]) -> Any:
     config: Any = numba.config
     before = config.CACHE_DIR
     config.CACHE_DIR = str(cache_folder())
-    options: dict[str, Any] = {"nogil": True, "_nrt": False}
+    options: dict[str, Any] = {"nogil": nogil, "_nrt": False}
     try:
         return numba.njit(cache=_can_keep(), **options)(function)
     finally:
         config.CACHE_DIR = before
+
+
+def locked_entry(function: Callable[..., Any]) -> Any:
+    """As ``entry``, for a function that counts references and so keeps the interpreter's lock."""
+    return entry(function, nogil=False)
 
 
 def helper(function: Callable[..., Any]) -> Any:

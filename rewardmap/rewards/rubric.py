@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import numpy as np
@@ -110,23 +110,26 @@ class Rubric:
         """
         if len(problems) != len(responses):
             raise ValueError(f"{len(problems)} problems but {len(responses)} responses: give one each")
-        asked, distinct = distinct_problems(problems)
-        scorer = self._reader.scorer(distinct, networks)
-        return self._batch(*score_texts(scorer, distinct, asked, responses, self.threads, self._checked_weight))
+        rows = list(problems)
+        reader = partial(self._reader.scorer, rows, networks)
+        return self._batch(*score_texts(reader, rows, list(responses), self.threads, self.weights))
 
-    def weight(self, problem: Problem) -> float:
-        """W = W_map + W_question of a problem."""
-        weight = self.map_weights[problem.map_difficulty]
-        transfers = problem.kind == "planning" and problem.transfers_required > 0
-        return weight + self.transfer_weight if transfers else weight
+    def weights(self, problems: Sequence[Problem]) -> NDArray[np.float64]:
+        """[n] W = W_map + W_question of each problem. Raises DataError where one is malformed."""
+        check_problems(problems)
+        of_map, more = self.map_weights, self.transfer_weight
+        return np.array(
+            [
+                of_map[problem.map_difficulty] + more
+                if problem.kind == "planning" and problem.transfers_required > 0
+                else of_map[problem.map_difficulty]
+                for problem in problems
+            ]
+        )
 
     @cached_property
     def _reader(self) -> Reader:
         return Reader(Verified() if self.mode == "graph" else Published(self.mode == "paper"))
-
-    def _checked_weight(self, problem: Problem) -> float:
-        check_problem(problem)
-        return self.weight(problem)
 
     def _batch(self, results: Results, weights: NDArray[np.float64]) -> RewardBatch:
         # In the order of the published code, so that equal means equal to the last bit.
@@ -146,30 +149,25 @@ class Rubric:
         )
 
 
-def distinct_problems(problems: Sequence[Problem]) -> tuple[NDArray[np.int64], list[Problem]]:
-    """([n] which distinct problem each row asks, the distinct ones), where a run of one object is one."""
-    begins = np.ones(len(problems), dtype=np.bool_)
-    begins[1:] = np.fromiter(map(operator.is_not, problems[1:], problems), dtype=np.bool_)
-    return np.cumsum(begins) - 1, [problems[i] for i in np.flatnonzero(begins).tolist()]
-
-
-def check_problem(problem: Problem) -> None:
-    """Raise DataError naming uid and field where a problem cannot be scored."""
-    if problem.kind not in KINDS:
-        raise _bad(problem, "kind", problem.kind, f"one of {', '.join(KINDS)}")
-    if problem.map_difficulty not in LEVELS:
-        raise _bad(problem, "map_difficulty", problem.map_difficulty, f"one of {', '.join(LEVELS)}")
-    if type(problem.answer) is not int and not _is_int(problem.answer):
-        raise _bad(problem, "answer", problem.answer, "an integer (TorF 0 or 1, Counting a number, planning -1)")
-    if problem.kind != "planning":
-        return
-    transfers = problem.transfers_required
-    if (type(transfers) is not int and not _is_int(transfers)) or transfers < 0:
-        raise _bad(problem, "transfers_required", transfers, "an integer of at least 0")
-    if not isinstance(problem.station_1, str):
-        raise _bad(problem, "station_1", problem.station_1, "a station's name")
-    if not isinstance(problem.station_2, str):
-        raise _bad(problem, "station_2", problem.station_2, "a station's name")
+def check_problems(problems: Sequence[Problem]) -> None:
+    """Raise DataError naming uid and field of the first that cannot be scored."""
+    for problem in problems:
+        plan = problem.kind == "planning"
+        if not plan and problem.kind not in KINDS:
+            raise _bad(problem, "kind", problem.kind, f"one of {', '.join(KINDS)}")
+        if problem.map_difficulty not in LEVELS:
+            raise _bad(problem, "map_difficulty", problem.map_difficulty, f"one of {', '.join(LEVELS)}")
+        if type(problem.answer) is not int and not _is_int(problem.answer):
+            raise _bad(problem, "answer", problem.answer, "an integer (TorF 0 or 1, Counting a number, planning -1)")
+        if not plan:
+            continue
+        transfers = problem.transfers_required
+        if (type(transfers) is not int and not _is_int(transfers)) or transfers < 0:
+            raise _bad(problem, "transfers_required", transfers, "an integer of at least 0")
+        if not isinstance(problem.station_1, str):
+            raise _bad(problem, "station_1", problem.station_1, "a station's name")
+        if not isinstance(problem.station_2, str):
+            raise _bad(problem, "station_2", problem.station_2, "a station's name")
 
 
 def _bad(problem: Problem, field_name: str, value: object, want: str) -> DataError:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rewardmap.rewards.score import Outcome
+from rewardmap.rewards.texts import Chunk
 from rewardmap.transit.graph import Network
 from rewardmap.types import DataError, MetroData, Problem
 
@@ -29,6 +30,10 @@ class Results(NamedTuple):
     format_valid: NDArray[np.bool_]
     failure: NDArray[np.int8]
 
+    def part(self, rows: slice) -> Results:
+        """Views of those rows."""
+        return Results(self.correct[rows], self.detail[rows], self.format_valid[rows], self.failure[rows])
+
 
 class Scorer(Protocol):
     """A mode and the networks it knows. Never changed once made, so that threads may share it."""
@@ -40,23 +45,14 @@ class Scorer(Protocol):
     def knowing(self, networks: Networks) -> Scorer:
         """The same mode, which also knows these. Raises DataError for a malformed one."""
 
-    def score(
-        self,
-        problems: Sequence[Problem],
-        asked: NDArray[np.int64],
-        data: NDArray[np.uint8],
-        starts: NDArray[np.int64],
-        results: Results,
-    ) -> None:
-        """Score the answers data[starts[i]:starts[i + 1]] (UTF-8) to problems[asked[i]], outside the
-        interpreter's lock.
+    def score(self, chunk: Chunk, results: Results) -> None:
+        """Score each of the answers, outside the interpreter's lock.
 
         Raises DataError for a problem that its network cannot pose.
         """
 
     def by_hand(self, problem: Problem, response: str) -> Outcome:
         """The plain definition, for what ``score`` has marked ``HAND_BACK``."""
-
 
 
 class Reader:
@@ -66,20 +62,27 @@ class Reader:
         self._scorer = scorer
         self._lock = threading.Lock()
 
-    def scorer(self, problems: Sequence[Problem], networks: Networks) -> Scorer:
-        """One that knows the problems' networks. Raises DataError where one is missing or malformed."""
+    def scorer(self, problems: Sequence[Problem], networks: Networks, posed: Sequence[Problem]) -> Scorer:
+        """One that knows the networks of ``posed``. Where these have to be read, those of all ``problems`` are.
+
+        Raises DataError where one is missing or malformed.
+        """
         with self._lock:
             known = self._scorer.networks
-            new: dict[str, AnyNetwork] = {}
-            for problem in problems:
-                network = networks.get(problem.network_id)
-                if network is None:
-                    raise DataError(
-                        f"row {problem.uid!r}, field 'network_id': no network {problem.network_id!r} among the "
-                        f"{len(networks)} given; load its stations file"
-                    )
-                if known.get(problem.network_id) is not network:
-                    new[problem.network_id] = network
-            if new:
-                self._scorer = self._scorer.knowing(new)
+            if any(known.get(name, self) is not networks.get(name) for name in {one.network_id for one in posed}):
+                self._scorer = self._scorer.knowing(_unread(problems, networks, known))
             return self._scorer
+
+
+def _unread(problems: Sequence[Problem], networks: Networks, known: Networks) -> Networks:
+    new: dict[str, AnyNetwork] = {}
+    for problem in problems:
+        network = networks.get(problem.network_id)
+        if network is None:
+            raise DataError(
+                f"row {problem.uid!r}, field 'network_id': no network {problem.network_id!r} among the "
+                f"{len(networks)} given; load its stations file"
+            )
+        if known.get(problem.network_id) is not network:
+            new[problem.network_id] = network
+    return new
