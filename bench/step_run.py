@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from step_cases import ARMS, CASES, Case, Work, build_answers, build_model, build_problems, flop
 
-from rewardmap.config import Config, PolicyConfig, RolloutConfig, StageConfig, TrainConfig
+from rewardmap.config import Config, ConfigError, PolicyConfig, RolloutConfig, StageConfig, TrainConfig
 from rewardmap.curriculum import Curriculum
 from rewardmap.policy import Policy, assemble
 from rewardmap.profiling import peak_rss_bytes
@@ -31,6 +31,7 @@ from rewardmap.rollout.engine import OnGroup
 from rewardmap.train import trainer as trainer_module
 from rewardmap.train.forest import PackedForest, pack_forest
 from rewardmap.train.forward import response_hidden
+from rewardmap.train.plan import DEVICES, Workload, plan
 from rewardmap.train.trainer import Trainer
 from rewardmap.types import KINDS, Problem, RolloutGroup, SamplingParams
 from rewardmap.vision import ImageFeatures
@@ -161,8 +162,27 @@ def run_ours(case: Case, work: Work, device: str, dtype: torch.dtype, turn: Call
         "loss": rows[0]["loss"],
         "computed_tokens": rows[-1]["packed_tokens"],
         "memory": _peak(device) - before,
+        "phase_seconds": rows[-1].get("seconds"),
+        "planned": planned(config, case, dtype, model.config, _data_sheet(device)) if work == ARMS["ours"] else None,
         "probe": trainer.probes[0],
     }
+
+
+def planned(
+    config: Config, case: Case, dtype: torch.dtype, model_config: Any, device: str | None
+) -> dict[str, Any] | None:
+    """What ``rewardmap plan`` says of this step: bytes by part, seconds by phase; or why it should not fit. None for a
+    GPU it does not know."""
+    if device is None:
+        return None
+    policy = dataclasses.replace(config.policy, dtype=str(dtype).removeprefix("torch."))
+    parallel = dataclasses.replace(config.parallel, activation_checkpointing=case.checkpointing)
+    config = dataclasses.replace(config, policy=policy, parallel=parallel)
+    try:
+        found = plan(config, model_config, 1, device, Workload(case.prompt, case.response))
+    except ConfigError as error:
+        return {"refused": str(error)}
+    return {"memory": found.memory, "seconds": found.seconds}
 
 
 def _without(trainer: Trainer, work: Work) -> None:
@@ -211,8 +231,9 @@ def probe(model: torch.nn.Module) -> dict[str, list[float]]:
     return found
 
 
-def _is_hopper(device: str) -> bool:
-    return device == "cuda" and any(name in torch.cuda.get_device_name() for name in ("H100", "H200"))
+def _data_sheet(device: str) -> str | None:
+    """The name under which ``rewardmap plan`` knows this GPU."""
+    return next((name for name in DEVICES if name in torch.cuda.get_device_name()), None) if device == "cuda" else None
 
 
 def _now(device: str) -> float:
@@ -260,6 +281,7 @@ def main() -> None:
         row = run_ours(case, work, chosen.device, dtype, turn)
     median = statistics.median(row["seconds"])
     arithmetic = flop(case, work)
+    hopper = _data_sheet(chosen.device) in ("H100", "H200")
     print(
         json.dumps(
             {
@@ -271,7 +293,7 @@ def main() -> None:
                 "logical_tokens": case.sequences * (case.prompt + case.response - 1),
                 "flop": arithmetic,
                 "flop_per_second": arithmetic["total"] / median,
-                "mfu": arithmetic["total"] / median / H100_FLOPS if _is_hopper(chosen.device) else None,
+                "mfu": arithmetic["total"] / median / H100_FLOPS if hopper else None,
             }
         )
     )
