@@ -327,13 +327,15 @@ def test_the_tiny_job_on_servers_does_what_it_does_locally(tmp_path):
     assert ready and "Traceback" not in served
 
 
-def test_the_tiny_job_on_two_ranks_with_a_server(tmp_path):
-    """By torchrun, weights split over both ranks: the server holds what they hold after every step, and resumes."""
+@pytest.mark.parametrize(("route", "staleness"), [("tensor", 0), ("distributed", 1)])
+def test_the_tiny_job_on_two_ranks_with_a_server(route, staleness, tmp_path):
+    """By torchrun, weights split over both ranks: the server holds what they hold after every step. It resumes."""
     settings = [
         *("data.train_maps=6", "data.test_maps=6", "train.prompts_per_step=8", "eval.samples=0", "policy.device=cpu"),
         *("eval.text_only=false", "eval.max_problems=6", "train.checkpoint_every=2", "train.keep_checkpoints=9"),
         "train.stages=[{name='warm start', kind='sft', steps=1, checkpoint='shipped'}, {name='counting', steps=4}]",
         *("rollout.engine=sglang", "rollout.server.args=['--max-total-tokens', '16384']", "rollout.server.bucket_mb=1"),
+        *(f"rollout.server.sync={route}", f"rollout.staleness={staleness}", "rollout.importance_correction=truncate"),
         f"rollout.server.python={interpreter(VERSIONS[-1])}",
     ]
     out = tmp_path / "run"
@@ -346,7 +348,10 @@ def test_the_tiny_job_on_two_ranks_with_a_server(tmp_path):
         assert done.returncode == 0, done.stderr[-4000:]
         rows = read_metrics(out)
         assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and all(len(row["train_flop"]) == 2 for row in rows)
-        assert all(row["rollout_drift"] < 1e-4 and row["sync_drift_max"] < 1e-4 for row in rows[1:])
+        assert all(row["sync_drift_max"] < 1e-4 for row in rows[1:])
+        lag = [row.get("staleness", 0) for row in rows[1:]]
+        assert all(row["rollout_drift"] < 1e-4 or late for row, late in zip(rows[1:], lag, strict=True))
+        assert max(lag) == staleness
         log = (out / "servers" / "server-0.log").read_text()
         _, ready, served = log.rpartition("ready to roll")  # of the last one started
         assert ready and "Traceback" not in served and not (out / "servers" / "rank-1").exists()
