@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from rewardmap.config import PolicyConfig, ServerConfig
+from rewardmap.config import ConfigError, PolicyConfig, ServerConfig
 from rewardmap.policy import load_policy
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.sglang_engine import SGLangEngine
 from rewardmap.rollout.sglang_server import Keys
 from rewardmap.tiny import WARM_START
 from rewardmap.train.synced import SyncedEngine
-from rewardmap.train.weight_sync import WeightSync
+from rewardmap.train.weight_sync import WeightSync, check_here
 from rewardmap.train.weights import buckets, whole_weights
 from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.generate import generate_network
@@ -274,3 +274,11 @@ def test_colocated_servers_sleep_while_the_trainer_works(policy, problem, server
         assert since(mark) == [*awake, "/generate", "/release_memory_occupation"]
     finally:
         engine.close()
+
+
+def test_memory_is_not_handed_to_another_machine(monkeypatch):
+    check_here(["http://127.0.1.1:1", "http://localhost:2"])
+    monkeypatch.setattr("rewardmap.train.weight_sync.own_address", lambda url: "192.0.2.9")
+    check_here(["http://192.0.2.9:1"])
+    with pytest.raises(ConfigError, match=r"sync='tensor'.*http://192.0.2.1:1 is on another.*'distributed' or 'disk'"):
+        check_here(["http://192.0.2.9:1", "http://192.0.2.1:1"])

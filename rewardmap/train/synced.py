@@ -21,7 +21,7 @@ from rewardmap.train.forest import Answers, pack_forest
 from rewardmap.train.forward import Vision, response_hidden
 from rewardmap.train.parallel import Forward, split_again
 from rewardmap.train.ranks import ALONE, Ranks, gather_groups
-from rewardmap.train.weight_sync import MEMORY, WeightSync
+from rewardmap.train.weight_sync import MEMORY, WeightSync, check_here
 from rewardmap.types import Problem, RolloutGroup, SamplingParams
 from rewardmap_kernels import linear_logprobs
 
@@ -221,6 +221,8 @@ class SyncedEngine:
         """Servers of our own and the router, where the configuration asks for them."""
         config = self._config
         if config.urls:
+            if config.sync == "tensor" and self._policy.device.type == "cuda":
+                check_here(config.urls)
             return Keys.read(config.keys_file) if config.keys_file else Keys()
         self._servers, keys = start_servers(self._policy, config, folder, progress, load_weights=False, dtype=dtype)
         if config.router:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import ipaddress
 import pickle
 import shutil
 import socket
@@ -31,6 +32,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.multiprocessing.reductions import reduce_tensor
 
+from rewardmap.config import ConfigError
 from rewardmap.policy import Policy
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.process import free_port
@@ -330,6 +332,17 @@ def own_address(url: str) -> str:
         probe.connect((host, 9))  # sends nothing
         address: str = probe.getsockname()[0]
         return address
+
+
+def check_here(urls: Sequence[str]) -> None:
+    """Raises ConfigError for a server on another machine, which cannot open a handle to this one's GPU memory."""
+    for url in urls:
+        address = socket.gethostbyname(urlsplit(url).hostname or "127.0.0.1")
+        if not ipaddress.ip_address(address).is_loopback and own_address(url) != address:
+            raise ConfigError(
+                f"rollout.server.sync='tensor' hands over memory of this machine's GPUs, and {url} is on another; "
+                "set rollout.server.sync to 'distributed' or 'disk'"
+            )
 
 
 async def _all(replicas: Sequence[Replica], call: Callable[[SGLangClient], Coroutine[Any, Any, Any]]) -> None:
