@@ -187,12 +187,7 @@ class SGLangServer:
         return [*options, *config.args]
 
     def _environment(self) -> dict[str, str]:
-        environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-        for name in os.environ:
-            # PYTHONPATH is ours; the server has an environment of its own. What launched our ranks did not launch it:
-            # with torchrun's variables its processes would look for each other at torchrun's store.
-            if name == "PYTHONPATH" or name in _LAUNCHERS or name.startswith("TORCHELASTIC_"):
-                del environment[name]
+        environment = _foreign_environment()
         if self.frozen_vision:
             environment.setdefault("SGLANG_VLM_CACHE_SIZE_MB", VISION_CACHE_MB)
         else:
@@ -237,7 +232,7 @@ class Router:
         command = [self.config.python or sys.executable, "-c", _ROUTER]
         command += ["--worker-urls", *self.urls, "--host", "127.0.0.1", "--port", str(port)]
         command += ["--policy", "cache_aware", "--prometheus-port", str(free_port("127.0.0.1")), "--disable-retries"]
-        environment = {**os.environ, "PYTHONSAFEPATH": "1", "ROUTER_KEY": self.keys.api or ""}
+        environment = _foreign_environment() | {"ROUTER_KEY": self.keys.api or ""}
         self._process = GuardedProcess(command, self.folder / "router.log", environment)
         deadline = time.monotonic() + 60
         while not answers(f"{self.url}/health"):
@@ -251,6 +246,13 @@ class Router:
         """A second call does nothing."""
         if self._process is not None:
             self._process.stop()
+
+
+def _foreign_environment() -> dict[str, str]:
+    """For a process with packages of its own. PYTHONPATH is ours, and what launched our ranks did not launch it: with
+    torchrun's variables a server's processes would look for each other at torchrun's store."""
+    ours = {name for name in os.environ if name == "PYTHONPATH" or name.startswith("TORCHELASTIC_")} | _LAUNCHERS
+    return {name: value for name, value in os.environ.items() if name not in ours} | {"PYTHONSAFEPATH": "1"}
 
 
 def _write_private(path: Path, text: str) -> None:
