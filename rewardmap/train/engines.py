@@ -6,13 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from rewardmap.config import Config, ConfigError
 from rewardmap.policy import Policy, load_policy
 from rewardmap.rollout.engine import RolloutEngine
 from rewardmap.rollout.local import LocalEngine
-from rewardmap.train.parallel import Forward
+from rewardmap.train.parallel import Forward, computes_in
 from rewardmap.train.ranks import ALONE, Ranks, SharedRollouts
 from rewardmap.types import Problem
 
@@ -54,7 +52,7 @@ def make_engine(
         config.rollout.server,
         folder / SERVERS,
         progress,
-        dtype=getattr(torch, config.parallel.compute_dtype or config.policy.dtype),
+        dtype=computes_in(config),
         ranks=ranks,
         forward=forward,
         ahead=config.rollout.staleness > 0,

@@ -42,6 +42,12 @@ Forward = Callable[[PackedForest, Vision], Tensor]
 """A packed forest's response rows: hidden states [N, H] that predict them."""
 
 
+def computes_in(config: Config) -> torch.dtype:
+    """Of the forward and backward pass, and of servers that sample."""
+    dtype: torch.dtype = getattr(torch, config.parallel.compute_dtype or config.policy.dtype)
+    return dtype
+
+
 def needs_sharding(parallel: ParallelConfig, ranks: Ranks, dtype: str) -> bool:
     """Whether the policy must go through ``shard_policy``: several ranks, or a feature that FSDP brings to one."""
     return ranks.size > 1 or parallel.offload or parallel.compute_dtype not in (None, dtype)

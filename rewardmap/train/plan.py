@@ -16,7 +16,7 @@ from torch import nn
 
 from rewardmap.config import Config, ConfigError
 from rewardmap.train.balance import CostModel
-from rewardmap.train.parallel import freeze_matching
+from rewardmap.train.parallel import computes_in, freeze_matching
 from rewardmap_kernels._head import CHUNK_BYTES
 
 MFU, BANDWIDTH_SHARE = 0.4, 0.6
@@ -132,7 +132,7 @@ def memory_parts(config: Config, model: Any, gpus: int, work: Workload) -> dict[
     """Bytes per GPU. A trained model's parts are split over ``parallel.shard`` ranks, rounded up to whole rows."""
     shard = config.parallel.shard or gpus
     master = getattr(torch, config.policy.dtype).itemsize
-    compute = getattr(torch, config.parallel.compute_dtype or config.policy.dtype).itemsize
+    compute = computes_in(config).itemsize
     text, tower = model.model.language_model, model.model.visual
     frozen_tower = {id(p) for p in tower.parameters()} if config.policy.freeze_vision else set()
     split = [p for p in model.parameters() if id(p) not in frozen_tower]

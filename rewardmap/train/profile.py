@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity
 
 from rewardmap.config import Config
 from rewardmap.files import replacing, write_text
+from rewardmap.train.parallel import computes_in
 from rewardmap.train.plan import MFU
 from rewardmap.train.run import speed_of
 from rewardmap.train.start import begin_folder, join, set_up
@@ -70,7 +71,7 @@ def profile(config: Config, out: Path, *, steps: int, console: Console) -> Path:
         profiler.export_chrome_trace(str(out / f"trace-rank{ranks.rank}.json.gz"))
         if ranks.is_first:
             events = profiler.key_averages(group_by_input_shape=True)
-            itemsize = getattr(torch, config.parallel.compute_dtype or config.policy.dtype).itemsize
+            itemsize = computes_in(config).itemsize
             products = sorted(matrix_products(events, itemsize), key=lambda product: -product.seconds)
             flops, bandwidth = ceilings(trainer.policy.device, config)
             text = report(rows, products, profiler.key_averages(), flops)
@@ -148,7 +149,7 @@ def _seconds(event: Any) -> float:
 
 def ceilings(device: torch.device, config: Config) -> tuple[float, float]:
     """FLOP/s of a large matrix product and bytes/s of a large copy, measured here: the best of a few."""
-    dtype = getattr(torch, config.parallel.compute_dtype or config.policy.dtype)
+    dtype = computes_in(config)
     size = 8192 if device.type == "cuda" else 1024
     square = torch.ones(size, size, dtype=dtype, device=device)
     block = torch.ones(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)

@@ -10,7 +10,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -22,6 +21,7 @@ from rewardmap.train.checkpoint import Checkpoints
 from rewardmap.train.examine import CHECKPOINTS, EVALUATION, Examiner, answers_before, progress_bar
 from rewardmap.train.faults import Stopped, stop_request
 from rewardmap.train.identity import random_state
+from rewardmap.train.parallel import computes_in
 from rewardmap.train.ranks import Ranks, restarted
 from rewardmap.train.start import begin_folder, join, set_up
 from rewardmap.train.trackers import open_trackers
@@ -126,14 +126,13 @@ def _train_loop(job: _Job) -> None:
 def speed_of(trainer: Trainer, row: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, float]:
     """``profiling.speed`` of a step's row of metrics and its seconds by phase."""
     config = trainer.config
-    computes_in = getattr(torch, config.parallel.compute_dtype or config.policy.dtype)
     return speed(
         seconds,
         packed_tokens=row["packed_tokens"],
         logical_tokens=row["logical_tokens"],
         slots=row["micro_batches"] * config.train.max_tokens_per_micro_batch,
         flop=row["train_flop"],
-        peak_flops=device_peak_flops(computes_in),
+        peak_flops=device_peak_flops(computes_in(config)),
     )
 
 

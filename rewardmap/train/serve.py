@@ -6,13 +6,13 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from rewardmap.config import Config, ConfigError
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.sglang_server import KEYS_FILE, Router
 from rewardmap.train.faults import stop_request
+from rewardmap.train.parallel import computes_in
 from rewardmap.train.start import initial_policy
 from rewardmap.train.synced import start_servers
 
@@ -35,7 +35,7 @@ def serve(config: Config, folder: Path, *, console: Console) -> None:
         raise ConfigError(f"rollout.server.urls={list(server.urls)} names servers that run already; leave it out")
     say = partial(console.print, highlight=False, soft_wrap=True)
     policy = initial_policy(config)
-    dtype = getattr(torch, config.parallel.compute_dtype or config.policy.dtype)
+    dtype = computes_in(config)
     servers, keys = start_servers(policy, server, folder, say, load_weights=True, dtype=dtype)
     del policy  # the servers have loaded it
     router: Router | None = None

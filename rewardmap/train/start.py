@@ -31,7 +31,7 @@ from rewardmap.train.examine import (
     progress_bar,
 )
 from rewardmap.train.identity import changes, identity, restore_random_state
-from rewardmap.train.parallel import needs_sharding, prepare_policy, shard_policy
+from rewardmap.train.parallel import computes_in, needs_sharding, prepare_policy, shard_policy
 from rewardmap.train.ranks import ALONE, Ranks, join_ranks
 from rewardmap.train.reference import make_reference
 from rewardmap.train.trainer import Trainer
@@ -119,8 +119,7 @@ def _make_trainer(
         reference = make_reference(policy, config, initial)
         prepare_policy(policy, config)
         forward = shard_policy(policy, config.parallel, ranks, pick_device(config.policy)) if sharded else None
-    computes_in = getattr(torch, config.parallel.compute_dtype or config.policy.dtype)
-    console.print(policy.describe_attention(computes_in), highlight=False, soft_wrap=True)
+    console.print(policy.describe_attention(computes_in(config)), highlight=False, soft_wrap=True)
     with timer.phase("servers"):
         engine = make_engine(config, policy, run_dir, asked, partial(console.print, highlight=False), ranks, forward)
     try:
