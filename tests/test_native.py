@@ -43,14 +43,19 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_operators_equal_the_definition(capability: str) -> None:
+@pytest.mark.parametrize(("capability", "products"), [
+    ("default", "ALL"), ("avx2", "ALL"), ("avx512", "ALL"), ("avx512", "AVX512_CORE")
+])  # fmt: skip
+def test_operators_equal_the_definition(capability: str, products: str) -> None:
     if capability == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("torch itself dies of AVX-512 that is asked for where there is none")
-    done = python(str(SCRIPT), str(native.library()), ATEN_CPU_CAPABILITY=capability)
+    lowered = {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": products}
+    done = python(str(SCRIPT), str(native.library()), **lowered)
     assert done.returncode == 0, done.stderr
     ran = done.stdout.split(":")[0]
     assert ran == {"default": "scalar"}.get(capability, capability) or ran in ("avx2", "scalar"), done.stdout
+    if products == "AVX512_CORE":
+        assert done.stdout.endswith("products by avx512 and avx512\n"), done.stdout
 
 
 @pytest.mark.parametrize("objective", [o for o in cases.OBJECTIVES if not o.needs_sequence], ids=cases.objective_id)

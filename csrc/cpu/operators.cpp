@@ -6,11 +6,17 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -49,13 +55,36 @@ const Kernels& kernels() {
 
 std::string capability() { return kernels().name; }
 
-// The product for operands that are both bfloat16, or not. Null where it is torch's own that is fast: nothing but AMD's
-// processors was measured.
+#if defined(__x86_64__)
+// Whether the processor has tile registers for bfloat16 and Linux lets this process use them.
+bool tile_registers() {
+#if defined(__linux__)
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmxBf16) && (d & kAmxTile) &&
+         syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// ONEDNN_MAX_CPU_ISA lowers these products as it lowers torch's own.
+bool allowed(std::initializer_list<const char*> names) {
+  const char* most = std::getenv("ONEDNN_MAX_CPU_ISA");
+  return !most || std::strstr(most, "ALL") || std::any_of(names.begin(), names.end(), [&](const char* name) { return std::strstr(most, name); });
+}
+#endif
+
+// The product for operands that are both bfloat16, or not. Null without vectors. Intel's processors multiply pairs of
+// bfloat16 by vectors no faster than they do float32.
 const ProductKernel* product_kernel(bool bfloat16) {
 #if defined(__x86_64__)
-  if (!__builtin_cpu_is("amd")) return nullptr;
+  static const bool tiles = allowed({"AMX"}) && tile_registers();
+  static const bool pairs = allowed({"BF16", "FP16", "AMX"}) && __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16");
   if (&kernels() == &kAvx512Kernels) {
-    return bfloat16 && __builtin_cpu_supports("avx512bf16") ? &kAvx512Bfloat16Product : &kAvx512Product;
+    if (bfloat16 && tiles) return &kAmxProduct;
+    return bfloat16 && pairs ? &kAvx512Bfloat16Product : &kAvx512Product;
   }
   if (&kernels() == &kAvx2Kernels) return &kAvx2Product;
 #endif

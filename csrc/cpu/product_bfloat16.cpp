@@ -18,6 +18,6 @@ struct Bfloat16Product {
 
 }  // namespace
 
-const ProductKernel kAvx512Bfloat16Product = product_of<Bfloat16Product>("avx512_bf16");
+const ProductKernel kAvx512Bfloat16Product = product_of<ByVectors<Bfloat16Product>>("avx512_bf16");
 
 }  // namespace rewardmap

@@ -1,7 +1,7 @@
-// The matrix product over a type P of vector arithmetic: included once by the file of each instruction set.
+// The matrix product over a type of vector arithmetic: included once by the file of each instruction set.
 //
-// P::rows x P::vectors vectors of `out` are summed in registers. What is multiplied at one step is a unit of 32 bits: a
-// float32, or two bfloat16 that follow each other along k (P::paired). A block of each operand is packed before, so that
+// V::rows x V::vectors vectors of `out` are summed in registers. What is multiplied at one step is a unit of 32 bits: a
+// float32, or two bfloat16 that follow each other along k (V::paired). A block of each operand is packed before, so that
 // the innermost loop reads both without a stride. Everything lies in an unnamed namespace: see row_kernels.h.
 #include <immintrin.h>
 
@@ -77,7 +77,7 @@ struct Units<uint16_t, true> {
 inline void store_one(float* to, uint32_t bits) { __builtin_memcpy(to, &bits, 4); }
 
 // Lines `first` to `first + count` of the operand at depths `k` to `k + depth` as panels of `width` lines: all of a
-// panel's units of one depth, then those of the next. Lines beyond `count` are 0.
+// panel's units of one depth, then those of the next, to `units` of them. What is beyond `count` and `depth` is 0.
 template <class T, bool paired, int64_t width>
 struct Packing {
   using U = Units<T, paired>;
@@ -87,9 +87,9 @@ struct Packing {
   int64_t line, deep, count, depth, units;
   float* to;
 
-  Packing(const Operand& from, int64_t first, int64_t count, int64_t k, int64_t depth, float* to)
+  Packing(const Operand& from, int64_t first, int64_t count, int64_t k, int64_t depth, int64_t units, float* to)
       : line(from.along_depth ? from.stride : 1), deep(from.along_depth ? 1 : from.stride), count(count), depth(depth),
-        units((depth + U::depth - 1) / U::depth), to(to) {
+        units(units), to(to) {
     origin = static_cast<const T*>(from.data) + first * line + k * deep;
     if (from.along_depth) {
       for (int64_t panel = 0; panel < count; panel += width) along(panel);
@@ -103,10 +103,10 @@ struct Packing {
   float* at(int64_t panel, int64_t unit) const { return to + panel * units + unit * width; }
 
   void one_by_one(int64_t panel, int64_t unit) const {
-    const bool pair = (unit + 1) * U::depth <= depth;
+    const bool there = unit * U::depth < depth, pair = (unit + 1) * U::depth <= depth;
     const T* p = origin + panel * line + unit * U::depth * deep;
     for (int64_t i = 0; i < width; ++i)
-      store_one(at(panel, unit) + i, panel + i < count ? U::one(p + i * line, deep, pair) : 0u);
+      store_one(at(panel, unit) + i, there && panel + i < count ? U::one(p + i * line, deep, pair) : 0u);
   }
 
   void along(int64_t panel) const {
@@ -125,82 +125,93 @@ struct Packing {
   }
 
   void across(int64_t panel, int64_t unit) const {
-    const bool last = unit + 1 == units;
-    if (panel + (width + 7) / 8 * 8 > count || (last && (width < 8 || depth % U::depth))) return one_by_one(panel, unit);
+    const bool overruns = width < 8 && unit + 1 == units;
+    if (panel + (width + 7) / 8 * 8 > count || (unit + 1) * U::depth > depth || overruns) return one_by_one(panel, unit);
     const T* p = origin + panel + unit * U::depth * deep;
     for (int64_t i = 0; i < width; i += 8) store_units(at(panel, unit) + i, U::across(p + i, deep));
   }
 };
 
 template <bool paired, int64_t width>
-void pack(const Operand& from, int64_t first, int64_t count, int64_t k, int64_t depth, float* to) {
+void pack(const Operand& from, int64_t first, int64_t count, int64_t k, int64_t depth, int64_t units, float* to) {
   if constexpr (paired) {
-    Packing<uint16_t, true, width>(from, first, count, k, depth, to);
+    Packing<uint16_t, true, width>(from, first, count, k, depth, units, to);
   } else if (from.dtype == Dtype::float32) {
-    Packing<float, false, width>(from, first, count, k, depth, to);
+    Packing<float, false, width>(from, first, count, k, depth, units, to);
   } else {
-    Packing<uint16_t, false, width>(from, first, count, k, depth, to);
+    Packing<uint16_t, false, width>(from, first, count, k, depth, units, to);
   }
 }
 
-template <class P>
-inline void multiply(const float* a, const float* b, int64_t units, float* out, int64_t stride, bool add) {
-  using F = typename P::F;
-  constexpr int64_t W = P::width, R = P::rows, C = P::vectors;
-  F sum[R][C];
-  for (int64_t r = 0; r < R; ++r)
-    for (int64_t c = 0; c < C; ++c) sum[r][c] = P::set(0.0f);
-  // What is summed into arrives during the sums.
-  for (int64_t r = 0; r < R; ++r)
-    for (int64_t c = 0; c < C * W; c += 16) __builtin_prefetch(out + r * stride + c, 1);
-  for (int64_t k = 0; k < units; ++k, a += R, b += C * W) {
-    F right[C];
-    for (int64_t c = 0; c < C; ++c) right[c] = P::load(b + c * W);
-    for (int64_t r = 0; r < R; ++r) {
-      const F left = P::set(a[r]);
-      for (int64_t c = 0; c < C; ++c) sum[r][c] = P::dot(left, right[c], sum[r][c]);
-    }
+// How a panel of each side is multiplied by vectors of the arithmetic V.
+template <class V>
+struct ByVectors {
+  static constexpr bool paired = V::paired;
+  static constexpr int64_t rows = V::rows, columns = V::vectors * V::width, unit_step = 1;
+
+  static void pack_rows(const Operand& a, int64_t first, int64_t count, int64_t k, int64_t depth, int64_t units, float* to) {
+    pack<paired, rows>(a, first, count, k, depth, units, to);
   }
-  for (int64_t r = 0; r < R; ++r)
-    for (int64_t c = 0; c < C; ++c) {
-      float* to = out + r * stride + c * W;
-      P::store(to, add ? P::load(to) + sum[r][c] : sum[r][c]);
+
+  static void multiply(const float* a, const float* b, int64_t units, float* out, int64_t stride, bool add) {
+    using F = typename V::F;
+    constexpr int64_t W = V::width, R = V::rows, C = V::vectors;
+    F sum[R][C];
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t c = 0; c < C; ++c) sum[r][c] = V::set(0.0f);
+    // What is summed into arrives during the sums.
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t c = 0; c < C * W; c += 16) __builtin_prefetch(out + r * stride + c, 1);
+    for (int64_t k = 0; k < units; ++k, a += R, b += C * W) {
+      F right[C];
+      for (int64_t c = 0; c < C; ++c) right[c] = V::load(b + c * W);
+      for (int64_t r = 0; r < R; ++r) {
+        const F left = V::set(a[r]);
+        for (int64_t c = 0; c < C; ++c) sum[r][c] = V::dot(left, right[c], sum[r][c]);
+      }
     }
-}
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t c = 0; c < C; ++c) {
+        float* to = out + r * stride + c * W;
+        V::store(to, add ? V::load(to) + sum[r][c] : sum[r][c]);
+      }
+  }
+};
 
 // A block of `out` from packed panels.
 template <class P>
 void multiply_block(const float* left, const float* right, int64_t units, float* out, int64_t stride, int64_t rows,
                     int64_t columns, bool add) {
-  constexpr int64_t R = P::rows, C = P::vectors * P::width;
+  constexpr int64_t R = P::rows, C = P::columns;
   float edge[R * C];
   for (int64_t column = 0; column < columns; column += C)
     for (int64_t row = 0; row < rows; row += R) {
       const float *a = left + row * units, *b = right + column * units;
       float* to = out + row * stride + column;
       if (row + R <= rows && column + C <= columns) {
-        multiply<P>(a, b, units, to, stride, add);
+        P::multiply(a, b, units, to, stride, add);
         continue;
       }
-      multiply<P>(a, b, units, edge, C, false);
+      P::multiply(a, b, units, edge, C, false);
       for (int64_t r = 0; r < R && row + r < rows; ++r)
         for (int64_t c = 0; c < C && column + c < columns; ++c)
           to[r * stride + c] = add ? to[r * stride + c] + edge[r * C + c] : edge[r * C + c];
     }
 }
 
+// P: `rows` x `columns` of `out` at a time from `unit_step` units of either side, packed by `pack_rows` and in panels.
 template <class P>
 void product_tile(const Product& product, const Tile& tile, float* packed) {
-  constexpr int64_t per_unit = P::paired ? 2 : 1, block = kBlockDepth * per_unit;
+  constexpr int64_t per_unit = P::paired ? 2 : 1, block = kBlockDepth * per_unit, step = per_unit * P::unit_step;
   float* const left = packed;
   float* const right = packed + kBlockRows * kBlockDepth + 32;
   for (int64_t k = 0; k < product.depth; k += block) {
     const int64_t depth = product.depth - k < block ? product.depth - k : block;
-    const int64_t units = (depth + per_unit - 1) / per_unit;
-    pack<P::paired, P::vectors * P::width>(product.b, tile.column, tile.columns, k, depth, right);
+    const int64_t units = (depth + step - 1) / step * P::unit_step;
+    pack<P::paired, P::columns>(product.b, tile.column, tile.columns, k, depth, units, right);
     for (int64_t row = 0; row < tile.rows; row += kBlockRows) {
       const int64_t rows = tile.rows - row < kBlockRows ? tile.rows - row : kBlockRows;
-      pack<P::paired, P::rows>(product.a, tile.row + row, rows, k, depth, left);
+      P::pack_rows(product.a, tile.row + row, rows, k, depth, units, left);
       float* out = product.out + (tile.row + row) * product.out_stride + tile.column;
       multiply_block<P>(left, right, units, out, product.out_stride, rows, tile.columns, product.add || k > 0);
     }
@@ -209,8 +220,8 @@ void product_tile(const Product& product, const Tile& tile, float* packed) {
 
 template <class P>
 constexpr ProductKernel product_of(const char* name) {
-  static_assert(kBlockRows % P::rows == 0 && kTileColumns % (P::vectors * P::width) == 0);
-  return {name, P::rows, P::vectors * P::width, product_tile<P>};
+  static_assert(kBlockRows % P::rows == 0 && kTileColumns % P::columns == 0 && kBlockDepth % P::unit_step == 0);
+  return {name, P::rows, P::columns, product_tile<P>};
 }
 
 }  // namespace

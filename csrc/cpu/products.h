@@ -40,7 +40,7 @@ constexpr int64_t kPackedFloats = (kBlockRows + kTileColumns) * kBlockDepth + 64
 
 #if defined(__x86_64__)
 extern const ProductKernel kAvx2Product, kAvx512Product;  // of float32 and bfloat16, which is widened
-extern const ProductKernel kAvx512Bfloat16Product;        // of bfloat16 on both sides
+extern const ProductKernel kAvx512Bfloat16Product, kAmxProduct;  // of bfloat16 on both sides
 #endif
 
 }  // namespace rewardmap

@@ -68,6 +68,6 @@ struct Avx2Product : Avx2 {
 }  // namespace
 
 const Kernels kAvx2Kernels = kernels_of<Avx2>("avx2");
-const ProductKernel kAvx2Product = product_of<Avx2Product>("avx2");
+const ProductKernel kAvx2Product = product_of<ByVectors<Avx2Product>>("avx2");
 
 }  // namespace rewardmap

@@ -54,6 +54,6 @@ struct Avx512Product : Avx512 {
 }  // namespace
 
 const Kernels kAvx512Kernels = kernels_of<Avx512>("avx512");
-const ProductKernel kAvx512Product = product_of<Avx512Product>("avx512");
+const ProductKernel kAvx512Product = product_of<ByVectors<Avx512Product>>("avx512");
 
 }  // namespace rewardmap

@@ -162,7 +162,7 @@ class Head:
         if need_weight and weight_grad is None:
             # One chunk: one product, rounded once. Several: float32 in between.
             dtype = self.dtype if len(self.chunks) <= 1 else wide
-            self.d_weight = rows.empty_matrix(*weight.shape, dtype, weight.device)
+            self.d_weight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
             if not self.chunks:
                 self.d_weight.zero_()
         self.adds = weight_grad is not None

@@ -65,6 +65,7 @@ def cpu_units() -> list[Unit]:
         units.append(Unit("cpu/rows_avx2.cpp", ("-O3", "-mavx2", "-mfma")))
         units.append(Unit("cpu/rows_avx512.cpp", ("-O3", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")))
         units.append(Unit("cpu/product_bfloat16.cpp", ("-O3", "-mavx512f", "-mavx512bf16")))
+        units.append(Unit("cpu/product_amx.cpp", ("-O3", "-mavx2", "-mamx-tile", "-mamx-bf16")))
     return units
 
 

@@ -22,7 +22,7 @@ __all__ = [
 
 PRODUCT = torch.ops.rewardmap.product_ if torch.ops.rewardmap.products(False) else None
 _MULTIPLIES_BFLOAT16 = (
-    torch.cpu._is_avx512_bf16_supported() if PRODUCT is None else torch.ops.rewardmap.products(True) == "avx512_bf16"
+    torch.cpu._is_avx512_bf16_supported() if PRODUCT is None else "bf16" in torch.ops.rewardmap.products(True)
 )
 PRODUCTS_ON_CPU = (torch.bfloat16,) if _MULTIPLIES_BFLOAT16 else ()
 """Where the processor multiplies bfloat16, at twice the rate of float32: E and dW's operand are narrow then."""
