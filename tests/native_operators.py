@@ -1,7 +1,8 @@
 """The C++ operators against the float64 definition, for one instruction set and one build of the library.
 
 ``python tests/native_operators.py LIBRARY``: run by test_native.py in processes of their own, with
-``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA`` set, and with a library built with sanitizers. Prints the instruction set and what was checked.
+``ATEN_CPU_CAPABILITY`` and ``ONEDNN_MAX_CPU_ISA`` set, and with a library built with sanitizers. Prints the instruction
+set and what was checked.
 """
 
 from __future__ import annotations
@@ -196,7 +197,10 @@ def check_product() -> None:
         inside = memory[:, : shape[1]]
         return inside if along else inside.t()
 
-    shapes = ((1, 1, 1), (5, 15, 2), (6, 16, 7), (7, 33, 9), (13, 47, 258), (200, 70, 31), (590, 19, 5), (3, 530, 515), (70, 45, 1100))
+    shapes = (
+        (1, 1, 1), (5, 15, 2), (6, 16, 7), (7, 33, 9), (13, 47, 258), (200, 70, 31), (590, 19, 5), (3, 530, 515),
+        (70, 45, 1100),
+    )  # fmt: skip
     dtypes = (torch.float32, torch.bfloat16)
     for shape, left, right, *dtype in itertools.product(shapes, (True, False), (True, False), dtypes, dtypes):
         (m, n, k), add = shape, left == right
