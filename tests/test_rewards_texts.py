@@ -28,8 +28,8 @@ def read(answers, row):  # type: ignore[no-untyped-def]
 
 
 def bytes_of(texts: list[str], low: int = 0) -> list[bytes]:
-    answers = read_chunk([ask("q")] * len(texts), texts, low, len(texts)).answers
-    return [bytes(answers.data[: read(answers, row)]) for row in range(len(texts) - low)]
+    chunk = read_chunk([ask("q")] * len(texts), texts, low, len(texts))
+    return [bytes(chunk.answers.data[: read(chunk.answers, row)]) for row in range(len(chunk.texts))]
 
 
 @settings(max_examples=300, deadline=None)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +22,8 @@ _SMALLEST_CHUNK = 128
 
 def score_texts(
     reader: Callable[[Sequence[Problem]], Scorer],
-    problems: list[Problem],
-    texts: list[str],
+    problems: Sequence[Problem],
+    texts: Sequence[str],
     threads: int,
     weigh: Callable[[Sequence[Problem]], NDArray[np.float64]],
 ) -> tuple[Results, NDArray[np.float64]]:
@@ -53,9 +55,23 @@ def score_texts(
     if size >= n:
         work()
         return results, weights
-    with ThreadPoolExecutor(threads - 1) as pool:
-        others = [pool.submit(work) for _ in range(threads - 1)]
+    others = [_pool(threads - 1).submit(work) for _ in range(threads - 1)]
+    try:
         work()
+    finally:
+        # What has not begun has nothing left to do; what has must end before its arrays go.
+        wait([other for other in others if not other.cancel()])
     for other in others:
-        other.result()
+        if not other.cancelled():
+            other.result()
     return results, weights
+
+
+@cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    """Kept: to start a thread takes as long as to score a few hundred answers."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="rewardmap-rewards")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads

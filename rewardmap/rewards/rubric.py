@@ -110,9 +110,8 @@ class Rubric:
         """
         if len(problems) != len(responses):
             raise ValueError(f"{len(problems)} problems but {len(responses)} responses: give one each")
-        rows = list(problems)
-        reader = partial(self._reader.scorer, rows, networks)
-        return self._batch(*score_texts(reader, rows, list(responses), self.threads, self.weights))
+        reader = partial(self._reader.scorer, problems, networks)
+        return self._batch(*score_texts(reader, problems, responses, self.threads, self.weights))
 
     def weights(self, problems: Sequence[Problem]) -> NDArray[np.float64]:
         """[n] W = W_map + W_question of each problem. Raises DataError where one is malformed."""

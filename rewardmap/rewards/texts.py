@@ -6,6 +6,7 @@ neither count references nor fail, so they need no lock.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,12 +28,10 @@ _ONE, _TWO, _THREE, _FOUR = (np.uint64(n) for n in (1, 2, 3, 4))
 
 
 class Answers(NamedTuple):
-    """Consecutive texts of a list for one thread of compiled code. The list must outlive them."""
+    """A list of texts for one thread of compiled code. The list must outlive them."""
 
     texts: int
     """Where the list is."""
-    first: int
-    """Which of its texts is number 0 here."""
     points: NDArray[np.uint32]
     """Room for the characters of one text."""
     data: NDArray[np.uint8]
@@ -46,33 +45,36 @@ class Chunk(NamedTuple):
     """The distinct ones, where a run of one object is one."""
     asked: NDArray[np.int64]
     """[n] which of the problems each answer is to; never falls."""
+    texts: list[str]
+    """[n], kept for ``answers``, and by nobody else: another thread cannot change them."""
     answers: Answers
 
 
-def read_chunk(problems: list[Problem], texts: list[str], low: int, high: int) -> Chunk:
+def read_chunk(problems: Sequence[Problem], texts: Sequence[str], low: int, high: int) -> Chunk:
     """Rows low to high of both. Raises ValueError naming the row of what is no text."""
+    # Copied by the threads in turn, not at once before: to touch strings that no cache holds takes time.
+    rows, own = list(problems[low:high]), list(texts[low:high])
     firsts, asked = np.empty((2, high - low), dtype=np.int64)
     announce("survey")
-    longest, distinct = survey(id(problems), id(texts), low, id(str), firsts, asked)
+    longest, distinct = survey(id(rows), id(own), id(str), firsts, asked)
     if longest < 0:
         row = -1 - longest
-        raise ValueError(f"response {row} is {type(texts[row]).__name__}, not text")
+        raise ValueError(f"response {low + row} is {type(own[row]).__name__}, not text")
     room = np.empty(longest + 1, np.uint32), np.empty(4 * (longest + 1), np.uint8)
-    return Chunk([problems[row] for row in firsts[:distinct].tolist()], asked, Answers(id(texts), low, *room))
+    return Chunk([rows[row] for row in firsts[:distinct].tolist()], asked, own, Answers(id(own), *room))
 
 
 @locked_entry
-def survey(problems, texts, low, kind, firsts, asked):  # type: ignore[no-untyped-def]
-    """Finds runs of one problem from row ``low`` on: where they begin into ``firsts``, which of them each row is in
-    into ``asked``.
+def survey(problems, texts, kind, firsts, asked):  # type: ignore[no-untyped-def]
+    """Finds runs of one problem: where they begin into ``firsts``, which of them each row is in into ``asked``.
 
     Returns (characters of the longest text, runs); (-1 - its row, 0) where one is no text.
     """
     longest = distinct = before = 0
     for i in range(len(asked)):
-        problem, text = _item(problems, low + i), _item(texts, low + i)
+        problem, text = _item(problems, i), _item(texts, i)
         if problem != before:
-            firsts[distinct] = low + i
+            firsts[distinct] = i
             distinct += 1
             before = problem
         asked[i] = distinct - 1
@@ -80,7 +82,7 @@ def survey(problems, texts, low, kind, firsts, asked):  # type: ignore[no-untype
         is_text = _is_subtype(found, kind)
         _release(found)
         if not is_text:
-            return -1 - (low + i), 0
+            return -1 - i, 0
         longest = max(longest, _length(text))
     return longest, distinct
 
@@ -89,7 +91,7 @@ def survey(problems, texts, low, kind, firsts, asked):  # type: ignore[no-untype
 def utf8(answers, row):  # type: ignore[no-untyped-def]
     """Reads the text numbered ``row`` into ``answers.data``; its bytes. Lone surrogates become three."""
     points, data = answers.points, answers.data
-    text = _item(answers.texts, answers.first + row)
+    text = _item(answers.texts, row)
     size = np.uint64(_length(text))
     _points(text, points.ctypes, size, 0)
     n = i = np.uint64(0)
