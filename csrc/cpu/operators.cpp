@@ -405,7 +405,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> group_advantage_op(Tensor rewards, Te
   const Advantages a{rewards.const_data_ptr<float>(), floats("weights", weights, total), bounds,
                      advantages.mutable_data_ptr<float>(), mean.mutable_data_ptr<float>(),
                      std.mutable_data_ptr<float>(), degenerate.mutable_data_ptr<bool>()};
-  const Moments2 batch = moments_of(a.rewards, total, ddof);
+  const bool of_batch = options.scale == Scale::batch || options.baseline == Baseline::batch_mean;
+  const Moments2 batch = of_batch ? moments_of(a.rewards, total, ddof) : Moments2{};
   const int64_t average = total / (groups > 0 ? groups : 1) + 1;
   torch::stable::parallel_for(0, groups, kElementsPerTask / average + 1, [&](int64_t begin, int64_t end) {
     group_advantage(a, options, batch, begin, end);
