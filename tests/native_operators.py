@@ -217,10 +217,81 @@ def check_product() -> None:
     torch.set_num_threads(2)
 
 
+def check_decoding() -> None:
+    """Widths of one vector and of several, heads that share keys, norms, padded prompts in memory of NaN, answers of
+    any length; as many threads as wanted."""
+    ops, g = torch.ops.rewardmap, torch.Generator().manual_seed(6)
+
+    def normed(x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight
+
+    for width, heads, shared, prompt, length, with_norm in (
+        (16, 1, 1, 1, 0, False), (32, 4, 1, 38, 5, False), (48, 2, 3, 7, 17, True), (128, 2, 4, 70, 33, True)
+    ):  # fmt: skip
+        groups, answers, room = 3, 8, length + 3
+        group = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+        query, key, value = (
+            torch.randn(answers, n * width, generator=g) for n in (heads * shared, heads, heads)
+        )
+        angle = torch.randn(answers, width // 2, generator=g).repeat(1, 2)
+        tables = torch.full((2, answers, 2, width), float("nan"))  # of two positions: rows are apart
+        tables[0, :, 1], tables[1, :, 1] = angle.cos(), angle.sin()
+        tables[1, :, 1, : width // 2] *= -1
+        cos, sin = tables[0, :, 1], tables[1, :, 1]
+        begin = torch.tensor([0, prompt // 2, prompt - 1])
+        prompts = torch.randn(2, groups, heads, prompt, width, generator=g)
+        for i, first in enumerate(begin.tolist()):
+            prompts[:, i, :, :first] = float("nan")
+        own = torch.full((2, answers, heads, room, width), float("nan"))
+        own[:, :, :, :length] = torch.randn(2, answers, heads, length, width, generator=g)
+        norms = [torch.rand(width, generator=g) + 0.5 if with_norm else None for _ in range(2)]
+        exact = []
+        for s in range(answers):
+            c, sn = cos[s].double(), sin[s].double()
+            q = normed(query[s].view(heads, shared, width).double(), norms[0])
+            k = normed(key[s].view(heads, width).double(), norms[1])
+            q, k = (x * c + x.roll(width // 2, -1) * sn for x in (q, k))
+            i = int(group[s])
+            past = [torch.cat((prompts[j, i, :, begin[i] :], own[j, s, :, :length]), 1).double() for j in (0, 1)]
+            keys = torch.cat((past[0], k[:, None]), 1)
+            values = torch.cat((past[1], value[s].view(heads, 1, width).double()), 1)
+            exact.append(((0.3 * q @ keys.transpose(1, 2)).softmax(-1) @ values).reshape(-1))
+        made = []
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            keys, values = own[0].clone(), own[1].clone()
+            made.append(ops.decode_attention(
+                query, key, value, cos, sin, *prompts, begin, group, keys, values, length, 0.3, *norms, 1e-6
+            ))  # fmt: skip
+            assert torch.equal(values[:, :, length].reshape(answers, -1), value)
+            assert keys[:, :, length + 1 :].isnan().all() and not keys[:, :, : length + 1].isnan().any()
+        assert torch.equal(*made)
+        check(f"decoding {width} {heads} {shared}", made[0], torch.stack(exact), 4e-6, 4e-6)
+        hidden, update = torch.randn(2, 5, width, generator=g)
+        weight = torch.rand(width, generator=g)
+        for more in (None, update):
+            x = hidden.clone()
+            got = ops.add_norm_(x, more, weight, 1e-6)
+            assert torch.equal(x, hidden if more is None else hidden + update)
+            check(f"norm {width}", got, normed(x.double(), weight.double()), 1e-6, 1e-6)
+    torch.set_num_threads(2)
+
+
 def check_refusals() -> None:
     """Bad input raises; memory is never read beyond it."""
     ops = torch.ops.rewardmap
     logits, targets = torch.randn(3, 8), torch.tensor([0, 8, 1])
+
+    def decode(**other: Any) -> Tensor:
+        row, cache = torch.ones(2, 16), torch.ones(2, 1, 4, 16)
+        given = {
+            "query": row, "key": row, "value": row, "cos": row, "sin": row, "prompt_keys": cache,
+            "prompt_values": cache, "prompt_begin": torch.tensor([0, 0]), "group": torch.tensor([0, 1]),
+            "keys": cache.clone(), "values": cache.clone(), "length": 0, "scale": 1.0, "query_norm": None,
+            "key_norm": None, "epsilon": 0.0,
+        }  # fmt: skip
+        return ops.decode_attention(*(given | other).values())
+
     for call, message in (
         (lambda: ops.row_statistics(logits, targets, 1.0, None, None), "targets[1] = 8"),
         (lambda: ops.row_statistics(logits, targets[:2], 1.0, None, None), "targets must be"),
@@ -230,6 +301,11 @@ def check_refusals() -> None:
         (lambda: ops.product_(logits, torch.ones(3, 2), torch.ones(3, 8), False), "cannot be a"),
         (lambda: ops.product_(logits, torch.ones(3, 4)[:, ::2], torch.ones(2, 8), False), "a must have rows"),
         (lambda: ops.product_(logits.bfloat16(), torch.ones(3, 2), torch.ones(2, 8), False), "out must be float32"),
+        (lambda: ops.add_norm_(torch.ones(2, 24), None, torch.ones(24), 0.0), "a multiple of 16"),
+        (lambda: ops.add_norm_(torch.ones(2, 32), None, torch.ones(16), 0.0), "weight must be contiguous"),
+        (lambda: decode(group=torch.tensor([0, 2])), "group[1] = 2 is outside [0, 2)"),
+        (lambda: decode(length=4), "leaves no room"),
+        (lambda: decode(query=torch.ones(2, 16).double()), "query must be contiguous"),
         (lambda: ops.group_advantage(torch.ones(3), torch.tensor([0, 2, 1, 3]), "group", 1, 0.0, False, "mean", None),
          "offsets must rise"),
         (lambda: ops.group_advantage(torch.ones(3), torch.tensor([0, 9]), "group", 1, 0.0, False, "mean", None),
@@ -257,6 +333,7 @@ def main() -> None:
                 check_rows(objective, vocab, dtype, per_row=i % 2 == 0)
     check_not_a_number()
     check_advantage()
+    check_decoding()
     if torch.ops.rewardmap.products(False):
         check_product()
     check_refusals()

@@ -98,7 +98,13 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
         "k3", 0.1, False, 0.02, "truncate", 0.0, 2.0, 1.0, 1.05,
     )  # fmt: skip
     advantage = (ones, torch.tensor([0, 2, 6]), "group", 1, 1e-6, False, "mean", None)
+    row, cache = torch.randn(2, 16, generator=g), torch.randn(2, 1, 4, 16, generator=g)
+    decoding = (
+        row, row, row, row, row, cache, cache, torch.tensor([0, 1]), torch.tensor([0, 1]), cache.clone(), cache.clone(),
+        1, 0.3, None, None, 0.0,
+    )  # fmt: skip
     return {
+        "decode_attention": decoding, "add_norm_": (row.clone(), row, row[0], 1e-6),
         "row_statistics": statistics, "row_gradient": (*gradient, torch.float32), "row_gradient_": gradient,
         "row_exponentials": (*statistics, torch.zeros(6, 21)), "row_exponentials_": statistics,
         "policy_rows": policy, "policy_rows_": policy, "group_advantage": advantage,

@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "advantage.h"
+#include "processor.h"
 #include "products.h"
 #include "rows.h"
 
@@ -35,22 +36,12 @@ using Optional = const std::optional<Tensor>&;
 
 constexpr int64_t kElementsPerTask = 1 << 15;  // what repays waking a thread
 
-// The best instruction set of this processor. ATEN_CPU_CAPABILITY lowers it, as it lowers torch's own.
 const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
 #if defined(__x86_64__)
-    const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
-    const std::string most = wanted ? wanted : "avx512";
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (most == "avx512" && avx512) return kAvx512Kernels;
-    if (most != "default" && avx2) return kAvx2Kernels;
+  if (instructions() == Instructions::avx512) return kAvx512Kernels;
+  if (instructions() == Instructions::avx2) return kAvx2Kernels;
 #endif
-    return kScalarKernels;
-  }();
-  return chosen;
+  return kScalarKernels;
 }
 
 std::string capability() { return kernels().name; }
@@ -82,11 +73,11 @@ const ProductKernel* product_kernel(bool bfloat16) {
 #if defined(__x86_64__)
   static const bool tiles = allowed({"AMX"}) && tile_registers();
   static const bool pairs = allowed({"BF16", "FP16", "AMX"}) && __builtin_cpu_is("amd") && __builtin_cpu_supports("avx512bf16");
-  if (&kernels() == &kAvx512Kernels) {
+  if (instructions() == Instructions::avx512) {
     if (bfloat16 && tiles) return &kAmxProduct;
     return bfloat16 && pairs ? &kAvx512Bfloat16Product : &kAvx512Product;
   }
-  if (&kernels() == &kAvx2Kernels) return &kAvx2Product;
+  if (instructions() == Instructions::avx2) return &kAvx2Product;
 #endif
   return nullptr;
 }

@@ -4,6 +4,8 @@
 #include "product_kernels.h"
 #include "row_kernels.h"
 
+#include "decode_kernels.h"
+
 namespace rewardmap {
 namespace {
 
@@ -68,6 +70,7 @@ struct Avx2Product : Avx2 {
 }  // namespace
 
 const Kernels kAvx2Kernels = kernels_of<Avx2>("avx2");
+const DecodeKernels kAvx2Decode = decode_of<Avx2>();
 const ProductKernel kAvx2Product = product_of<ByVectors<Avx2Product>>("avx2");
 
 }  // namespace rewardmap

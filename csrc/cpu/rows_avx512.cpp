@@ -4,6 +4,8 @@
 #include "product_kernels.h"
 #include "row_kernels.h"
 
+#include "decode_kernels.h"
+
 namespace rewardmap {
 namespace {
 
@@ -54,6 +56,7 @@ struct Avx512Product : Avx512 {
 }  // namespace
 
 const Kernels kAvx512Kernels = kernels_of<Avx512>("avx512");
+const DecodeKernels kAvx512Decode = decode_of<Avx512>();
 const ProductKernel kAvx512Product = product_of<ByVectors<Avx512Product>>("avx512");
 
 }  // namespace rewardmap

@@ -1,6 +1,8 @@
 // Row kernels without vector instructions: any processor.
 #include "row_kernels.h"
 
+#include "decode_kernels.h"
+
 namespace rewardmap {
 namespace {
 
@@ -39,5 +41,6 @@ struct Scalar {
 }  // namespace
 
 const Kernels kScalarKernels = kernels_of<Scalar>("scalar");
+const DecodeKernels kScalarDecode = decode_of<Scalar>();
 
 }  // namespace rewardmap

@@ -20,7 +20,8 @@ from torch import Tensor
 Implementation = Literal["triton", "native", "torch"]
 IMPLEMENTATIONS: tuple[Implementation, ...] = ("triton", "native", "torch")
 NATIVE_OPERATIONS = (
-    "group_advantage", "linear_logprobs", "linear_policy_loss", "logits_policy_loss", "scale", "selective_log_softmax",
+    "decode_attention", "group_advantage", "linear_logprobs", "linear_policy_loss", "logits_policy_loss", "scale",
+    "selective_log_softmax",
 )  # fmt: skip
 
 _LOGGER = logging.getLogger("rewardmap_kernels")

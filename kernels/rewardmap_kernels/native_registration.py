@@ -22,6 +22,8 @@ def register() -> None:
     fake("rewardmap::policy_rows", lambda logits, *rest: (*_vectors(logits), _like(logits, logits.dtype)))
     fake("rewardmap::policy_rows_", lambda logits, *rest: _vectors(logits))
     fake("rewardmap::group_advantage", _group_advantage)
+    fake("rewardmap::decode_attention", lambda query, *rest: torch.empty_like(query))
+    fake("rewardmap::add_norm_", lambda hidden, *rest: torch.empty_like(hidden))
     torch.library.register_autograd("rewardmap::row_statistics", _backward, setup_context=_save)
 
 

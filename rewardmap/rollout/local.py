@@ -153,9 +153,9 @@ class LocalEngine:
         logits = policy.model.lm_head(out.last_hidden_state[:, -1])
         own = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
         cache = out.cache if "cache" in out else out.past_key_values  # its name since transformers 5.24
-        kept = [(layer.keys[own], layer.values[own]) for layer in cache.layers]
         next_position = positions.amax((0, 2)).to(device) + 1
-        return logits[own], Decoder(policy, kept, padding[own], next_position[own])
+        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+        return logits[own], Decoder(policy, pairs, padding, next_position, own)
 
 
 def sample(
