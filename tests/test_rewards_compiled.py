@@ -246,6 +246,30 @@ def test_threads_and_batches_change_nothing() -> None:
     assert len(Rubric().score([], [], {}).score) == 0
 
 
+FORKED = """
+import os
+from rewardmap.rewards import Rubric
+from rewardmap.types import Problem
+
+rubric = Rubric(threads=2)
+asked = [Problem(str(n), b"", "", "TorF1", 1, "", "", "net", "easy") for n in range(1500)]
+
+def right():
+    return int(rubric.score(asked, ["\\\\boxed{yes}"] * 1500, {"net": {"A": ["B"]}}).correct.sum())
+
+assert right() == 1500
+child = os.fork()
+if not child:
+    os._exit(0 if right() == 1500 else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_process_scores_with_threads_of_its_own() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 LEG = "Route Name: Red Line\nDeparture Stop: Alpha Station\nArrival Stop: Bravo Station\n--\n"
 
 
