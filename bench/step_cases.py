@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
+from rewardmap.policy import cast_weights
 from rewardmap.tiny import build_tokenizer
 from rewardmap.types import Problem, Rollout, RolloutGroup
 
@@ -132,7 +133,7 @@ def build_model(case: Case, device: str, dtype: torch.dtype) -> tuple[Any, Any, 
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = Qwen2_5_VLForConditionalGeneration(config)
-    model.to(dtype)
+    cast_weights(model, dtype)
     pixels = {"shortest_edge": SIDE**2, "longest_edge": 1 << 24}
     processor = Qwen2VLImageProcessorPil(patch_size=PATCH, temporal_patch_size=2, merge_size=MERGE, size=pixels)
     return model, tokenizer, processor

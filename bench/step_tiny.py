@@ -17,7 +17,7 @@ import torch
 from rewardmap import tiny
 from rewardmap.config import Config, PolicyConfig, RolloutConfig, StageConfig, TrainConfig
 from rewardmap.curriculum import Curriculum
-from rewardmap.policy import Policy, load_policy
+from rewardmap.policy import Policy, cast_weights, load_policy
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.train.supervised import gold_answers, supervised_backward
 from rewardmap.train.trainer import Trainer
@@ -65,7 +65,8 @@ def measure(device: str, dtype: str) -> dict[str, Any]:
     reference, policy = (
         load_policy(tiny.WARM_START, cpu) if shipped else tiny.build_tiny(0, freeze_vision=True) for _ in range(2)
     )
-    policy.model.to(device, getattr(torch, dtype))
+    policy.model.to(device)
+    cast_weights(policy.model, getattr(torch, dtype))
     sample = problems[::9]
     loss, expected = gradient(reference, sample)
     loss_here, found = gradient(policy, sample)

@@ -203,7 +203,12 @@ class Policy:
         grids = torch.tensor([image.grid_thw for image in images], device=self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
             out = self.model.model.get_image_features(pixels.to(self.vision_tower.dtype), grids)
-        deep = getattr(out, "deepstack_features", None) or []
+        sizes = [len(merged) for merged in out.pooler_output]
+        # Picture by picture, or in older releases of transformers all of a level in one piece.
+        deep = [
+            level.split(sizes) if isinstance(level, Tensor) else level
+            for level in getattr(out, "deepstack_features", None) or []
+        ]
         return [ImageFeatures(merged, tuple(levels)) for merged, *levels in zip(out.pooler_output, *deep, strict=True)]
 
     def text_inputs(self, token_ids: Tensor, features: Sequence[ImageFeatures]) -> dict[str, Any]:
@@ -369,6 +374,13 @@ def _tower_attention(
 ) -> tuple[Tensor, None]:
     segments = kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"])  # a tensor in some releases of transformers
     return segment_attention(query, key, value, *segments, kwargs["scaling"]).transpose(1, 2), None
+
+
+def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """The module's weights in ``dtype``. Its buffers stay as they are, as in a checkpoint that is loaded in ``dtype``:
+    rounded rotary frequencies would turn positions by a multiple of their error."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _side_by_side(

@@ -9,8 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from rewardmap.config import ParallelConfig
 from rewardmap.train.forest import pack_forest
 from rewardmap.train.forward import Vision, response_hidden
+from rewardmap.train.parallel import shard_policy
+from rewardmap.train.ranks import join_ranks
 from rewardmap.types import DataError, Problem
 from rewardmap.vision import Bounded, ImageStore, checksum
 
@@ -106,6 +109,39 @@ def test_a_trainable_tower_keeps_nothing_and_runs_once_a_step(request):
         vision.backward()
         assert len(calls) == step and len(policy._features) == 0
     assert all(p.grad is not None for p in policy.vision_tower.parameters())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_deep_features_come_in_one_piece_or_picture_by_picture(monkeypatch, whole):
+    """transformers split them by picture only after 5.17."""
+    policy = models.build("qwen3_vl", freeze_vision=False)
+    one, two = models.PICTURES
+    expected = policy.image_features([one]) + policy.image_features([two])
+    tower = policy.model.model.get_image_features
+
+    def other(pixels, grids, **options):
+        out = tower(pixels, grids, **options)
+        joined = [level if isinstance(level, torch.Tensor) else torch.cat(level) for level in out.deepstack_features]
+        sizes = [len(merged) for merged in out.pooler_output]
+        out.deepstack_features = joined if whole else [level.split(sizes) for level in joined]
+        return out
+
+    monkeypatch.setattr(policy.model.model, "get_image_features", other)
+    for found, wanted in zip(policy.image_features([one, two]), expected, strict=True):
+        assert len(found.deep) == 2
+        torch.testing.assert_close(found, wanted)
+
+
+def test_a_frozen_tower_in_the_compute_dtype_keeps_its_rotary_frequencies():
+    """float32 masters, bfloat16 compute: what the tower says is what it says of a checkpoint loaded in bfloat16."""
+    policy = models.build("qwen2_5_vl", dtype=torch.float32)
+    before = {name: buffer.clone() for name, buffer in policy.vision_tower.named_buffers()}
+    assert any("inv_freq" in name for name in before)
+    with join_ranks(60, alone=True) as ranks:
+        shard_policy(policy, ParallelConfig(compute_dtype="bfloat16"), ranks, torch.device("cpu"))
+        assert {parameter.dtype for parameter in policy.vision_tower.parameters()} == {torch.bfloat16}
+        for name, buffer in policy.vision_tower.named_buffers():
+            assert buffer.dtype == torch.float32 and torch.equal(buffer, before[name])
 
 
 def test_the_checksum_knows_places():

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from rewardmap.config import Config, ConfigError, ParallelConfig
-from rewardmap.policy import Policy
+from rewardmap.policy import Policy, cast_weights
 from rewardmap.train.forest import PackedForest
 from rewardmap.train.forward import Vision, response_hidden
 from rewardmap.train.lora import add_lora
@@ -102,7 +102,9 @@ def shard_policy(policy: Policy, parallel: ParallelConfig, ranks: Ranks, device:
     }
     whole: set[nn.Parameter] = set()
     if policy.freeze_vision:
-        tower.to(device=device, dtype=dtype)
+        tower.to(device=device)
+        if dtype is not None:
+            cast_weights(tower, dtype)
         whole = set(tower.parameters())
     else:
         fully_shard(tower, reshard_after_forward=False, **shared)
