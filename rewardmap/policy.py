@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from rewardmap.config import ConfigError, PolicyConfig
 from rewardmap.types import DataError, Problem
-from rewardmap.vision import Bounded, EncodedImage, FeatureCache, ImageFeatures, ImageStore
+from rewardmap.vision import Bounded, EncodedImage, FeatureCache, ImageFeatures, ImageStore, to_device
 from rewardmap_kernels.tree_attention import TreeMask, segment_attention, tree_attention
 from rewardmap_kernels.tree_routes import describe
 
@@ -221,7 +221,7 @@ class Policy:
         Raises:
             ValueError: placeholders and features do not match.
         """
-        embeds = self.text_model.embed_tokens(token_ids.to(self.device))
+        embeds = self.text_model.embed_tokens(to_device(token_ids, self.device))
         if not features:
             return {"inputs_embeds": embeds}
         places = token_ids == self.model.config.image_token_id
@@ -232,11 +232,11 @@ class Policy:
         shape = embeds.shape
         inputs: dict[str, Any] = {
             "inputs_embeds": embeds.view(-1, shape[-1])
-            .index_copy(0, at.to(self.device), merged.to(embeds.dtype))
+            .index_copy(0, to_device(at, self.device), merged.to(embeds.dtype))
             .view(shape)
         }
         if features[0].deep:
-            inputs["visual_pos_masks"] = places.to(self.device)
+            inputs["visual_pos_masks"] = to_device(places, self.device)
             inputs["deepstack_visual_embeds"] = [
                 torch.cat(level) for level in zip(*(seen.deep for seen in features), strict=True)
             ]

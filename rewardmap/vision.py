@@ -199,6 +199,11 @@ def _to_host(features: ImageFeatures) -> ImageFeatures:
     return ImageFeatures(keep(features.merged), tuple(map(keep, features.deep)))
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on ``device``, without waiting for what a GPU is still busy with, as ``Tensor.to`` would."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _moved(features: ImageFeatures, device: torch.device) -> ImageFeatures:
     if device.type == "cpu":
         return features

@@ -14,6 +14,7 @@ from rewardmap.policy import EncodedPrompt, Policy
 from rewardmap.rollout.decoder import Decoder
 from rewardmap.rollout.engine import OnGroup
 from rewardmap.types import FinishReason, Problem, Rollout, RolloutGroup, SamplingParams
+from rewardmap.vision import to_device
 
 Tensor = torch.Tensor
 
@@ -85,24 +86,24 @@ class LocalEngine:
         tokens: list[list[int]] = [[] for _ in range(total)]
         logprobs: list[list[float]] = [[] for _ in range(total)]
         finish: list[FinishReason] = ["length"] * total
-        stop = torch.tensor(policy.stop_token_ids, device=policy.device)
-        alive = torch.arange(total, device=policy.device)
+        alive = list(range(total))
         for step in range(sampling.max_new_tokens):
             token, logprob = sample(logits, sampling, policy.banned_token_ids, generator)
-            stopped = torch.isin(token, stop)
-            for row, value, nats, done in zip(
-                alive.tolist(), token.tolist(), logprob.tolist(), stopped.tolist(), strict=True
-            ):
+            values, nats = torch.stack((token.double(), logprob.double())).tolist()  # a step waits for a GPU once
+            going: list[int] = []
+            for place, (row, value, nat) in enumerate(zip(alive, map(int, values), nats, strict=True)):
                 tokens[row].append(value)
-                logprobs[row].append(nats)
-                if done:
+                logprobs[row].append(nat)
+                if value in policy.stop_token_ids:
                     finish[row] = "stop"
-            keep = (~stopped).nonzero().squeeze(1)
-            if len(keep) == 0 or step + 1 == sampling.max_new_tokens:
+                else:
+                    going.append(place)
+            if not going or step + 1 == sampling.max_new_tokens:
                 break
-            if len(keep) < len(alive):
+            if len(going) < len(alive):
+                keep = to_device(torch.tensor(going), policy.device)
                 decoder.keep(keep)
-                alive, token = alive[keep], token[keep]
+                alive, token = [alive[place] for place in going], token[keep]
             logits = decoder.step(token)
 
         rollouts = [
@@ -139,21 +140,21 @@ class LocalEngine:
             ids[row, longest - length :] = torch.tensor(prompt.token_ids)
             positions[:, row, longest - length :] = torch.from_numpy(prompt.position_ids)
             padding[row, longest - length :] = True
-        padding = padding.to(device)
+        next_position = to_device(positions.amax((0, 2)) + 1, device)
+        padding = to_device(padding, device)
         features = policy.image_features([problem.image for problem in problems])
         causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
         # A padding query sees itself, or its softmax would be empty.
         visible = causal & padding[:, None, :] | torch.eye(longest, dtype=torch.bool, device=device)
         out = policy.text_model(
             **policy.text_inputs(ids, features),
-            position_ids=positions.to(device),
+            position_ids=to_device(positions, device),
             attention_mask=visible[:, None],
             use_cache=True,
         )
         logits = policy.model.lm_head(out.last_hidden_state[:, -1])
         own = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
         cache = out.cache if "cache" in out else out.past_key_values  # its name since transformers 5.24
-        next_position = positions.amax((0, 2)).to(device) + 1
         pairs = [(layer.keys, layer.values) for layer in cache.layers]
         return logits[own], Decoder(policy, pairs, padding, next_position, own)
 
@@ -174,7 +175,8 @@ def sample(
     greedy = sampling.temperature == 0
     logprobs = torch.log_softmax(logits.float() / (1.0 if greedy else sampling.temperature), dim=-1)
     allowed = logprobs.clone()
-    allowed[:, list(banned)] = -torch.inf
+    for one in banned:  # a list as an index would be copied to a GPU first
+        allowed[:, one] = -torch.inf
     if greedy:
         token = allowed.argmax(-1)
     else:

@@ -10,7 +10,7 @@ import torch
 
 from rewardmap.policy import Policy
 from rewardmap.train.forest import PackedForest
-from rewardmap.vision import ImageFeatures
+from rewardmap.vision import ImageFeatures, to_device
 from rewardmap_kernels.tree_attention import tree_mask
 
 Tensor = torch.Tensor
@@ -72,7 +72,7 @@ def response_hidden(policy: Policy, forest: PackedForest, vision: Vision | None 
     inputs = policy.text_inputs(forest.input_ids[None], seen)
     out = policy.text_model(
         **inputs,
-        position_ids=policy.positions(forest.position_ids[:, None].to(device)),
+        position_ids=policy.positions(to_device(forest.position_ids[:, None], device)),
         attention_mask=torch.empty(1, 1, 0, 0, device=device),  # a 4-d mask is passed through: ours is ``tree_mask``
         use_cache=False,
         tree_mask=tree_mask(forest.subtree_end, device).prepare(inputs["inputs_embeds"].dtype, policy.head_dim),
@@ -94,7 +94,9 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, index: Tensor) -> Tensor:
         ctx.shape, ctx.index = hidden.shape, index
         unique, inverse = index.unique(return_inverse=True)
-        return hidden.index_select(0, unique.to(hidden.device)).index_select(0, inverse.to(hidden.device))
+        return hidden.index_select(0, to_device(unique, hidden.device)).index_select(
+            0, to_device(inverse, hidden.device)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -103,11 +105,10 @@ class _GatherRows(torch.autograd.Function):
         unique, inverse, count = ctx.index.unique(return_inverse=True, return_counts=True)
         order = inverse.argsort(stable=True)
         first = count.cumsum(0) - count
-        sums = grad.index_select(0, order[first].to(grad.device)).to(wide)
+        sums = grad.index_select(0, to_device(order[first], grad.device)).to(wide)
         for nth in range(1, int(count.max()) if len(count) else 0):
             more = (count > nth).nonzero().squeeze(1)  # each row at most once: no two additions meet
-            sums.index_add_(
-                0, more.to(grad.device), grad.index_select(0, order[first[more] + nth].to(grad.device)).to(wide)
-            )
+            rows = grad.index_select(0, to_device(order[first[more] + nth], grad.device))
+            sums.index_add_(0, to_device(more, grad.device), rows.to(wide))
         out = grad.new_zeros(ctx.shape)
-        return out.index_copy_(0, unique.to(grad.device), sums.to(grad.dtype)), None
+        return out.index_copy_(0, to_device(unique, grad.device), sums.to(grad.dtype)), None

@@ -16,6 +16,7 @@ from rewardmap.train.forest import PackedForest
 from rewardmap.train.forward import Vision, response_hidden
 from rewardmap.train.lora import without_adapters
 from rewardmap.train.parallel import Forward
+from rewardmap.vision import to_device
 from rewardmap_kernels import linear_logprobs
 
 Tensor = torch.Tensor
@@ -42,7 +43,7 @@ class Reference:
                 hidden, model = forward(forest, vision), self.policy.model
         else:
             hidden, model = response_hidden(self.frozen, forest), self.frozen.model
-        target = forest.target.to(hidden.device)
+        target = to_device(forest.target, hidden.device)
         return linear_logprobs(hidden, model.lm_head.weight, target, temperature=temperature)[0]
 
 

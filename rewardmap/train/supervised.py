@@ -14,6 +14,7 @@ from rewardmap.train.forward import Vision, response_hidden
 from rewardmap.train.parallel import Forward, each_micro_batch
 from rewardmap.train.ranks import ALONE, Ranks
 from rewardmap.types import Problem
+from rewardmap.vision import to_device
 from rewardmap_kernels import PolicyObjective, linear_policy_loss
 
 _LIKELIHOOD = PolicyObjective(name="reinforce")
@@ -50,11 +51,11 @@ def supervised_backward(
     vision = Vision(policy, forests, together=ranks.size > 1)
     nats = torch.zeros((), dtype=torch.float64, device=policy.device)  # one host sync a step
     for forest in each_micro_batch(policy, forests):
-        mask = forest.loss_mask.to(policy.device)
+        mask = to_device(forest.loss_mask, policy.device)
         out = linear_policy_loss(
             forward(forest, vision),
             policy.model.lm_head.weight,
-            forest.target.to(policy.device),
+            to_device(forest.target, policy.device),
             advantages=torch.ones(len(forest.target), device=policy.device),
             normalizer=float(tokens),
             objective=_LIKELIHOOD,

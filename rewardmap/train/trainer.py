@@ -34,6 +34,7 @@ from rewardmap.train.sound import fault_of
 from rewardmap.train.supervised import gold_answers, supervised_backward
 from rewardmap.transit.questions import gold_response
 from rewardmap.types import LEVELS, DataError, Problem, RolloutGroup, SamplingParams
+from rewardmap.vision import to_device
 from rewardmap_kernels import (
     GroupAdvantage,
     LinearPolicyLoss,
@@ -313,19 +314,19 @@ class Trainer:
         self.policy.prefetch(self.curriculum.peek())  # decoded while this step trains; its own pictures are seen by now
         for forest in each_micro_batch(self.policy, forests):
             weights = _row_normalizer(self.objective, forest.sequence, lengths, self.config.rollout.max_new_tokens)
-            mask = forest.loss_mask.to(device)
-            sampled = None if forest.rollout_logprobs is None else forest.rollout_logprobs.to(device)
+            mask = to_device(forest.loss_mask, device)
+            sampled = None if forest.rollout_logprobs is None else to_device(forest.rollout_logprobs, device)
             ref = None
             if self.reference is not None:
                 ref = self.reference.logprobs(forest, vision, self._forward, self.config.rollout.temperature)
             out = linear_policy_loss(
                 self._forward(forest, vision),
                 self.policy.model.lm_head.weight,
-                forest.target.to(device),
-                advantages=advantages[forest.sequence].to(device),
-                normalizer=weights.to(device),
+                to_device(forest.target, device),
+                advantages=to_device(advantages[forest.sequence], device),
+                normalizer=to_device(weights, device),
                 objective=self.objective,
-                sequence=forest.sequence.to(device),
+                sequence=to_device(forest.sequence, device),
                 num_sequences=len(lengths),
                 temperature=self.config.rollout.temperature,
                 loss_mask=mask,
