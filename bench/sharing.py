@@ -1,11 +1,12 @@
 """Does sharing change what is learned? The small run with and without shared prefixes, and with batches from few maps.
 
     python bench/sharing.py --runs runs/sharing                 # four arms, three seeds
+    python bench/sharing.py --runs runs/sharing --seeds 1 2 --arm "any map" --arm "few maps"
     python bench/sharing.py --runs runs/short --seeds 0 --share 0.2 --problems 400
 
 Arms: ``shared`` and ``unshared`` train the shipped configuration; ``any map`` and ``few maps`` train it without replay,
 each batch from all maps or from MAPS of them. ``--share`` shortens every stage, ``--problems`` the held-out questions.
-An arm whose report is there is not run again, a stopped one is resumed; called without anything missing it only writes
+An arm whose report is there is not run again, a stopped one is resumed; what the folder then holds is written to
 ``bench/results/sharing.json`` and the table of ``docs/forest.md``.
 """
 
@@ -43,22 +44,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "sharing", help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arm", action="append", choices=ARMS, help="default: all")
     parser.add_argument("--share", type=float, default=1.0, help="of each stage's steps")
     parser.add_argument("--problems", type=int, default=0, help="held-out questions; 0: all")
     chosen = parser.parse_args()
-    rows = []
+    runs = chosen.runs.resolve()
     for seed in chosen.seeds:
-        for arm in ARMS:
-            folder = chosen.runs.resolve() / f"{arm.replace(' ', '-')}-{seed}"
+        for arm in chosen.arm or ARMS:
+            folder = runs / named(arm, seed)
             if not (folder / "report.json").is_file():
                 train(arm, configured(arm, seed, chosen.share, chosen.problems), folder)
-            rows.append(summary(arm, seed, folder))
-            print(json.dumps(rows[-1]), flush=True)
+    seeds = sorted({int(report.parent.name.rpartition("-")[2]) for report in runs.glob("*-*/report.json")})
+    rows = [
+        summary(arm, seed, runs / named(arm, seed))
+        for seed in seeds
+        for arm in ARMS
+        if (runs / named(arm, seed) / "report.json").is_file()
+    ]
     found = {"machine": machine(), "share": chosen.share, "maps_per_step": MAPS, "arms": rows}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = DOC.read_text(encoding="utf-8")
     before, after = text.split(START)[0], text.split(END)[1]
     DOC.write_text(f"{before}{START}\n{markdown(found)}\n{END}{after}", encoding="utf-8")
+
+
+def named(arm: str, seed: int | str) -> str:
+    return f"{arm.replace(' ', '-')}-{seed}"
 
 
 def configured(arm: str, seed: int, share: float, problems: int) -> Config:
