@@ -2,8 +2,10 @@
 
 Runs from a bare checkout: nothing of ours installed, no network; ``PYTHONPATH`` is kept, so that missing
 packages can be brought along in a folder. Each item of a stage runs in a process of its own and becomes one
-JSON row with its provenance in ``bench/results/<stage>-<gpu>.jsonl`` as soon as it is done. A stage called
-again skips the items that already passed with the same sources on the same GPU.
+JSON row with its provenance in ``bench/results/<stage>-<gpu>.jsonl`` as soon as it is done, what it
+printed in the ``.log`` beside it. A stage called again skips the items that already passed with the same sources
+on the same GPU. An item that hangs costs ``--limit`` seconds, not the stage. ``REWARDMAP_COMMIT`` names the commit
+where the checkout came without git.
 
 Exit codes: 0 all items passed, 1 some failed, 2 the stage cannot run here,
 3 the deadline came first (call again).
@@ -12,6 +14,7 @@ Exit codes: 0 all items passed, 1 some failed, 2 the stage cannot run here,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -34,6 +37,8 @@ SOURCES = ("rewardmap", "kernels", "csrc", "bench", "tests")
 STAGES = ("tests", "kernels", "step", "csrc", "rollout")
 DEADLINE = 530
 """Seconds a stage may take: under nine minutes."""
+LIMIT = 300
+"""Seconds an item may take."""
 PASSED, FAILED, IMPOSSIBLE, UNFINISHED = 0, 1, 2, 3
 
 PROBE = """
@@ -70,6 +75,9 @@ def main() -> int:
     try:
         machine = probe(arguments.device)
         items = STAGE_ITEMS[arguments.stage](arguments.device)
+        items = [item for item in items if re.search(arguments.items, item.name)]
+        if not items:
+            raise CannotRunError(f"it has no item that matches {arguments.items!r}")
     except CannotRunError as reason:
         print(f"stage {arguments.stage}: {reason}", file=sys.stderr)
         return IMPOSSIBLE
@@ -77,10 +85,12 @@ def main() -> int:
     path = out / f"{arguments.stage}-{slug(machine['gpu'] or 'cpu')}.jsonl"
     provenance = {"stage": arguments.stage, "device": arguments.device, **machine, **source()}
     print(f"{arguments.stage} on {machine['gpu'] or 'CPU (dry run)'} -> {path}", flush=True)
-    return run(items, path, provenance, deadline)
+    return run(items, path, provenance, deadline, arguments.limit)
 
 
-def run(items: Sequence[Item], path: Path, provenance: Row, deadline: float) -> int:
+def run(
+    items: Sequence[Item], path: Path, provenance: Row, deadline: float, limit: float = LIMIT
+) -> int:
     """Run what has not passed yet and append a row for each. Returns the exit code."""
     done = passed(path, provenance)
     failed = 0
@@ -93,22 +103,36 @@ def run(items: Sequence[Item], path: Path, provenance: Row, deadline: float) -> 
             print("  the deadline came first; call again to go on", flush=True)
             return UNFINISHED
         start = time.monotonic()
-        output, code = run_child(item.command, left)
-        if code is None:
+        output, code, said = logged_child(item, path.with_suffix(".log"), min(left, limit))
+        if code is None and left <= limit:
             print(f"  {item.name}: not done within the deadline; call again to go on", flush=True)
             return UNFINISHED
-        row = {
-            "item": item.name,
-            **item.read(output, code),
-            "wall_seconds": round(time.monotonic() - start, 2),
-        }
+        read = {"ok": False, "timed_out": True} if code is None else item.read(output, code)
+        row = {"item": item.name, **read, "wall_seconds": round(time.monotonic() - start, 2)}
+        if not row["ok"] and said:
+            row["stderr"] = said
+            print("\n".join(said), file=sys.stderr, flush=True)
         append(path, row | provenance | {"date": datetime.now(UTC).isoformat(timespec="seconds")})
         failed += not row["ok"]
         print(f"  {item.name}: {'ok' if row['ok'] else 'FAILED'} {json.dumps(row)}", flush=True)
     return FAILED if failed else PASSED
 
 
-def run_child(command: Sequence[str], seconds: float) -> tuple[str, int | None]:
+def logged_child(item: Item, log: Path, seconds: float) -> tuple[str, int | None, list[str]]:
+    """As ``run_child``, and the last lines of its stderr; that and then its output go to the end of ``log``."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a+", encoding="utf-8", errors="replace") as file:
+        file.write(f"--- {item.name}\n")
+        file.flush()
+        begin = file.tell()
+        output, code = run_child(item.command, seconds, file)
+        file.seek(begin)
+        lines = [line for line in file.read().splitlines() if line.strip()]
+        file.write(output)
+        return output, code, lines[-12:]
+
+
+def run_child(command: Sequence[str], seconds: float, stderr: Any = None) -> tuple[str, int | None]:
     """Output and exit code; None when the time was up, and then the whole process group is gone."""
     environment = {
         **os.environ,
@@ -120,7 +144,7 @@ def run_child(command: Sequence[str], seconds: float) -> tuple[str, int | None]:
         "HF_HUB_OFFLINE": "1",
     }
     child = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
     )
     try:
         output, _ = child.communicate(timeout=seconds)
@@ -144,9 +168,15 @@ def probe(device: str) -> Row:
             f"no GPU here: torch {machine['torch']} finds no CUDA device. Use a machine with one, or "
             "--device cpu for a dry run that writes its rows into a temporary folder"
         )
-    query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
     return machine | {"driver": driver[0] if driver else None}
+
+
+def said(*command: str) -> str:
+    """What a program prints; nothing where there is no such program."""
+    if shutil.which(command[0]) is None:
+        return ""
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def source() -> Row:
@@ -156,13 +186,8 @@ def source() -> Row:
         for file in sorted((ROOT / folder).rglob("*")):
             if file.is_file() and "__pycache__" not in file.parts and RESULTS not in file.parents:
                 digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
-    git = subprocess.run(
-        ("git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return {"commit": git.stdout.strip() or None, "sources": digest.hexdigest()[:16]}
+    commit = said("git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*").strip()
+    return {"commit": commit or os.environ.get("REWARDMAP_COMMIT"), "sources": digest.hexdigest()[:16]}
 
 
 def passed(path: Path, provenance: Row) -> set[str]:
@@ -229,7 +254,9 @@ def step_items(device: str) -> list[Item]:
         for dtype in dtypes
     ]
     if device == "cuda":
-        need("trl", "accelerate", "datasets")
+        lacking = missing("trl", "accelerate", "datasets")
+        if lacking:
+            print(f"  {', '.join(lacking)}: not installed; TRL's arms are left out, so nothing is compared", flush=True)
         sys.path[:0] = [str(ROOT / folder) for folder in ("bench", ".", "kernels")]
         from step_cases import CASES, arms_of
 
@@ -238,6 +265,7 @@ def step_items(device: str) -> list[Item]:
             Item(f"{case}: {arm}", (*run, "--case", case, "--arm", arm), read_json)
             for case in CASES["cuda"]
             for arm in arms_of("cuda", case)
+            if arm != "TRL" or not lacking
         ]
     return items
 
@@ -273,12 +301,16 @@ def rollout_items(device: str) -> list[Item]:
 
 
 def csrc_items(device: str) -> list[Item]:
-    """The Hopper kernel: its results, the same under compute-sanitizer (small rows, every cluster), then its time."""
+    """The Hopper kernel: its results, its time, then the results under compute-sanitizer (small rows, every cluster),
+    which takes longest."""
     if device != "cuda":
         raise CannotRunError("the Hopper kernel needs a GPU")
     need("pytest")
     tests = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/test_native_cuda.py")
+    script = str(ROOT / "bench" / "hopper.py")
+    vocabularies = (152_064, 32_768, 65_536, 151_936, 262_144)
     items = [Item("results", tests, read_pytest)]
+    items += [Item(f"time-{v}", (sys.executable, script, str(v)), read_json) for v in vocabularies]
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         print("  compute-sanitizer is not on PATH: memcheck and racecheck are left out", flush=True)
@@ -286,9 +318,7 @@ def csrc_items(device: str) -> list[Item]:
         for tool in ("memcheck", "racecheck"):
             command = (sanitizer, "--tool", tool, "--error-exitcode", "9", *tests)
             items.append(Item(tool, (*command, "-k", "dapo-64 or grpo-64 or every_cluster"), read_sanitizer))
-    script = str(ROOT / "bench" / "hopper.py")
-    vocabularies = (32_768, 65_536, 151_936, 152_064, 262_144)
-    return items + [Item(f"time-{v}", (sys.executable, script, str(v)), read_json) for v in vocabularies]
+    return items
 
 
 def read_sanitizer(output: str, code: int) -> Row:
@@ -298,21 +328,27 @@ def read_sanitizer(output: str, code: int) -> Row:
 
 
 def read_json(output: str, code: int) -> Row:
+    """The last line that is a JSON object: a library may have the last word on stdout."""
     lines = output.splitlines()
-    if code != 0 or not lines:
-        return {"ok": False, "exit_code": code, "tail": lines[-12:]}
-    row: Row = json.loads(lines[-1])
-    return row
+    for line in reversed(lines if code == 0 else []):
+        if line.startswith("{"):
+            with contextlib.suppress(ValueError):
+                row: Row = json.loads(line)
+                return row
+    return {"ok": False, "exit_code": code, "tail": lines[-12:]}
 
 
 def need(*modules: str) -> None:
     """Raises CannotRunError naming the modules that a child would not find."""
+    lacking = missing(*modules)
+    if lacking:
+        raise CannotRunError(f"{sys.executable} lacks {', '.join(lacking)}; put them in a folder named in PYTHONPATH")
+
+
+def missing(*modules: str) -> list[str]:
+    """Those of the modules that a child would not find."""
     code = f"import importlib.util as u; print(*(m for m in {modules!r} if u.find_spec(m) is None))"
-    missing = run_child((sys.executable, "-c", code), 60)[0].split()
-    if missing:
-        raise CannotRunError(
-            f"{sys.executable} lacks {', '.join(missing)}; put them in a folder named in PYTHONPATH"
-        )
+    return run_child((sys.executable, "-c", code), 60)[0].split()
 
 
 STAGE_ITEMS: dict[str, Callable[[str], list[Item]]] = {
@@ -330,7 +366,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
+    parser.add_argument("--items", default="", help="a regular expression: only the items it finds (default all)")
     parser.add_argument("--deadline", type=float, default=DEADLINE, help=f"seconds (default {DEADLINE})")
+    parser.add_argument("--limit", type=float, default=LIMIT, help=f"seconds for an item (default {LIMIT})")
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default bench/results; a new one for cpu)"
     )

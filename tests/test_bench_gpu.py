@@ -83,6 +83,34 @@ def test_the_deadline_ends_a_stage_and_its_children(gpu: ModuleType, tmp_path: P
     assert not (tmp_path / "late").exists()
 
 
+def test_an_item_that_hangs_costs_its_limit_and_one_that_fails_says_why(gpu: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "slow.jsonl"
+    slow = item(gpu, "slow", "import sys, time; print('stuck', file=sys.stderr, flush=True); time.sleep(60)")
+    dead = item(gpu, "dead", "raise SystemExit('out of memory')")
+    chatty = item(gpu, "chatty", "print('{\"ok\": true}'); print('{goodbye}')")
+    assert gpu.run([slow, dead, chatty], path, PROVENANCE, time.monotonic() + 50, 5.0) == gpu.FAILED
+    first, second, third = rows(path)
+    assert first["timed_out"] and not first["ok"] and first["stderr"] == ["stuck"]
+    assert second["stderr"] == ["out of memory"] and second["exit_code"] == 1
+    assert third["ok"] and "stderr" not in third
+    log = path.with_suffix(".log").read_text()
+    assert log == "--- slow\nstuck\n--- dead\nout of memory\n--- chatty\n{\"ok\": true}\n{goodbye}\n"
+
+
+def test_only_the_items_that_were_asked_for(tmp_path: Path) -> None:
+    result = call("--stage", "kernels", "--device", "cpu", "--out", str(tmp_path), "--items", "^advantage$")
+    assert result.returncode == 0, result.stderr
+    assert [row["item"] for row in rows(tmp_path / "kernels-cpu.jsonl")] == ["advantage"]
+    result = call("--stage", "kernels", "--device", "cpu", "--items", "nothing")
+    assert result.returncode == 2 and "no item that matches 'nothing'" in result.stderr
+
+
+def test_programs_that_are_not_there(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("REWARDMAP_COMMIT", "abc")
+    assert gpu.said("git", "--version") == "" and gpu.source()["commit"] == "abc"
+
+
 def test_a_line_cut_off_by_a_kill_is_dropped(gpu: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "cut.jsonl"
     gpu.append(path, {"item": "a", "ok": True} | PROVENANCE)

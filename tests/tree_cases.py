@@ -29,8 +29,8 @@ def inputs(ends: list[int], heads: int, kv_heads: int, dim: int) -> Inputs:
 
 def visible(ends: Tensor) -> Tensor:
     """[T, T] bool: query (row) sees key (column), pair by pair from the rule."""
-    total = len(ends)
-    return torch.tensor([[j <= i < int(ends[j]) for j in range(total)] for i in range(total)])
+    reach = ends.tolist()  # once: on a GPU each of a million reads would wait for it
+    return torch.tensor([[j <= i < end for j, end in enumerate(reach)] for i in range(len(reach))])
 
 
 def definition(case: Inputs) -> tuple[Tensor, ...]:
