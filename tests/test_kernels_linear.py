@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rewardmap_kernels import (
     PolicyObjective,
+    _head,
     linear_logprobs,
     linear_policy_loss,
     logits_policy_loss,
@@ -198,3 +200,15 @@ def test_bad_input_raises_before_any_work() -> None:
         selective_log_softmax(hidden @ weight.t(), bad_targets)
     with pytest.raises(ValueError, match="logits must have 2"):
         logits_policy_loss(hidden[0], targets, **good)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first chunk", "later chunk"])
+def test_a_wide_gradient_on_a_gpu_is_multiplied_where_it_lies(first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No second float32 matrix of a head's size; fake tensors stand for those of a GPU."""
+    with FakeTensorMode():
+        total = torch.empty(6, 4, device="cuda:0")
+        a, b = (torch.empty(shape, dtype=torch.bfloat16, device="cuda:0") for shape in ((6, 8), (8, 4)))
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(torch, "mm" if first else "addmm", lambda *_, **options: calls.append(options))
+    (_head.product_into if first else _head.accumulate_product)(total, a, b)
+    assert len(calls) == 1 and calls[0]["out"] is total and calls[0]["out_dtype"] == torch.float32

@@ -104,6 +104,8 @@ def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a @ b, accumulated in float32 and rounded once to out's dtype."""
     if out.dtype == a.dtype and (a.device.type == "cuda" or a.dtype != torch.float16):
         torch.mm(a, b, out=out)
+    elif a.device.type == "cuda" and _narrow(a) and out.dtype == torch.float32:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)  # without a second matrix as large as a head's gradient
     else:
         out.copy_(wide_product(a, b))
 
