@@ -15,13 +15,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from rewardmap.config import Config, ConfigError, load_config
+from rewardmap.config import Config, ConfigError, PolicyConfig, load_config
 from rewardmap.curriculum import Curriculum
 from rewardmap.policy import load_policy
 from rewardmap.report import read_metrics
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import WARM_START
-from rewardmap.train import checkpoint, run
+from rewardmap.train import checkpoint, run, start
 from rewardmap.train.examine import EvalRequest, evaluate_target
 from rewardmap.train.faults import RefusedUpdatesError, Stopped
 from rewardmap.train.trainer import Trainer
@@ -395,6 +395,12 @@ def test_a_folder_that_is_not_there(console, tmp_path):
     with pytest.raises(DataError, match=r"data\.path='nowhere': no such folder"):
         run.train(load_config("tiny", ["data.path=nowhere"]), tmp_path / "run", console=console)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_new_tiny_model_is_where_and_in_what_was_asked_for(monkeypatch):
+    monkeypatch.setattr(start, "pick_device", lambda settings: torch.device("meta"))  # stands for a GPU
+    policy = start.initial_policy(Config(policy=PolicyConfig(model="tiny", dtype="bfloat16")))
+    assert policy.device.type == "meta" and policy.model.dtype == torch.bfloat16
 
 
 def test_only_the_first_stage_names_a_checkpoint(config, console, tmp_path):

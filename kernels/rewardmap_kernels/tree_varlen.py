@@ -158,7 +158,7 @@ def _torch_forward(q: Tensor, k: Tensor, v: Tensor, call: _Call, causal: bool, s
 def _torch_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: _Call, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    unused = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the random state of a dropout there is not
+    unused = torch.empty(2, dtype=torch.uint64, device=q.device)  # the random state of a dropout there is not
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     # The only way to ask for a fixed order of its sums; torch's public switch would change the compiler's settings too.
     torch._C._set_deterministic_algorithms(True, warn_only=False)

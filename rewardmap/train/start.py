@@ -16,7 +16,7 @@ from rewardmap import tiny
 from rewardmap.config import Config, ConfigError, PolicyConfig, dump_toml, stage_reward
 from rewardmap.curriculum import Curriculum
 from rewardmap.files import write_text
-from rewardmap.policy import Policy, load_policy, pick_device
+from rewardmap.policy import Policy, cast_weights, load_policy, pick_device
 from rewardmap.profiling import PhaseTimer
 from rewardmap.rewards import Networks
 from rewardmap.train.ahead import OneStepOff
@@ -180,7 +180,10 @@ def initial_policy(config: Config, settings: PolicyConfig | None = None) -> Poli
     if sources:
         return load_policy(tiny.WARM_START if sources[0] == "shipped" else sources[0], settings)
     if config.policy.model == "tiny":
-        return tiny.build_tiny(config.train.seed, config.policy.freeze_vision)
+        policy = tiny.build_tiny(config.train.seed, config.policy.freeze_vision)
+        policy.model.to(pick_device(settings))
+        cast_weights(policy.model, getattr(torch, settings.dtype))
+        return policy
     return load_policy(config.policy.model, settings)
 
 
