@@ -66,7 +66,7 @@ class FakeServer(Threaded):
         super().__init__()
         self.tokenizer, self.image_token, self.image_tokens = tokenizer, image_token, image_tokens
         self.version, self.weights = "default", dict[str, Any]()
-        self.paused, self.session = False, False
+        self.paused, self.session, self.asleep = False, False, set[str]()
         self.calls, self.bodies, self.keys = list[str](), list[Any](), Counter[str]()
         self.running_now, self.most_running, self.delay = 0, 0, 0.0
         self.info: dict[str, Any] = {"version": "0.5.23", "max_total_num_tokens": 4096}
@@ -78,8 +78,8 @@ class FakeServer(Threaded):
             "/continue_generation": self._continue,
             "/flush_cache": self._flush,
             "/update_weights_from_tensor": self._update,
-            "/release_memory_occupation": self._note,
-            "/resume_memory_occupation": self._note,
+            "/release_memory_occupation": self._release,
+            "/resume_memory_occupation": self._resume,
         }
         if sessions:
             routes |= {"/begin_weight_update": self._begin, "/end_weight_update": self._end}
@@ -177,8 +177,15 @@ class FakeServer(Threaded):
     def _flush(self, body: Any) -> Any:
         return web.Response(text="Cache flushed.\n")
 
-    def _note(self, body: Any) -> Any:
-        return {"tags": body["tags"]}
+    def _release(self, body: Any) -> Any:
+        self.asleep.update(body["tags"])
+        return None
+
+    def _resume(self, body: Any) -> Any:
+        if not self.asleep.issuperset(body["tags"]):
+            return web.Response(status=500, text="the real one ends")
+        self.asleep.difference_update(body["tags"])
+        return None
 
 
 class Proxy(Threaded):

@@ -129,7 +129,7 @@ def test_all_ranks_hold_the_answers_that_rank_0_asked_for(make, tmp_path):
     # Servers take memory only when every rank is there.
     awake, asleep, come = "/resume_memory_occupation", "/release_memory_occupation", "/tokenize"
     order = [call for call in server.calls if call in (awake, asleep, come, "/generate")]
-    expected = [come, awake, *["/generate"] * 5, asleep, come, awake, awake, "/generate", "/generate", asleep]
+    expected = [come, awake, *["/generate"] * 5, asleep, come, awake, awake, "/generate", "/generate", asleep, awake]
     assert order[-len(expected) :] == expected
 
 

@@ -261,6 +261,7 @@ def test_colocated_servers_sleep_while_the_trainer_works(policy, problem, server
         return [call for call in server.calls[mark:] if call in memory | {"/generate", "/update_weights_from_tensor"}]
 
     try:
+        assert not memory & set(server.calls[: server.calls.index("/release_memory_occupation")])  # it was awake
         mark = len(server.calls)
         engine.generate([problem], 2, SamplingParams(max_new_tokens=24))
         engine.generate([problem], 2, SamplingParams(max_new_tokens=24))  # as an evaluation does: no push between
@@ -271,9 +272,11 @@ def test_colocated_servers_sleep_while_the_trainer_works(policy, problem, server
         assert since(mark) == [*awake, "/generate"]  # awake for the next questions, as for the probe
         mark = len(server.calls)
         engine.update_weights(2)  # after a supervised step: nothing was asked
-        assert since(mark) == [*awake, "/generate", "/release_memory_occupation"]
+        assert since(mark) == ["/update_weights_from_tensor", "/generate", "/release_memory_occupation"]
+        assert server.asleep == {"weights", "kv_cache"}
     finally:
         engine.close()
+    assert not server.asleep
 
 
 def test_memory_is_not_handed_to_another_machine(monkeypatch):

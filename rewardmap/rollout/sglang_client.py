@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -62,6 +62,8 @@ class SGLangClient:
     def __init__(self, url: str, keys: Keys, timeout_s: float) -> None:
         self.url, self._keys, self._timeout_s = url.rstrip("/"), keys, timeout_s
         self._session: aiohttp.ClientSession | None = None
+        self.asleep: set[str] = set()
+        """Kinds of memory that the server gave up and has not taken back."""
 
     async def generate(self, body: Json, what: str) -> Json:
         """POST /generate. Sampling has no effect that lasts, so whatever may pass is tried again.
@@ -107,6 +109,20 @@ class SGLangClient:
         """Whether the server knows a POST endpoint: a GET there is the wrong method (405), and has no effect."""
         status, _ = await self._within(timeout_s or self._timeout_s, "GET", path, None, admin=False)
         return status == 405
+
+    async def sleep(self, kinds: Sequence[str]) -> None:
+        """The server gives up these kinds of its GPU memory, ``weights`` or ``kv_cache``. Raises RolloutError."""
+        due = [kind for kind in kinds if kind not in self.asleep]
+        if due:
+            await self.call("/release_memory_occupation", {"tags": due})
+            self.asleep.update(due)
+
+    async def wake(self, kinds: Sequence[str], timeout_s: float | None = None) -> None:
+        """It takes back those that it gave up; asked for another, SGLang's scheduler ends. Raises RolloutError."""
+        due = [kind for kind in kinds if kind in self.asleep]
+        if due:
+            await self.call("/resume_memory_occupation", {"tags": due}, timeout_s=timeout_s)
+            self.asleep.difference_update(due)
 
     async def _within(self, limit: float, method: str, path: str, body: Json, admin: bool) -> tuple[int, str]:
         """Status and text. Raises UnreachableError, and RolloutError when the time is up."""

@@ -6,8 +6,9 @@ import asyncio
 import base64
 import io
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image
 
@@ -23,6 +24,8 @@ from rewardmap.vision import Bounded, read_image
 
 PICTURE_BYTES = 1 << 30
 """Encoded pictures kept at most."""
+MEMORY = ("weights", "kv_cache")
+"""What colocated servers give up while the trainer works."""
 RESTARTS = 3
 """Times a run starts one server again before it gives up."""
 
@@ -136,11 +139,21 @@ class SGLangEngine:
 
     def control(self, path: str, body: object) -> None:
         """One call of the control plane at every server. Raises RolloutError."""
+        self._at_all(lambda client: client.call(path, body))
 
-        async def call() -> None:
-            await asyncio.gather(*(replica.client.call(path, body) for replica in self.replicas))
+    def sleep(self) -> None:
+        """Servers give up their GPU memory. Raises RolloutError."""
+        self._at_all(lambda client: client.sleep(MEMORY))
 
-        self.loop.run(call())
+    def wake(self) -> None:
+        """Servers take back what they gave up. Raises RolloutError."""
+        self._at_all(lambda client: client.wake(MEMORY))
+
+    def _at_all(self, call: Callable[[SGLangClient], Coroutine[Any, Any, Any]]) -> None:
+        async def call_all() -> None:
+            await asyncio.gather(*(call(replica.client) for replica in self.replicas))
+
+        self.loop.run(call_all())
 
     def update_weights(self, version: int) -> None:
         """Expect ``version`` in replies from now on; whoever calls has pushed it."""
@@ -248,6 +261,7 @@ class SGLangEngine:
         replica.server.start()
         replica.server.wait_ready(progress)
         replica.client.url = replica.server.url
+        replica.client.asleep.clear()
 
     def picture(self, source: str | bytes) -> str:
         """A picture as our processor resizes it, as a data URI.

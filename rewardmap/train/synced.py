@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from rewardmap.train.forest import Answers, pack_forest
 from rewardmap.train.forward import Vision, response_hidden
 from rewardmap.train.parallel import Forward, split_again
 from rewardmap.train.ranks import ALONE, Ranks, gather_groups
-from rewardmap.train.weight_sync import MEMORY, WeightSync, check_here
+from rewardmap.train.weight_sync import WeightSync, check_here
 from rewardmap.types import Problem, RolloutGroup, SamplingParams
 from rewardmap_kernels import linear_logprobs
 
@@ -123,7 +124,7 @@ class SyncedEngine:
         self._forward = forward or partial(response_hidden, policy)
         leads = ranks.is_first if config.urls else ranks.local_rank == 0
         self._leaders = [rank for rank, does in enumerate(ranks.gather(leads)) if does]
-        self._asleep = self._asked = False
+        self._asked = False
         self._sample: tuple[Problem, tuple[int, ...]] | None = None
         self._metrics: dict[str, float] = {}
         self._ended: SimpleQueue[tuple[Replica, Future[None]]] = SimpleQueue()
@@ -179,7 +180,6 @@ class SyncedEngine:
         """
         self._make_room()
         self._sync.push(version)
-        self._asleep = False
         self._engine.update_weights(version)
         self._metrics |= {"sync_seconds": self._sync.seconds}
         if self._sample is not None:
@@ -211,6 +211,9 @@ class SyncedEngine:
         if hasattr(self, "_sync"):
             self._sync.close()
         if hasattr(self, "_engine"):
+            if self._config.urls and self._engine.replicas:  # as they were found
+                with suppress(RolloutError):
+                    self._engine.wake()
             self._engine.close()
         if self._router is not None:
             self._router.stop()
@@ -247,17 +250,14 @@ class SyncedEngine:
     ) -> list[RolloutGroup]:
         groups: list[RolloutGroup] = []
         if problems:
-            if self._asleep:
-                self._engine.control("/resume_memory_occupation", {"tags": MEMORY})
-                self._asleep = False
+            self._engine.wake()
             groups = self._engine.generate(problems, group_size, sampling, on_group)
         self._sleep()
         return groups
 
     def _sleep(self) -> None:
-        if self._config.colocated and not self._asleep:
-            self._engine.control("/release_memory_occupation", {"tags": MEMORY})
-            self._asleep = True
+        if self._config.colocated:
+            self._engine.sleep()
 
     def _bring_up(self, replica: Replica) -> None:
         """The current weights for a server that was started again; called in a thread of the generation."""

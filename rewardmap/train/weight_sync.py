@@ -43,7 +43,6 @@ from rewardmap.train.weights import Bucket, buckets, whole_weights
 
 Tensor = torch.Tensor
 Json = dict[str, Any]
-MEMORY = ["weights", "kv_cache"]
 _BEGIN = "/begin_weight_update"
 _FLUSH_S = 30
 
@@ -124,16 +123,14 @@ class WeightSync:
     async def _open(self, client: SGLangClient) -> None:
         """Nothing runs, memory is there, and a session is open where the version has them."""
         await self._call(client, "/pause_generation", {"mode": "abort"})
-        if self._config.colocated:
-            await self._call(client, "/resume_memory_occupation", {"tags": ["weights"]})
+        await client.wake(["weights"], self._limit)
         if self._config.sync != "disk" and await client.has(_BEGIN, self._limit):
             await self._call(client, _BEGIN, {"selector": "all"})
 
     async def _finish(self, client: SGLangClient, version: int) -> None:
         if self._config.sync != "disk" and await client.has(_BEGIN, self._limit):
             await self._call(client, "/end_weight_update", {})
-        if self._config.colocated:
-            await self._call(client, "/resume_memory_occupation", {"tags": ["kv_cache"]})
+        await client.wake(["kv_cache"], self._limit)
         # Refused (HTTP 400) while anything runs: then old keys and values would serve new weights.
         await self._call(client, f"/flush_cache?timeout={_FLUSH_S}", {})
         await self._call(client, "/continue_generation", {})
