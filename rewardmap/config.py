@@ -99,6 +99,9 @@ class ServerConfig:
     """For one group, retries included; and for each call of a weight sync."""
     sync: Literal["tensor", "distributed", "disk"] = "tensor"
     """How new weights reach the servers: over CUDA IPC (by value on a CPU), broadcast, or as files both see."""
+    lora_sync: Literal["merged", "adapter"] = "merged"
+    """What is sent where ``policy.lora_rank`` trains adapters: all weights with the adapters multiplied in, or the
+    adapters alone, which servers then apply themselves (``--enable-lora``, SGLang 0.5.22 on)."""
     bucket_mb: int = 512
     """Largest piece of the weights held twice during a sync."""
     drift_alarm: float = 0.1

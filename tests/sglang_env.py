@@ -63,7 +63,9 @@ STAND_INS = {
         torch.ops.sgl_kernel = _Operators()
     ''',
     "cpu_stand_ins.py": '''
-        """Imported at start: registers torchvision's operator names just before torchvision asks for them."""
+        """Imported at start: registers torchvision's operator names just before torchvision asks for them, and lets
+        pinned memory be plain memory, which SGLang's adapters (LoRA) ask for where no GPU is."""
+        import functools
         import sys
 
 
@@ -77,7 +79,18 @@ STAND_INS = {
                     for name in ("nms", "qnms"):
                         self.names.define(f"{name}(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor")
                     sys.modules[__name__].names = self.names
+                    torch.Tensor.pin_memory = lambda tensor, device=None: tensor
+                    for name in ("empty", "tensor", "zeros"):
+                        setattr(torch, name, _unpinned(getattr(torch, name)))
                 return None
+
+
+        def _unpinned(make):
+            @functools.wraps(make)
+            def plain(*values, pin_memory=False, **named):
+                return make(*values, **named)
+
+            return plain
 
 
         sys.meta_path.insert(0, _BeforeTorchvision())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import pickle
@@ -21,6 +22,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from safetensors.torch import load_file
 
 ANSWER = [287, 289, 92, 256]
 """``\\boxed{no}`` and the stop token of the tiny model."""
@@ -71,6 +73,7 @@ class FakeServer(Threaded):
         self.running_now, self.most_running, self.delay = 0, 0, 0.0
         self.info: dict[str, Any] = {"version": "0.5.23", "max_total_num_tokens": 4096}
         self.model_info: dict[str, Any] = {"model_type": "qwen2_5_vl", "model_path": "/elsewhere"}
+        self.adapters, self.adapter_config = dict[str, dict[str, Any]](), dict[str, Any]()
         routes: dict[str, Callable[[Any], Any]] = {
             "/generate": self._generate,
             "/tokenize": self._tokenize,
@@ -78,6 +81,10 @@ class FakeServer(Threaded):
             "/continue_generation": self._continue,
             "/flush_cache": self._flush,
             "/update_weights_from_tensor": self._update,
+            "/load_lora_adapter": self._load_adapter,
+            "/load_lora_adapter_from_tensors": self._load_adapter,
+            "/unload_lora_adapter": self._unload_adapter,
+            "/update_weight_version": self._update_version,
             "/release_memory_occupation": self._release,
             "/resume_memory_occupation": self._resume,
         }
@@ -89,6 +96,11 @@ class FakeServer(Threaded):
         self.app.router.add_get("/health", self._health)
         self.app.router.add_get("/server_info", self._server_info)
         self.app.router.add_get("/model_info", self._model_info)
+        self.app.router.add_get("/v1/models", self._models)
+
+    def enable_lora(self, rank: int, targets: list[str]) -> None:
+        """As ``--enable-lora --max-lora-rank RANK --lora-target-modules TARGETS``."""
+        self.info |= {"enable_lora": True, "max_lora_rank": rank, "lora_target_modules": targets}
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()
@@ -98,6 +110,9 @@ class FakeServer(Threaded):
 
     async def _model_info(self, request: web.Request) -> web.Response:
         return web.json_response(self.model_info | {"weight_version": self.version})
+
+    async def _models(self, request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": name} for name in ("/elsewhere", *self.adapters)]})
 
     def _handled(self, handler: Callable[[Any], Any]) -> Any:
         async def handle(request: web.Request) -> web.Response:
@@ -113,6 +128,8 @@ class FakeServer(Threaded):
 
     async def _generate(self, body: Any) -> Any:
         self.bodies.append(body)
+        if body.get("lora_path") is not None and body["lora_path"] not in self.adapters:
+            return web.Response(status=400, text="an adapter that has never been loaded")
         self.running_now += 1
         self.most_running = max(self.most_running, self.running_now)
         await asyncio.sleep(self.delay)
@@ -166,12 +183,30 @@ class FakeServer(Threaded):
     def _update(self, body: Any) -> Any:
         if self._sessions and not self.session:
             return {"success": False, "message": "must run between begin_weight_update() and end_weight_update()"}
-        (payload,) = body["serialized_named_tensors"]
-        bucket = pickle.load(io.BytesIO(base64.b64decode(payload)))
-        for entry in bucket["metadata"]:
-            flat = bucket["flattened_tensor"][entry.start_idx : entry.end_idx]
-            self.weights[entry.name] = flat.view(entry.dtype).reshape(entry.shape).clone()
+        self.weights |= unpacked(body)
         self.version = body["weight_version"]
+        return {"success": True}
+
+    def _load_adapter(self, body: Any) -> Any:
+        name = body["lora_name"]
+        if not self.info.get("enable_lora") or name in self.adapters:
+            return web.Response(status=400, text="LoRA is not enabled, or it is loaded already")
+        if "lora_path" in body:
+            folder = Path(body["lora_path"])
+            self.adapters[name] = load_file(folder / "adapter_model.safetensors")
+            self.adapter_config = json.loads((folder / "adapter_config.json").read_text())
+        else:
+            self.adapters[name], self.adapter_config = unpacked(body), body["config_dict"]
+        return {"success": True}
+
+    def _unload_adapter(self, body: Any) -> Any:
+        if body["lora_name"] not in self.adapters:
+            return web.Response(status=400, text="it does not exist")
+        del self.adapters[body["lora_name"]]
+        return {"success": True}
+
+    def _update_version(self, body: Any) -> Any:
+        self.version = body["new_version"]
         return {"success": True}
 
     def _flush(self, body: Any) -> Any:
@@ -186,6 +221,15 @@ class FakeServer(Threaded):
             return web.Response(status=500, text="the real one ends")
         self.asleep.difference_update(body["tags"])
         return None
+
+
+def unpacked(body: Any) -> dict[str, Any]:
+    """The weights in a body with one flattened bucket."""
+    (payload,) = body["serialized_named_tensors"]
+    assert body["load_format"] == "flattened_bucket"
+    bucket = pickle.load(io.BytesIO(base64.b64decode(payload)))
+    parts = [(entry, bucket["flattened_tensor"][entry.start_idx : entry.end_idx]) for entry in bucket["metadata"]]
+    return {entry.name: flat.view(entry.dtype).reshape(entry.shape).clone() for entry, flat in parts}
 
 
 class Proxy(Threaded):
@@ -253,6 +297,10 @@ def serve() -> None:
     model = Path(options["--model-path"])
     tokenizer = AutoTokenizer.from_pretrained(model)
     server = FakeServer(tokenizer, json.loads((model / "config.json").read_text())["image_token_id"])
+    if "--enable-lora" in sys.argv:
+        after = sys.argv[sys.argv.index("--lora-target-modules") + 1 :]
+        targets = list(itertools.takewhile(lambda word: not word.startswith("--"), after))
+        server.enable_lora(int(options["--max-lora-rank"]), targets)
     died, answer = Path(options["--die-once"]) if "--die-once" in options else None, server._generate
 
     async def generate(body: Any) -> Any:

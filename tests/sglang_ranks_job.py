@@ -25,13 +25,15 @@ from rich.console import Console
 sys.path.append(str(Path(__file__).parent))
 from parallel_job import fork_ranks
 
-from rewardmap.config import Config, ParallelConfig, PolicyConfig, ServerConfig, load_config
+from rewardmap.config import Config, ParallelConfig, PolicyConfig, RolloutConfig, ServerConfig, load_config
 from rewardmap.policy import Policy, load_policy
 from rewardmap.rollout.engine import RolloutError
+from rewardmap.rollout.sglang_adapters import Adapters
 from rewardmap.rollout.sglang_engine import SGLangEngine
 from rewardmap.rollout.sglang_server import Keys
 from rewardmap.tiny import WARM_START
 from rewardmap.train import run, weights
+from rewardmap.train.adapter_sync import AdapterSync
 from rewardmap.train.faults import Stopped
 from rewardmap.train.parallel import Forward, prepare_policy, shard_policy
 from rewardmap.train.ranks import OtherRankError, Ranks, group_to_json, join_ranks
@@ -45,12 +47,17 @@ SAMPLING = SamplingParams(max_new_tokens=24)
 Settings = dict[str, Any]
 
 
-def make_policy(settings: Settings, ranks: Ranks) -> tuple[Policy, Forward, torch.dtype]:
-    """The tiny policy, split over the ranks, adapters filled."""
-    config = Config(
+def make_config(settings: Settings) -> Config:
+    return Config(
         policy=PolicyConfig(device="cpu", **settings.get("policy", {})),
         parallel=ParallelConfig(**settings.get("parallel", {})),
+        rollout=RolloutConfig(server=ServerConfig(**settings["server"])),
     )
+
+
+def make_policy(settings: Settings, ranks: Ranks) -> tuple[Policy, Forward, torch.dtype]:
+    """The tiny policy, split over the ranks, adapters filled."""
+    config = make_config(settings)
     policy = load_policy(WARM_START, config.policy)
     torch.manual_seed(0)
     prepare_policy(policy, config)
@@ -86,10 +93,15 @@ def push(folder: Path, settings: Settings, ranks: Ranks) -> Settings:
     weights._whole = counted
     config = ServerConfig(**settings["server"] if ranks.is_first else {})
     engine = SGLangEngine(policy, config, [], Keys("sample-key", "admin-key"))
-    sync = WeightSync(policy, engine, folder, dtype, ranks)
+    adapters = Adapters.of(make_config(settings))
+    if adapters is None:
+        sync = WeightSync(policy, engine, folder, dtype, ranks)
+    else:
+        sync = AdapterSync(policy, engine, folder, adapters, dtype, ranks)
     begin = time.monotonic()
     try:
-        sync.push(3)
+        for version in settings.get("versions", [3]):
+            sync.push(version)
         return seen
     except (RolloutError, OtherRankError) as error:
         return {"error": type(error).__name__, "says": str(error), "seconds": time.monotonic() - begin}
@@ -103,6 +115,7 @@ def sample(folder: Path, settings: Settings, ranks: Ranks) -> Settings:
     policy, forward, dtype = make_policy(settings, ranks)
     config = ServerConfig(**settings["server"])
     named: Settings = {"dtype": dtype, "ranks": ranks, "forward": forward, "ahead": settings.get("ahead", False)}
+    named["adapters"] = Adapters.of(make_config(settings))
     engine = SyncedEngine(policy, config, folder / "servers", print, **named)
     calls: list[int] = []
 

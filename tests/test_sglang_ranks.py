@@ -90,6 +90,27 @@ def test_two_ranks_push_what_one_does_and_hold_one_weight_at_a_time(policy, make
             assert weight.dtype == dtype and torch.equal(weight, loaded[name].to(dtype)) != merged, name
 
 
+def test_two_ranks_push_the_adapters_that_one_does(policy, make, tmp_path):
+    """And two whose first attempt breaks off after the weights."""
+    settings = {"policy": PUSHED["lora"]["policy"], "versions": [3, 4]}
+    servers, jobs = {name: make() for name in ("one", "two", "again")}, {}
+    for name, (server, proxy) in servers.items():
+        server.enable_lora(4, list(PolicyConfig().lora_targets))
+        jobs[name] = pushing(proxy.url, 2 - (name == "one"), **settings)
+        jobs[name]["server"]["lora_sync"] = "adapter"
+    servers["again"][1].break_next("/load_lora_adapter_from_tensors", "reset")
+    seen = run_jobs(tmp_path, jobs)
+    assert not any("error" in rank for ranks in seen.values() for rank in ranks)
+    loaded = dict(whole_weights(policy.model))
+    [expected] = servers["one"][0].adapters.values()
+    for server, _ in servers.values():
+        assert all(torch.equal(server.weights[name], weight) for name, weight in loaded.items())
+        [(name, adapter)] = server.adapters.items()
+        assert name == server.version and name.endswith("-4") and not server.paused and not server.session
+        assert adapter.keys() == expected.keys() and any(weight.any() for weight in adapter.values())
+        assert all(torch.equal(adapter[name], weight) for name, weight in expected.items())
+
+
 def test_a_push_that_fails_is_made_again_by_all_ranks_or_ends_all_with_one_error(make, tmp_path):
     refused = {name: make() for name in ("/pause_generation", "/update_weights_from_tensor", "/flush_cache")}
     for path, (_, proxy) in refused.items():
@@ -154,16 +175,18 @@ def test_servers_that_end_while_they_are_asked_come_back(python, tmp_path):
     settings = {"python": python, "drift_alarm": 100.0, "args": ["--die-once", "died"]}
     nodes = {"scenario": "sample", "size": 2, "server": settings, "nodes": 2}
     ahead = {"scenario": "sample", "size": 2, "server": {**settings, "replicas": 2}, "ahead": True}
-    seen = run_jobs(tmp_path, {"nodes": nodes, "ahead": ahead})
-    first, second = seen["nodes"]
-    assert first == second and first["restarts"] == [1]
+    adapters = {**nodes, "server": {**settings, "lora_sync": "adapter"}, "policy": {"lora_rank": 4}}
+    seen = run_jobs(tmp_path, {"nodes": nodes, "adapters": adapters, "ahead": ahead})
+    for first, second in (seen["nodes"], seen["adapters"]):
+        assert first == second and first["restarts"] == [1]
     assert seen["ahead"][0] == seen["ahead"][1] | {"restarts": seen["ahead"][0]["restarts"]}
     assert sorted(seen["ahead"][0]["restarts"]) == [0, 1]
     for ranks in seen.values():
         assert ranks[0]["uids"] == [f"q-{n}" for n in range(5)] and ranks[0]["calls"] == [0, 1, 2, 3, 4]
         assert [rollout[-1] for group in ranks[0]["groups"] for rollout in group[1]] == [0] * 10 + [1] * 2
         assert ranks[0]["sharded"]
-    for folder, count in (("nodes/servers", 2), ("nodes/servers/rank-1", 2), ("ahead/servers", 3)):
+    ended = [(f"{name}/servers{rank}", 2) for name in ("nodes", "adapters") for rank in ("", "/rank-1")]
+    for folder, count in (*ended, ("ahead/servers", 3)):
         assert (tmp_path / folder / "died").exists()
         check_that_servers_are_gone(tmp_path / folder, count)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rewardmap.config import ConfigError
 from rewardmap.policy import Policy
+from rewardmap.rollout.sglang_adapters import Adapters
 from rewardmap.rollout.sglang_client import SGLangClient
 
 OLDEST, NEWEST, TOO_NEW = (0, 5, 17), (0, 5, 23), (0, 6)
@@ -21,8 +22,11 @@ _VOLATILE = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "u
 _TOKENIZER_SAMPLE = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Zürich 地铁 Line 2?<|im_end|>\n"
 
 
-async def check_server(client: SGLangClient, policy: Policy) -> int:
+async def check_server(client: SGLangClient, policy: Policy, adapters: Adapters | None = None) -> int:
     """The longest sequence the server can sample and score, in tokens.
+
+    Args:
+        adapters: that it must be able to apply.
 
     Raises:
         ConfigError: a version, a model or a tokenizer that does not fit, by name.
@@ -30,7 +34,9 @@ async def check_server(client: SGLangClient, policy: Policy) -> int:
     """
     server = await client.call("/server_info", method="GET", admin=False)
     model = await client.call("/model_info", method="GET", admin=False)
-    _check_version(client.url, str(server.get("version")))
+    version = _check_version(client.url, str(server.get("version")))
+    if adapters is not None:
+        adapters.check(client.url, server, version)
     _check_model(client.url, model, policy)
     tokens = await client.call("/tokenize", {"prompt": _TOKENIZER_SAMPLE, "add_special_tokens": False}, admin=False)
     ours = policy.tokenizer(_TOKENIZER_SAMPLE, add_special_tokens=False).input_ids
@@ -51,12 +57,13 @@ def check_length(prompt_tokens: int, max_new_tokens: int, limit: int, uid: str) 
         )
 
 
-def _check_version(url: str, version: str) -> None:
+def _check_version(url: str, version: str) -> tuple[int, ...]:
     numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
     found = tuple(int(number or 0) for number in numbers.groups()) if numbers else (0,)
     if not OLDEST <= found < TOO_NEW:
         tried = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
         raise ConfigError(f"{url}: SGLang {version} is not supported; versions {tried} are known to work")
+    return found
 
 
 def _check_model(url: str, model: Mapping[str, Any], policy: Policy) -> None:

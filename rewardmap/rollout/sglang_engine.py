@@ -15,6 +15,7 @@ from PIL import Image
 from rewardmap.config import ServerConfig
 from rewardmap.policy import Policy
 from rewardmap.rollout.engine import OnGroup, RolloutError
+from rewardmap.rollout.sglang_adapters import Adapters
 from rewardmap.rollout.sglang_check import check_length, check_server
 from rewardmap.rollout.sglang_client import EventLoop, SGLangClient, UnreachableError
 from rewardmap.rollout.sglang_reply import generate_body, read_group, read_scores, score_body
@@ -50,11 +51,13 @@ class SGLangEngine:
         servers: Sequence[SGLangServer],
         keys: Keys,
         router_url: str | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
         """
         Args:
             servers: our own, ready to answer; none where ``config.urls`` names others.
             router_url: where to send requests instead of to the servers themselves.
+            adapters: that servers must be able to apply.
         """
         self.policy, self.config, self.loop = policy, config, EventLoop()
         own = [Replica(SGLangClient(server.url, keys, config.request_timeout_s), server) for server in servers]
@@ -62,9 +65,12 @@ class SGLangEngine:
         self.replicas = own or given
         self.version: int | None = None
         """Of the weights that the servers hold; None: as they started."""
+        self.adapter: str | None = None
+        """Name of the adapter that requests ask for; None: for the weights alone."""
         self.on_restart: Callable[[Replica], None] | None = None
         """Brings a server that was started again up to the current weights."""
         self._router = SGLangClient(router_url, keys, config.request_timeout_s) if router_url else None
+        self._adapters = adapters
         self._limit = 0
         self._pictures: Bounded[str] = Bounded(PICTURE_BYTES, len)
 
@@ -76,7 +82,7 @@ class SGLangEngine:
         """
 
         async def ask() -> list[int]:
-            return [await check_server(replica.client, self.policy) for replica in self.replicas]
+            return [await check_server(replica.client, self.policy, self._adapters) for replica in self.replicas]
 
         self._limit = min(self.loop.run(ask()))
         for problem in problems:
@@ -129,7 +135,7 @@ class SGLangEngine:
         prompt = self.policy.encode(problem).token_ids
         image_token = self.policy.model.config.image_token_id
         vocabulary = self.policy.model.config.get_text_config().vocab_size
-        body = score_body(prompt, response, image_token, self.picture(problem.image))
+        body = score_body(prompt, response, image_token, self.picture(problem.image), self.adapter)
 
         async def ask() -> list[list[float]]:
             replies = await asyncio.gather(*(replica.client.generate(body, problem.uid) for replica in self.replicas))
@@ -155,9 +161,13 @@ class SGLangEngine:
 
         self.loop.run(call_all())
 
-    def update_weights(self, version: int) -> None:
-        """Expect ``version`` in replies from now on; whoever calls has pushed it."""
-        self.version = version
+    def update_weights(self, version: int, adapter: str | None = None) -> None:
+        """Expect ``version`` in replies from now on; whoever calls has pushed it.
+
+        Args:
+            adapter: what the servers call it, where it is an adapter.
+        """
+        self.version, self.adapter = version, adapter
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -200,10 +210,13 @@ class SGLangEngine:
                     sampling,
                     self.policy.stop_token_ids,
                     self.policy.banned_token_ids,
+                    self.adapter,
                 )
                 reply = await self._ask(homes[index], body, problem.uid)
             stop, banned = self.policy.stop_token_ids, self.policy.banned_token_ids
-            group = read_group(reply, problem, prompt, group_size, self.version, stop, banned, self.policy.decode)
+            group = read_group(
+                reply, problem, prompt, group_size, self.version, stop, banned, self.policy.decode, self.adapter
+            )
             if on_group is not None:
                 on_group(index, group)
             return group

@@ -31,11 +31,13 @@ def generate_body(
     sampling: SamplingParams,
     stop: Sequence[int],
     banned: Sequence[int],
+    adapter: str | None = None,
 ) -> dict[str, Json]:
     """The body of one request for a whole group.
 
     Args:
         prompt: [P] tokens with the image expanded; the server gets one placeholder and expands it itself.
+        adapter: name of the one to sample with, at a server that holds adapters.
         picture: data URI. No key of ours comes with it (``mm_hashes``): 0.5.20 and 0.5.23 pad a Qwen3-VL prompt with
             their own key, look for ours in it, and crash.
     """
@@ -56,10 +58,13 @@ def generate_body(
         },
         "return_logprob": True,
         "return_prompt_token_ids": True,
+        **_named(adapter),
     }
 
 
-def score_body(prompt: Sequence[int], response: Sequence[int], image_token: int, picture: str) -> dict[str, Json]:
+def score_body(
+    prompt: Sequence[int], response: Sequence[int], image_token: int, picture: str, adapter: str | None = None
+) -> dict[str, Json]:
     """The body of a request for the log-probabilities of a given answer at temperature 1. Arguments as above."""
     return {
         # One token more than is asked for: SGLang fails on a text whose last token is <|vision_start|>.
@@ -68,7 +73,13 @@ def score_body(prompt: Sequence[int], response: Sequence[int], image_token: int,
         "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
         "return_logprob": True,
         "logprob_start_len": len(prompt) - 1,
+        **_named(adapter),
     }
+
+
+def _named(adapter: str | None) -> dict[str, Json]:
+    """SGLang's field is for a path or a name."""
+    return {} if adapter is None else {"lora_path": adapter}
 
 
 def read_scores(reply: Json, prompt: Sequence[int], response: Sequence[int], vocabulary: int, uid: str) -> list[float]:
@@ -107,6 +118,7 @@ def read_group(
     stop: Sequence[int],
     banned: Sequence[int],
     texts: Any,
+    adapter: str | None = None,
 ) -> RolloutGroup:
     """The group in a reply.
 
@@ -114,6 +126,7 @@ def read_group(
         prompt: [P] our tokens, image expanded.
         version: of the weights that must have sampled; None accepts any and stamps 0.
         texts: callable from token ids to text.
+        adapter: what the server calls that version; None: by its number.
 
     Raises:
         MismatchError: naming the problem's uid and what differs.
@@ -124,7 +137,7 @@ def read_group(
     rollouts = []
     for number, sample in enumerate(samples):
         try:
-            rollouts.append(_read_sample(sample, prompt, version, stop, banned, texts))
+            rollouts.append(_read_sample(sample, prompt, version, stop, banned, texts, adapter))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             detail = str(error) if isinstance(error, _DifferenceError) else f"no such reply is known ({error!r})"
             raise MismatchError(f"{problem.uid}: answer {number + 1} of {group_size}: {detail}") from None
@@ -142,6 +155,7 @@ def _read_sample(
     stop: Sequence[int],
     banned: Sequence[int],
     texts: Any,
+    adapter: str | None,
 ) -> Rollout:
     meta = sample["meta_info"]
     reason = meta["finish_reason"]["type"]
@@ -173,16 +187,15 @@ def _read_sample(
     wrong = set(banned) & set(tokens)
     if wrong:
         raise _DifferenceError(f"token {min(wrong)} is a picture's placeholder and was banned")
-    _check_version(meta, version)
+    if version is not None:
+        _check_version(meta, adapter or str(version))
     # Rounding can put a certain token's log-probability a hair above 0.
     nats = tuple(min(value, 0.0) for value in logprobs)
     return Rollout(tuple(tokens), nats, texts(tokens), cast(FinishReason, reason), version or 0)
 
 
-def _check_version(meta: Mapping[str, Json], version: int | None) -> None:
-    if version is None:
-        return
+def _check_version(meta: Mapping[str, Json], version: str) -> None:
     spans = meta.get("weight_versions") or [{"version": meta["weight_version"]}]
     seen = sorted({str(span["version"]) for span in spans} | {str(meta["weight_version"])})
-    if seen != [str(version)]:
+    if seen != [version]:
         raise _DifferenceError(f"sampled with weights {', '.join(seen)}; the trainer's are version {version}")

@@ -21,6 +21,7 @@ import torch
 from rewardmap.config import ConfigError, ServerConfig
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.process import GuardedProcess, answers, free_port
+from rewardmap.rollout.sglang_adapters import Adapters
 from rewardmap.rollout.sglang_reply import bans
 
 KEYS_FILE = "keys.json"
@@ -93,6 +94,8 @@ class SGLangServer:
     """Whether the vision tower stays as it is, so that its outputs may be kept."""
     banned: Sequence[int] = ()
     """Tokens that no request samples, also one that comes through the router, which drops a request's own bans."""
+    adapters: Adapters | None = None
+    """That it can apply beside its weights."""
     _process: GuardedProcess | None = None
     _port: int = 0
 
@@ -181,9 +184,12 @@ class SGLangServer:
             options += ["--enable-memory-saver", "--enable-weights-cpu-backup"]
         if config.deterministic:
             options += ["--enable-deterministic-inference"]
+        if self.adapters is not None:
+            options += self.adapters.options()
         if self.device == "cpu":
             options += ["--device", "cpu", "--attention-backend", "torch_native", "--mm-attention-backend", "sdpa"]
             options += ["--disable-overlap-schedule", "--sleep-on-idle", "--mem-fraction-static", "0.3"]
+            options += ["--lora-backend", "torch_native"] if self.adapters is not None else []
         return [*options, *config.args]
 
     def _environment(self) -> dict[str, str]:

@@ -37,7 +37,7 @@ def make_engine(
         forward: of a sharded policy.
 
     Raises:
-        ConfigError: aiohttp is not installed, or a server does not fit.
+        ConfigError: aiohttp is not installed, a server does not fit, or adapters cannot be sent alone.
         RolloutError: servers that cannot be reached or started.
         OtherRankError: either of them, on another rank.
     """
@@ -45,6 +45,7 @@ def make_engine(
         engine = LocalEngine(policy, config.rollout.batch_sequences)
         return engine if forward is None else SharedRollouts(engine, ranks, policy.whole_weights)
     need_client()
+    from rewardmap.rollout.sglang_adapters import Adapters
     from rewardmap.train.synced import SyncedEngine
 
     servers = SyncedEngine(
@@ -56,6 +57,7 @@ def make_engine(
         ranks=ranks,
         forward=forward,
         ahead=config.rollout.staleness > 0,
+        adapters=Adapters.of(config),
     )
     try:
         servers.check(problems, config.rollout.max_new_tokens)
@@ -66,7 +68,8 @@ def make_engine(
 
 
 def attach(config: Config, url: str, problems: Sequence[Problem]) -> tuple[RolloutEngine, str]:
-    """An engine on a running server, whose weights stay as they are, and what identifies them.
+    """An engine on a running server, whose weights stay as they are, with the adapter that a run left there, and what
+    identifies them.
 
     The tokenizer, the image processor and the configuration are read from ``policy.model`` or, where that is not set,
     from the folder that the server serves.
@@ -76,6 +79,7 @@ def attach(config: Config, url: str, problems: Sequence[Problem]) -> tuple[Rollo
         RolloutError: it cannot be reached, or refuses the key.
     """
     need_client()
+    from rewardmap.rollout.sglang_adapters import PREFIX
     from rewardmap.rollout.sglang_client import EventLoop, SGLangClient
     from rewardmap.rollout.sglang_engine import SGLangEngine
     from rewardmap.rollout.sglang_server import Keys
@@ -99,6 +103,8 @@ def attach(config: Config, url: str, problems: Sequence[Problem]) -> tuple[Rollo
     if config.policy.model == "tiny" and not Path(folder).is_dir():
         raise ConfigError(f"{url} serves '{folder}', which is not here; name that model with policy.model=FOLDER")
     engine = SGLangEngine(load_policy(folder, config.policy), server, [], keys)
+    if served["weight_version"].startswith(PREFIX):
+        engine.adapter = served["weight_version"]
     try:
         engine.check(problems, config.rollout.max_new_tokens)
     except BaseException:

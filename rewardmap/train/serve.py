@@ -10,6 +10,7 @@ from rich.console import Console
 
 from rewardmap.config import Config, ConfigError
 from rewardmap.rollout.engine import RolloutError
+from rewardmap.rollout.sglang_adapters import Adapters
 from rewardmap.rollout.sglang_server import KEYS_FILE, Router
 from rewardmap.train.faults import stop_request
 from rewardmap.train.parallel import computes_in
@@ -27,16 +28,17 @@ def serve(config: Config, folder: Path, *, console: Console) -> None:
         folder: for keys, logs and the weights that are served; used again, its keys stay valid.
 
     Raises:
-        ConfigError: settings that describe running servers.
+        ConfigError: settings that describe running servers, or adapters that SGLang does not serve.
         RolloutError: a server that does not get ready, or ended.
     """
     server = config.rollout.server
     if server.urls:
         raise ConfigError(f"rollout.server.urls={list(server.urls)} names servers that run already; leave it out")
     say = partial(console.print, highlight=False, soft_wrap=True)
+    adapters = Adapters.of(config)
     policy = initial_policy(config)
     dtype = computes_in(config)
-    servers, keys = start_servers(policy, server, folder, say, load_weights=True, dtype=dtype)
+    servers, keys = start_servers(policy, server, folder, say, load_weights=True, dtype=dtype, adapters=adapters)
     del policy  # the servers have loaded it
     router: Router | None = None
     try:

@@ -16,8 +16,10 @@ import torch
 from rewardmap.config import ServerConfig
 from rewardmap.policy import Policy
 from rewardmap.rollout.engine import OnGroup, RolloutError
+from rewardmap.rollout.sglang_adapters import Adapters
 from rewardmap.rollout.sglang_engine import Replica, SGLangEngine
 from rewardmap.rollout.sglang_server import Keys, Progress, Router, SGLangServer
+from rewardmap.train.adapter_sync import AdapterSync
 from rewardmap.train.forest import Answers, pack_forest
 from rewardmap.train.forward import Vision, response_hidden
 from rewardmap.train.parallel import Forward, split_again
@@ -35,11 +37,13 @@ def start_servers(
     *,
     load_weights: bool,
     dtype: torch.dtype | None = None,
+    adapters: Adapters | None = None,
 ) -> tuple[list[SGLangServer], Keys]:
     """Servers of our own, ready to answer. On an error or an interrupt none is left running.
 
     Args:
         dtype: they compute in; None: the model's own.
+        adapters: that they can apply.
 
     Raises:
         ConfigError, RolloutError: see ``SGLangServer``.
@@ -64,6 +68,7 @@ def start_servers(
             load_weights,
             policy.freeze_vision,
             policy.banned_token_ids,
+            adapters,
         )
         for index in range(config.replicas)
     ]
@@ -107,6 +112,7 @@ class SyncedEngine:
         ranks: Ranks = ALONE,
         forward: Forward | None = None,
         ahead: bool = False,
+        adapters: Adapters | None = None,
     ) -> None:
         """Start the servers or attach to those named, check them, push the weights as version 0.
 
@@ -114,9 +120,10 @@ class SyncedEngine:
             dtype: the servers compute in; None: the model's own.
             forward: of a sharded policy.
             ahead: answers are sampled while the policy trains, so that shards cannot be gathered meanwhile.
+            adapters: what to send instead of all weights with the adapters merged in.
 
         Raises:
-            ConfigError, RolloutError: see ``SGLangServer`` and ``check_server``.
+            ConfigError, RolloutError: see ``SGLangServer``, ``check_server`` and ``AdapterSync``.
             OtherRankError: either of them, on another rank.
         """
         self._policy, self._config = policy, config
@@ -132,11 +139,14 @@ class SyncedEngine:
         self._servers: list[SGLangServer] = []
         own = folder if ranks.is_first else folder / f"rank-{ranks.rank}"
         try:
-            keys = self._ranks.patiently(lambda: self._start(own, progress, dtype) if leads else Keys())
+            keys = self._ranks.patiently(lambda: self._start(own, progress, dtype, adapters) if leads else Keys())
             asked = config if leads else replace(config, urls=())
             router = self._router.url if self._router else None
-            self._engine = SGLangEngine(policy, asked, self._servers, keys, router)
-            self._sync = WeightSync(policy, self._engine, own, dtype, self._ranks)
+            self._engine = SGLangEngine(policy, asked, self._servers, keys, router, adapters)
+            if adapters is None:
+                self._sync = WeightSync(policy, self._engine, own, dtype, self._ranks)
+            else:
+                self._sync = AdapterSync(policy, self._engine, own, adapters, dtype, self._ranks)
             self.check([], 0)
             if forward is None or not ahead:
                 self._engine.on_restart = self._bring_up
@@ -180,7 +190,7 @@ class SyncedEngine:
         """
         self._make_room()
         self._sync.push(version)
-        self._engine.update_weights(version)
+        self._engine.update_weights(version, self._sync.adapter(version))
         self._metrics |= {"sync_seconds": self._sync.seconds}
         if self._sample is not None:
             self._metrics |= self.probe(*self._sample)
@@ -220,14 +230,18 @@ class SyncedEngine:
         for server in self._servers:
             server.stop()
 
-    def _start(self, folder: Path, progress: Progress, dtype: torch.dtype | None) -> Keys:
+    def _start(
+        self, folder: Path, progress: Progress, dtype: torch.dtype | None, adapters: Adapters | None
+    ) -> Keys:
         """Servers of our own and the router, where the configuration asks for them."""
         config = self._config
         if config.urls:
             if config.sync == "tensor" and self._policy.device.type == "cuda":
                 check_here(config.urls)
             return Keys.read(config.keys_file) if config.keys_file else Keys()
-        self._servers, keys = start_servers(self._policy, config, folder, progress, load_weights=False, dtype=dtype)
+        self._servers, keys = start_servers(
+            self._policy, config, folder, progress, load_weights=False, dtype=dtype, adapters=adapters
+        )
         if config.router:
             self._router = Router(config, [server.url for server in self._servers], folder, keys)
             self._router.start()

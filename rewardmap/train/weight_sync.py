@@ -50,6 +50,9 @@ _FLUSH_S = 30
 class WeightSync:
     """Pushes a policy's weights to the servers of an engine."""
 
+    merged = True
+    """Whether adapters are multiplied into the weights they belong to."""
+
     def __init__(
         self,
         policy: Policy,
@@ -97,18 +100,22 @@ class WeightSync:
             self._ranks.agree(error)
         self.seconds = time.perf_counter() - begin
 
+    def adapter(self, version: int) -> str | None:
+        """What servers call ``version`` where they hold it as an adapter; None where it is merged."""
+        return None
+
     def close(self) -> None:
         """Leave the process group, remove files. A second call does nothing."""
         self._forget_group()
-        for old in self._folder.glob("weights-*"):
-            shutil.rmtree(old, ignore_errors=True)
+        self._remove_files()
 
-    def _attempt(self, version: int, replicas: Sequence[Replica]) -> Exception | None:
+    def _attempt(self, version: int | str, replicas: Sequence[Replica]) -> Exception | None:
         """None on success. Takes every weight also after a failure, and without servers: other ranks gather it too."""
         if not replicas:
-            deque(whole_weights(self._policy.model, self._dtype, self._policy.device), maxlen=0)
+            deque(whole_weights(self._policy.model, self._dtype, self._policy.device, merged=self.merged), maxlen=0)
             return None
-        pieces = buckets(self._policy.model, self._dtype, self._config.bucket_mb << 20, self._policy.device)
+        limit = self._config.bucket_mb << 20
+        pieces = buckets(self._policy.model, self._dtype, limit, self._policy.device, merged=self.merged)
         send = {"tensor": self._by_tensor, "distributed": self._by_group, "disk": self._by_disk}[self._config.sync]
         try:
             self._do(replicas, self._open)
@@ -120,16 +127,24 @@ class WeightSync:
             return error
         return None
 
-    async def _open(self, client: SGLangClient) -> None:
-        """Nothing runs, memory is there, and a session is open where the version has them."""
+    async def _pause(self, client: SGLangClient) -> None:
+        """Nothing runs, and memory is there."""
         await self._call(client, "/pause_generation", {"mode": "abort"})
         await client.wake(["weights"], self._limit)
+
+    async def _open(self, client: SGLangClient) -> None:
+        """Paused, and a session is open where the version has them."""
+        await self._pause(client)
         if self._config.sync != "disk" and await client.has(_BEGIN, self._limit):
             await self._call(client, _BEGIN, {"selector": "all"})
 
-    async def _finish(self, client: SGLangClient, version: int) -> None:
+    async def _finish(self, client: SGLangClient, version: int | str) -> None:
         if self._config.sync != "disk" and await client.has(_BEGIN, self._limit):
             await self._call(client, "/end_weight_update", {})
+        await self._go_on(client, version)
+
+    async def _go_on(self, client: SGLangClient, version: int | str) -> None:
+        """It samples again, with nothing kept from before."""
         await client.wake(["kv_cache"], self._limit)
         # Refused (HTTP 400) while anything runs: then old keys and values would serve new weights.
         await self._call(client, f"/flush_cache?timeout={_FLUSH_S}", {})
@@ -144,7 +159,7 @@ class WeightSync:
             with suppress(RolloutError):
                 await client.call(path, {}, timeout_s=5)
 
-    def _by_tensor(self, version: int, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
+    def _by_tensor(self, version: int | str, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
         for bucket in pieces:
             # A payload for each GPU of a server: a CUDA IPC handle is opened once.
             body = {
@@ -155,7 +170,7 @@ class WeightSync:
             }
             self._post(replicas, "/update_weights_from_tensor", body)
 
-    def _by_group(self, version: int, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
+    def _by_group(self, version: int | str, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
         if self._group is None:
             self._group = _Group(self._engine, replicas, self._config.tensor_parallel, self._policy.device.type)
         elif self._group.replicas != replicas:
@@ -174,9 +189,8 @@ class WeightSync:
             self._group.broadcast(bucket.flat, calls.done, self._limit or self._config.request_timeout_s)
             calls.result()
 
-    def _by_disk(self, version: int, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
-        folder = self._folder / f"weights-{version}-{uuid.uuid4().hex[:6]}"
-        folder.mkdir(parents=True)
+    def _by_disk(self, version: int | str, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
+        folder = self._new_folder(version)
         self._policy.model.config.save_pretrained(folder)
         for number, bucket in enumerate(pieces):
             weights = {name: weight.cpu() for name, weight in bucket.tensors().items()}
@@ -188,8 +202,16 @@ class WeightSync:
             "weight_version": str(version),
         }
         self._post(replicas, "/update_weights_from_disk", body)
+        self._remove_files(folder)
+
+    def _new_folder(self, version: int | str) -> Path:
+        folder = self._folder / f"weights-{version}-{uuid.uuid4().hex[:6]}"
+        folder.mkdir(parents=True)
+        return folder
+
+    def _remove_files(self, but: Path | None = None) -> None:
         for old in self._folder.glob("weights-*"):
-            if old != folder:
+            if old != but:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _post(self, replicas: Sequence[Replica], path: str, body: Json) -> None:

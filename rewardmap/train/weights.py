@@ -1,8 +1,9 @@
-"""The trainer's weights as a server wants them: whole, merged, in its dtype, in buckets of bounded size."""
+"""The trainer's weights as a server wants them: whole, merged, in its dtype, in buckets of bounded size; or the
+adapters alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,9 @@ class Bucket:
         return {e.name: self.flat[e.start : e.end].view(e.dtype).view(e.shape) for e in self.entries}
 
 
-def buckets(model: Any, dtype: torch.dtype, limit: int, device: torch.device | None = None) -> Iterator[Bucket]:
+def buckets(
+    model: Any, dtype: torch.dtype, limit: int, device: torch.device | None = None, *, merged: bool = True
+) -> Iterator[Bucket]:
     """All weights of ``model`` in ``dtype``, one after the other in buckets of at most ``limit`` bytes; a larger
     weight has one for itself.
 
@@ -54,11 +57,31 @@ def buckets(model: Any, dtype: torch.dtype, limit: int, device: torch.device | N
 
     Args:
         device: of the buckets, wherever the weights rest; None: theirs.
+        merged: see ``whole_weights``.
     """
+    yield from _packed(whole_weights(model, dtype, device, merged=merged), dtype, limit, device)
+
+
+def adapter_bucket(model: Any, dtype: torch.dtype, device: torch.device) -> Bucket:
+    """All low-rank adapters of ``model`` on ``device``, under the names peft saves them with: shards gathered, so every
+    rank makes this call."""
+    weights = {
+        f"base_model.model.{published_name(name).replace('.default.', '.')}": _whole(parameter.detach(), dtype, device)
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name
+    }
+    size = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
+    [bucket] = _packed(weights.items(), dtype, size, device)
+    return bucket
+
+
+def _packed(
+    weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, limit: int, device: torch.device | None
+) -> Iterator[Bucket]:
     entries: list[Entry] = []
     flat: Tensor | None = None
     end = 0
-    for name, weight in whole_weights(model, dtype, device):
+    for name, weight in weights:
         size = weight.numel() * dtype.itemsize
         if entries and end + size > limit:
             assert flat is not None
@@ -76,7 +99,7 @@ def buckets(model: Any, dtype: torch.dtype, limit: int, device: torch.device | N
 
 
 def whole_weights(
-    model: Any, dtype: torch.dtype | None = None, device: torch.device | None = None
+    model: Any, dtype: torch.dtype | None = None, device: torch.device | None = None, *, merged: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) of every parameter, under a checkpoint's names: shards gathered, a shared parameter once, low-rank
     adapters multiplied into the weights they belong to.
@@ -84,19 +107,25 @@ def whole_weights(
     Args:
         dtype: what a shard is rounded to before it is gathered, which moves less; others stay as they are.
         device: where a shard is gathered.
+        merged: False: the weights that adapters belong to come without them.
     """
     adapted = {}
     for name, module in model.named_modules():
-        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+        if merged and hasattr(module, "base_layer") and hasattr(module, "lora_A"):
             adapted[f"{name}.base_layer.weight"] = module
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
         weight = parameter.detach()
         weight = _merged(weight, adapted[name], device) if name in adapted else _whole(weight, dtype, device)
-        for part, other in _RENAMED.items():
-            name = name.replace(part, other)
-        yield name, weight
+        yield published_name(name), weight
+
+
+def published_name(name: str) -> str:
+    """A parameter's name in a published checkpoint."""
+    for part, other in _RENAMED.items():
+        name = name.replace(part, other)
+    return name
 
 
 def _whole(weight: Tensor, dtype: torch.dtype | None, device: torch.device | None) -> Tensor:
