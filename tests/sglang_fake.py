@@ -22,7 +22,6 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
-from safetensors.torch import load_file
 
 ANSWER = [287, 289, 92, 256]
 """``\\boxed{no}`` and the stop token of the tiny model."""
@@ -81,7 +80,6 @@ class FakeServer(Threaded):
             "/continue_generation": self._continue,
             "/flush_cache": self._flush,
             "/update_weights_from_tensor": self._update,
-            "/load_lora_adapter": self._load_adapter,
             "/load_lora_adapter_from_tensors": self._load_adapter,
             "/unload_lora_adapter": self._unload_adapter,
             "/update_weight_version": self._update_version,
@@ -191,12 +189,7 @@ class FakeServer(Threaded):
         name = body["lora_name"]
         if not self.info.get("enable_lora") or name in self.adapters:
             return web.Response(status=400, text="LoRA is not enabled, or it is loaded already")
-        if "lora_path" in body:
-            folder = Path(body["lora_path"])
-            self.adapters[name] = load_file(folder / "adapter_model.safetensors")
-            self.adapter_config = json.loads((folder / "adapter_config.json").read_text())
-        else:
-            self.adapters[name], self.adapter_config = unpacked(body), body["config_dict"]
+        self.adapters[name], self.adapter_config = unpacked(body), body["config_dict"]
         return {"success": True}
 
     def _unload_adapter(self, body: Any) -> Any:

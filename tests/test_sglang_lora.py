@@ -182,16 +182,13 @@ def test_weights_travel_once_and_then_adapters_alone(policy, plain, server, make
 
 
 @pytest.mark.parametrize("route", ["tensor", "distributed", "disk"])
-def test_adapters_travel_by_value_or_as_files(route, policy, plain, server, make, tmp_path):
+def test_adapters_travel_by_value_whatever_the_weights_do(route, policy, plain, server, make, tmp_path):
     sync = make(server.url)
     sync.push(0)
     sync._config = dataclasses.replace(sync._config, sync=route)
-    for version in (1, 2):
-        shake(policy)
-        sync.push(version)
-        check(server, policy, plain, sync.adapter(version))
-        assert len(list(tmp_path.iterdir())) == (route == "disk")
-    sync.close()
+    shake(policy)
+    sync.push(1)
+    check(server, policy, plain, sync.adapter(1))
     assert not list(tmp_path.iterdir())
 
 

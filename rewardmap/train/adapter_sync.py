@@ -8,13 +8,11 @@ also for two of one name.
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from rewardmap.config import ConfigError
 from rewardmap.policy import Policy
@@ -66,7 +64,8 @@ class AdapterSync(WeightSync):
         bare, error = self._without_weights(replicas)
         if self._ranks.any(bool(bare)):
             error = super()._attempt(_BASE, bare) or error
-        # GPU memory is handed over where that of all weights is; other routes reach any machine, as does a value.
+        # GPU memory is handed over where that of all weights is. Other routes reach any machine, as does a value; files
+        # do not do for servers of ours, which read none because their weights come from here.
         device = self._policy.device if self._config.sync == "tensor" else torch.device("cpu")
         bucket = adapter_bucket(self._policy.model, self._dtype, device)
         if error is not None or not replicas:
@@ -91,16 +90,13 @@ class AdapterSync(WeightSync):
         return bare, None
 
     def _load(self, name: str, replicas: Sequence[Replica], bucket: Bucket) -> None:
-        folder = self._new_folder(name) if self._config.sync == "disk" else None
-        if folder is None:
+        body = {
+            "lora_name": name,
             # A payload for each GPU of a server: a CUDA IPC handle is opened once.
-            payloads = [serialize(bucket) for _ in range(self._config.tensor_parallel)]
-            path = "/load_lora_adapter_from_tensors"
-            body = {"serialized_named_tensors": payloads, "load_format": "flattened_bucket", "config_dict": self._peft}
-        else:
-            (folder / "adapter_config.json").write_text(json.dumps(self._peft), encoding="utf-8")
-            save_file(bucket.tensors(), folder / "adapter_model.safetensors")
-            path, body = "/load_lora_adapter", {"lora_path": str(folder.absolute())}
+            "serialized_named_tensors": [serialize(bucket) for _ in range(self._config.tensor_parallel)],
+            "load_format": "flattened_bucket",
+            "config_dict": self._peft,
+        }
 
         async def load(client: SGLangClient) -> None:
             await self._pause(client)
@@ -108,9 +104,8 @@ class AdapterSync(WeightSync):
             for model in known["data"]:
                 if model["id"].startswith(PREFIX):  # the one before; this one, after a failure; a run's that was killed
                     await self._call(client, "/unload_lora_adapter", {"lora_name": model["id"]})
-            await self._call(client, path, {"lora_name": name, **body})
+            await self._call(client, "/load_lora_adapter_from_tensors", body)
             await self._call(client, "/update_weight_version", {"new_version": name, "abort_all_requests": False})
             await self._go_on(client, name)
 
         self._do(replicas, load)
-        self._remove_files(folder)

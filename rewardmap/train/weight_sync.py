@@ -107,7 +107,8 @@ class WeightSync:
     def close(self) -> None:
         """Leave the process group, remove files. A second call does nothing."""
         self._forget_group()
-        self._remove_files()
+        for old in self._folder.glob("weights-*"):
+            shutil.rmtree(old, ignore_errors=True)
 
     def _attempt(self, version: int | str, replicas: Sequence[Replica]) -> Exception | None:
         """None on success. Takes every weight also after a failure, and without servers: other ranks gather it too."""
@@ -190,7 +191,8 @@ class WeightSync:
             calls.result()
 
     def _by_disk(self, version: int | str, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
-        folder = self._new_folder(version)
+        folder = self._folder / f"weights-{version}-{uuid.uuid4().hex[:6]}"
+        folder.mkdir(parents=True)
         self._policy.model.config.save_pretrained(folder)
         for number, bucket in enumerate(pieces):
             weights = {name: weight.cpu() for name, weight in bucket.tensors().items()}
@@ -202,16 +204,8 @@ class WeightSync:
             "weight_version": str(version),
         }
         self._post(replicas, "/update_weights_from_disk", body)
-        self._remove_files(folder)
-
-    def _new_folder(self, version: int | str) -> Path:
-        folder = self._folder / f"weights-{version}-{uuid.uuid4().hex[:6]}"
-        folder.mkdir(parents=True)
-        return folder
-
-    def _remove_files(self, but: Path | None = None) -> None:
         for old in self._folder.glob("weights-*"):
-            if old != but:
+            if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _post(self, replicas: Sequence[Replica], path: str, body: Json) -> None:
