@@ -165,7 +165,7 @@ def test_two_replicas_behind_the_router(problems, tmp_path):
 
 
 def test_the_tiny_job_trains_adapters(tmp_path):
-    """Resumed once; the server holds what the trainer does after every step."""
+    """Weights go once, and after every step the server samples as the trainer scores."""
     run = tmp_path / "run"
     settings = [
         *("data.train_maps=6", "data.test_maps=6", "train.prompts_per_step=8", "eval.samples=0", "policy.device=cpu"),

@@ -327,14 +327,15 @@ def test_the_tiny_job_on_servers_does_what_it_does_locally(tmp_path):
     assert ready and "Traceback" not in served
 
 
-@pytest.mark.parametrize(("route", "staleness"), [("tensor", 0), ("distributed", 1)])
-def test_the_tiny_job_on_two_ranks_with_a_server(route, staleness, tmp_path):
+@pytest.mark.parametrize(("route", "staleness", "lora"), [("tensor", 0, 0), ("distributed", 1, 0), ("tensor", 0, 4)])
+def test_the_tiny_job_on_two_ranks_with_a_server(route, staleness, lora, tmp_path):
     """By torchrun, weights split over both ranks: the server holds what they hold after every step. It resumes."""
     settings = [
         *("data.train_maps=6", "data.test_maps=6", "train.prompts_per_step=8", "eval.samples=0", "policy.device=cpu"),
         *("eval.text_only=false", "eval.max_problems=6", "train.checkpoint_every=2", "train.keep_checkpoints=9"),
         "train.stages=[{name='warm start', kind='sft', steps=1, checkpoint='shipped'}, {name='counting', steps=4}]",
         *("rollout.engine=sglang", "rollout.server.args=['--max-total-tokens', '16384']", "rollout.server.bucket_mb=1"),
+        *(f"policy.lora_rank={lora}", f"rollout.server.lora_sync={'adapter' if lora else 'merged'}"),
         *(f"rollout.server.sync={route}", f"rollout.staleness={staleness}", "rollout.importance_correction=truncate"),
         f"rollout.server.python={interpreter(VERSIONS[-1])}",
     ]
