@@ -197,6 +197,15 @@ def wait_until_sampling(inner):
         time.sleep(0.05)
 
 
+def test_memory_is_given_up_and_taken_back_once(engine, problems):
+    """Asked twice for the same, the server's scheduler would end."""
+    inner = engine._engine
+    for change in (inner.wake, inner.sleep, inner.sleep, inner.wake, inner.wake, inner.sleep):
+        change()
+    engine.update_weights(inner.version + 1)
+    check(engine, engine.generate(problems[:2], 2, SAMPLING), inner.version)
+
+
 @pytest.mark.parametrize("mode", ["in_place", "retract"])
 def test_pause_holds_a_generation_and_continue_ends_it(mode, engine, problems):
     thread, replies = long_request(engine, problems[0], 800)
