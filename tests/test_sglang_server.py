@@ -288,12 +288,14 @@ def test_serve_says_where_everything_is_and_ends_on_a_signal(python, tmp_path):
     console = Console(record=True, file=io.StringIO(), width=200)
     thread = threading.Thread(target=stop_when_ready)
     thread.start()
-    serve(serve_config(python, "serve"), folder, console=console)
+    adapters = ("policy.lora_rank=2", "rollout.server.lora_sync=adapter")
+    serve(serve_config(python, "serve", *adapters), folder, console=console)
     thread.join()
     text = console.export_text()
     assert f"keys: {folder / 'keys.json'}" in text and "server 0: http://127.0.0.1:" in text
     assert Keys.read(folder / "keys.json").api not in text
     assert (folder / "model" / "model.safetensors").stat().st_size and "dummy" not in (folder / "arguments").read_text()
+    assert "--enable-lora" in (folder / "arguments").read_text()
     assert gone(pids(folder))
 
 
