@@ -29,6 +29,7 @@ import kernels_cases as cases
 
 V, H = 31, 8
 DAPO = PolicyObjective("dapo", clip_eps_high=0.28, kl_coef=0.05)
+GSPO = PolicyObjective("gspo")
 
 
 def problem(n: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
@@ -43,7 +44,7 @@ def everything(hidden: Tensor, weight: Tensor, targets: Tensor, rows: dict[str, 
     both = linear_logprobs(hidden, weight, targets, temperature=0.7)
     kept = linear_logprobs(hidden, weight, targets, entropy_gradient=False)
     logits = hidden @ weight.t()
-    direct = logits_policy_loss(logits, targets, objective=PolicyObjective("gspo"), **rows)
+    direct = logits_policy_loss(logits, targets, objective=GSPO, **rows)
     picked, entropy = selective_log_softmax(logits, targets)
     return head.loss + head.metrics["kl_ref"] + both[0].sum() + both[1].sum() + kept[0].mean() + direct.loss + (
         picked * entropy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def serve(config: Config, folder: Path, *, console: Console) -> None:
         raise ConfigError(f"rollout.server.urls={list(server.urls)} names servers that run already; leave it out")
     say = partial(console.print, highlight=False, soft_wrap=True)
     adapters = Adapters.of(config)
-    policy = initial_policy(config)
+    policy = initial_policy(config, replace(config.policy, device="cpu"))  # a GPU's memory is the server's
     dtype = computes_in(config)
     servers, keys = start_servers(policy, server, folder, say, load_weights=True, dtype=dtype, adapters=adapters)
     del policy  # the servers have loaded it

@@ -115,7 +115,8 @@ def _make_trainer(
         initial = None
         if config.train.kl_coef and not config.policy.lora_rank:
             _reference_is_named(config)
-            initial = initial_policy(config) if newest or sharded else policy
+            computing = replace(config.policy, dtype=config.parallel.compute_dtype or config.policy.dtype)
+            initial = initial_policy(config, computing) if newest or sharded else policy
         reference = make_reference(policy, config, initial)
         prepare_policy(policy, config)
         forward = shard_policy(policy, config.parallel, ranks, pick_device(config.policy)) if sharded else None
