@@ -24,7 +24,8 @@ from typing import Any
 
 from tiny import machine
 
-from rewardmap.config import Config, StageConfig, dump_toml, load_config
+from rewardmap.config import Config, StageConfig
+from rewardmap.config_file import dump_toml, load_config
 from rewardmap.report import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

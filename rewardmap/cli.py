@@ -72,7 +72,8 @@ def train(
     with _errors(debug):
         from rich.console import Console
 
-        from rewardmap.config import ConfigError, load_config
+        from rewardmap.config import ConfigError
+        from rewardmap.config_file import load_config
 
         if resume is not None and (settings or run_dir):
             raise ConfigError("--resume goes on with the run's own config.toml; give no configuration beside it")
@@ -105,7 +106,8 @@ def plan(
 ) -> None:
     """Say what a configuration needs per GPU and about how long a step takes; an error where it cannot fit."""
     with _errors(debug):
-        from rewardmap.config import ConfigError, load_config
+        from rewardmap.config import ConfigError
+        from rewardmap.config_file import load_config
         from rewardmap.train import plan as planning
 
         if gpu not in planning.DEVICES:
@@ -131,7 +133,7 @@ def profile(
     with _errors(debug):
         from rich.console import Console
 
-        from rewardmap.config import load_config
+        from rewardmap.config_file import load_config
 
         source, overrides = _source(settings or [])
         config = load_config(source, overrides)
@@ -226,7 +228,7 @@ def serve(
     with _errors(debug):
         from rich.console import Console
 
-        from rewardmap.config import load_config
+        from rewardmap.config_file import load_config
         from rewardmap.train.engines import need_client
 
         config = load_config(*_source(settings or []))

@@ -1,26 +1,18 @@
-"""The configuration: a tree of frozen dataclasses read from TOML, with ``key=value`` overrides.
-
-Every key is checked: an unknown one is an error that names the nearest known key. Defaults here are the paper's recipe
-(arXiv 2510.02240) where it states one; the file shipped for small machines is ``rewardmap/configs/tiny.toml``.
+"""The configuration: a tree of frozen dataclasses. Defaults are the paper's recipe (arXiv 2510.02240) where it states
+one; the file shipped for small machines is ``rewardmap/configs/tiny.toml``. ``rewardmap.config_file`` reads and writes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import tomllib
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
-import tomli_w
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from rewardmap.types import KINDS
 
 _STRICT = ConfigDict(extra="forbid")
-PACKAGE_CONFIGS = Path(__file__).parent / "configs"
 
 
 class ConfigError(ValueError):
@@ -380,126 +372,3 @@ class Config:
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
-
-
-_ADAPTER = TypeAdapter(Config)
-
-
-def load_config(source: str | Path | None = "tiny", overrides: Sequence[str] = ()) -> Config:
-    """Read a TOML file (a path, or the name of a shipped one such as ``tiny``; None: the defaults) and apply
-    ``key.path=value`` overrides, in order; one that is the path of another TOML file lays that file over the first.
-
-    Override values are TOML (``train.seed=3``, ``data.path="maps"``); a bare word is taken as a string.
-
-    Raises:
-        ConfigError: no such file, not TOML, an unknown key (the nearest known one is named), a value of the wrong type.
-    """
-    tree: dict[str, Any] = {}
-    where = "configuration"
-    if source is not None:
-        path = _find(source)
-        where = str(path)
-        tree = _read(path)
-    for override in overrides:
-        if override.endswith(".toml") and "=" not in override:
-            where += f" with {override}"
-            _lay_over(tree, _read(_find(override)))
-        else:
-            _apply_override(tree, override)
-    return from_dict(tree, where=where)
-
-
-def from_dict(tree: dict[str, Any], where: str = "configuration") -> Config:
-    """Build and check a ``Config`` from nested dictionaries. Raises ConfigError."""
-    train = tree.get("train")
-    if isinstance(train, dict) and isinstance(train.get("stages"), str):
-        train = dict(train)
-        stages = ordered_stages(train["stages"], train.pop("steps", 203))
-        tree = {**tree, "train": {**train, "stages": [_without_none(dataclasses.asdict(stage)) for stage in stages]}}
-    try:
-        return _ADAPTER.validate_python(tree)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(_explain(item) for item in error.errors())) from None
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """Nested dictionaries without the keys that are None (TOML has no null)."""
-    return _without_none(dataclasses.asdict(config))
-
-
-def dump_toml(config: Config) -> str:
-    """The resolved configuration as TOML; ``load_config`` reads it back to an equal ``Config``."""
-    return tomli_w.dumps(to_dict(config))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
-
-
-def _lay_over(tree: dict[str, Any], other: dict[str, Any]) -> None:
-    """Set every value of ``other`` in ``tree``."""
-    for key, value in other.items():
-        if isinstance(value, dict) and isinstance(tree.get(key), dict):
-            _lay_over(tree[key], value)
-        else:
-            tree[key] = value
-
-
-def _find(source: str | Path) -> Path:
-    path = Path(source)
-    if path.is_file():
-        return path
-    shipped = PACKAGE_CONFIGS / f"{source}.toml"
-    if shipped.is_file():
-        return shipped
-    known = sorted(file.stem for file in PACKAGE_CONFIGS.glob("*.toml"))
-    raise ConfigError(f"no configuration '{source}': give a path to a TOML file or one of: {', '.join(known)}")
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    key, sign, text = override.partition("=")
-    if not sign or not key.strip():
-        raise ConfigError(f"override '{override}': write it as key=value, e.g. train.seed=3")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *parents, leaf = key.strip().split(".")
-    node = tree
-    for parent in parents:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"override '{override}': '{parent}' is a value, not a section")
-    node[leaf] = value
-
-
-def _explain(item: Any) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = ".".join(location)
-    if item["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{key}={item['input']!r}: {item['msg']}"
-    near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1, cutoff=0.0)
-    return f"unknown key '{key}'; did you mean '{'.'.join([*location[:-1], *near])}'?"
-
-
-def _known_keys(section: Sequence[str]) -> list[str]:
-    node: Any = Config
-    for part in section:
-        if part.isdigit():
-            node = StageConfig
-            continue
-        hint = {field.name: field for field in dataclasses.fields(node)}[part]
-        node = hint.default_factory() if callable(hint.default_factory) else hint.default
-        node = StageConfig if isinstance(node, tuple) else type(node)
-    return [field.name for field in dataclasses.fields(node)]
-
-
-def _without_none(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: _without_none(value) for key, value in node.items() if value is not None}
-    if isinstance(node, (list, tuple)):
-        return [_without_none(value) for value in node]
-    return node

@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForImageTextToText
 
-from rewardmap.config import Config, ParallelConfig, PolicyConfig, RolloutConfig, StageConfig, TrainConfig, load_config
+from rewardmap.config import Config, ParallelConfig, PolicyConfig, RolloutConfig, StageConfig, TrainConfig
+from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
 from rewardmap.policy import Policy
 from rewardmap.rollout.engine import OnGroup

@@ -25,7 +25,8 @@ from rich.console import Console
 sys.path.append(str(Path(__file__).parent))
 from parallel_job import fork_ranks
 
-from rewardmap.config import Config, ParallelConfig, PolicyConfig, RolloutConfig, ServerConfig, load_config
+from rewardmap.config import Config, ParallelConfig, PolicyConfig, RolloutConfig, ServerConfig
+from rewardmap.config_file import load_config
 from rewardmap.policy import Policy, load_policy
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.sglang_adapters import Adapters

@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from rewardmap.config import Config, ConfigError, load_config
+from rewardmap.config import Config, ConfigError
+from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
 from rewardmap.policy import load_policy
 from rewardmap.report import read_metrics

@@ -21,6 +21,7 @@ FLOORS = {
     "rewardmap": 1,
     "rewardmap.types": 1,
     "rewardmap.config": 1,
+    "rewardmap.config_file": 1,
     "rewardmap.files": 1,
     "rewardmap.transit": 2,
     "rewardmap.policy": 2,
@@ -40,6 +41,7 @@ FLOORS = {
 """Every room and its floor; a new room must be entered here."""
 NEIGHBOURS = {
     ("rewardmap.config", "rewardmap.types"),
+    ("rewardmap.config_file", "rewardmap.config"),
     ("rewardmap.policy", "rewardmap.vision"),
     ("rewardmap.blind", "rewardmap.rewards"),
     ("rewardmap.report", "rewardmap.evaluate"),

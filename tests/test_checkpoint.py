@@ -11,7 +11,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from rewardmap.config import Config, load_config
+from rewardmap.config import Config
+from rewardmap.config_file import load_config
 from rewardmap.policy import Policy
 from rewardmap.report import read_metrics
 from rewardmap.tiny import build_tiny

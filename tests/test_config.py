@@ -7,16 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rewardmap.config import (
-    PACKAGE_CONFIGS,
-    Config,
-    ConfigError,
-    StageConfig,
-    dump_toml,
-    from_dict,
-    load_config,
-    to_dict,
-)
+from rewardmap.config import Config, ConfigError, StageConfig
+from rewardmap.config_file import PACKAGE_CONFIGS, dump_toml, from_dict, load_config, to_dict
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted([*PACKAGE_CONFIGS.glob("*.toml"), *(ROOT / "configs").glob("*.toml")])

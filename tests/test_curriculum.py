@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from rewardmap.config import ORDERS, ConfigError, StageConfig, load_config, ordered_stages
+from rewardmap.config import ORDERS, ConfigError, StageConfig, ordered_stages
+from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
 from rewardmap.types import KINDS, Problem
 

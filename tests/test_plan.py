@@ -13,7 +13,8 @@ import torch
 from torch.profiler import ProfilerActivity
 from transformers import Qwen2_5_VLConfig
 
-from rewardmap.config import Config, ConfigError, ParallelConfig, PolicyConfig, load_config
+from rewardmap.config import Config, ConfigError, ParallelConfig, PolicyConfig
+from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
 from rewardmap.policy import EncodedPrompt, assemble, load_policy, mrope_positions
 from rewardmap.rollout.local import LocalEngine

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity
 from typer.testing import CliRunner
 
 from rewardmap import cli
-from rewardmap.config import load_config
+from rewardmap.config_file import load_config
 from rewardmap.train.profile import Product, ceilings, draw_roofline, matrix_products
 
 SETTINGS = [

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rewardmap.cli import app
-from rewardmap.config import load_config
+from rewardmap.config_file import load_config
 from rewardmap.transit import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent

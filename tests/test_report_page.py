@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rewardmap.config import load_config
+from rewardmap.config_file import load_config
 from rewardmap.evaluate import Answer, Evaluation
 from rewardmap.evaluate.reading import StatedLeg
 from rewardmap.report.page import right_and_wrong

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from rewardmap.blind import blind_policies
-from rewardmap.config import load_config
+from rewardmap.config_file import load_config
 from rewardmap.rewards import FAILURES, Rubric
 from rewardmap.rewards.rubric import Mode
 from rewardmap.train.examine import networks_for

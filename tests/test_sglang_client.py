@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rewardmap.config import ConfigError, PolicyConfig, ServerConfig, load_config
+from rewardmap.config import ConfigError, PolicyConfig, ServerConfig
+from rewardmap.config_file import load_config
 from rewardmap.policy import load_policy
 from rewardmap.rollout.engine import RolloutEngine, RolloutError
 from rewardmap.rollout.sglang_engine import SGLangEngine, assign

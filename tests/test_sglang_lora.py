@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from rewardmap.config import ConfigError, PolicyConfig, ServerConfig, load_config
+from rewardmap.config import ConfigError, PolicyConfig, ServerConfig
+from rewardmap.config_file import load_config
 from rewardmap.policy import load_policy
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.sglang_adapters import Adapters

@@ -13,7 +13,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from rewardmap.config import PolicyConfig, ServerConfig, load_config
+from rewardmap.config import PolicyConfig, ServerConfig
+from rewardmap.config_file import load_config
 from rewardmap.report import read_metrics
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.sglang_adapters import OLDEST, Adapters

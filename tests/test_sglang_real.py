@@ -20,7 +20,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from rewardmap.config import ServerConfig, load_config
+from rewardmap.config import ServerConfig
+from rewardmap.config_file import load_config
 from rewardmap.report import read_metrics
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.train.run import train

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rewardmap.config import ConfigError, ServerConfig, load_config
+from rewardmap.config import ConfigError, ServerConfig
+from rewardmap.config_file import load_config
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.process import GUARD
 from rewardmap.rollout.sglang_server import VISION_CACHE_MB, Keys, Router, SGLangServer

@@ -15,7 +15,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from rewardmap.config import Config, ConfigError, PolicyConfig, load_config
+from rewardmap.config import Config, ConfigError, PolicyConfig
+from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
 from rewardmap.policy import load_policy
 from rewardmap.report import read_metrics

@@ -19,7 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from rewardmap.config import Config, ConfigError, load_config
+from rewardmap.config import Config, ConfigError
+from rewardmap.config_file import load_config
 from rewardmap.evaluate import (
     Answer,
     AnswerStore,

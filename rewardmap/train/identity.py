@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import transformers
 
-from rewardmap.config import Config, to_dict
+from rewardmap.config import Config
+from rewardmap.config_file import to_dict
 from rewardmap.train.ranks import Ranks
 from rewardmap.types import Problem
 

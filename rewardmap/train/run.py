@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from rewardmap.config import Config, ConfigError, StageConfig, load_config, to_dict
+from rewardmap.config import Config, ConfigError, StageConfig
+from rewardmap.config_file import load_config, to_dict
 from rewardmap.evaluate import Evaluation
 from rewardmap.profiling import device_peak_flops, peak_rss_bytes, speed
 from rewardmap.report import MetricsLog, draw_curriculum, draw_curves, draw_samples, read_metrics, write_report

@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from rewardmap import tiny
-from rewardmap.config import Config, ConfigError, PolicyConfig, dump_toml, stage_reward
+from rewardmap.config import Config, ConfigError, PolicyConfig, stage_reward
+from rewardmap.config_file import dump_toml
 from rewardmap.curriculum import Curriculum
 from rewardmap.files import write_text
 from rewardmap.policy import Policy, cast_weights, load_policy, pick_device
