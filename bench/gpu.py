@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in stages: ``python bench/gpu.py --stage tests|kernels|step|csrc|rollout``.
+r"""Everything that needs a GPU, in stages: ``python bench/gpu.py --stage tests|kernels|step|csrc|rollout``.
 
 Runs from a bare checkout: nothing of ours installed, no network; ``PYTHONPATH`` is kept, so that missing
 packages can be brought along in a folder. Each item of a stage runs in a process of its own and becomes one
@@ -6,6 +6,15 @@ JSON row with its provenance in ``bench/results/<stage>-<gpu>.jsonl`` as soon as
 printed in the ``.log`` beside it. A stage called again skips the items that already passed with the same sources
 on the same GPU. An item that hangs costs ``--limit`` seconds, not the stage. ``REWARDMAP_COMMIT`` names the commit
 where the checkout came without git.
+
+Where there is a GPU for a quarter of an hour only, what says most first:
+
+    python bench/gpu.py --stage tests --items "kernels_gpu|tree_attention|tree_varlen" --limit 120 --deadline 170
+    python bench/gpu.py --stage step --items "^tiny" --limit 60 --deadline 80
+    python bench/gpu.py --stage kernels --limit 150 --deadline 280 \
+        --items "^(linear\.7b\.8192|logits\.7b\.8192|routes\.answers\.3b\.6000|routes\.tower\.whole)$"
+    python bench/gpu.py --stage step --items "^6000\+500: (ours|TRL)$" --limit 130 --deadline 170
+    python bench/gpu.py --stage csrc --items "^(results|time-152064)$" --limit 60 --deadline 60
 
 Exit codes: 0 all items passed, 1 some failed, 2 the stage cannot run here,
 3 the deadline came first (call again).
