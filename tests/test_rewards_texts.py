@@ -63,6 +63,12 @@ def test_what_is_text_and_what_is_not() -> None:
             read_chunk([ask("q")] * 3, ["a", "b", impostor], 1, 3)  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize(("problems", "texts"), [(3, 2), (2, 3)])
+def test_lists_that_became_shorter_are_not_read_beyond(problems: int, texts: int) -> None:
+    with pytest.raises(ValueError, match="rows 0 to 3 are not there any more"):
+        read_chunk([ask("q")] * problems, ["a"] * texts, 0, 3)
+
+
 @pytest.mark.parametrize("row", [0, 700, 1499])
 def test_a_bad_row_is_named_from_every_thread(row: int) -> None:
     rubric, network = Rubric(threads=3), {"net": {"A": ["B"]}}

@@ -28,7 +28,7 @@ inline void normalised(const float* x, const float* weight, float epsilon, int64
     V::store(out + i, V::load(x + i) * V::set(inverse) * V::load(weight + i));
 }
 
-// x, normalised where there is a norm, turned by its position, times `scale`.
+// x turned by its position, times `scale`.
 inline void turned(const float* x, const float* cos, const float* sin, float scale, int64_t n, float* out) {
   const int64_t half = n / 2;
   for (int64_t i = 0; i < half; ++i) {

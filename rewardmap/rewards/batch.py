@@ -48,7 +48,7 @@ def score_texts(
             scorer = reader(chunk.problems)
             scorer.score(chunk, part)
             for row in np.flatnonzero(part.failure == HAND_BACK).tolist():
-                outcome = scorer.by_hand(problems[low + row], texts[low + row])
+                outcome = scorer.by_hand(chunk.problems[chunk.asked[row]], chunk.texts[row])
                 part.correct[row], part.detail[row] = outcome.correct, outcome.detail
                 part.format_valid[row], part.failure[row] = outcome.format_valid, outcome.failure
 

@@ -51,9 +51,11 @@ class Chunk(NamedTuple):
 
 
 def read_chunk(problems: Sequence[Problem], texts: Sequence[str], low: int, high: int) -> Chunk:
-    """Rows low to high of both. Raises ValueError naming the row of what is no text."""
+    """Rows low to high of both. Raises ValueError naming the row of what is no text, or where rows are missing."""
     # Copied by the threads in turn, not at once before: to touch strings that no cache holds takes time.
     rows, own = list(problems[low:high]), list(texts[low:high])
+    if not len(rows) == len(own) == high - low:  # compiled code would read beyond them
+        raise ValueError(f"rows {low} to {high} are not there any more: the lists were changed while they were scored")
     firsts, asked = np.empty((2, high - low), dtype=np.int64)
     announce("survey")
     longest, distinct = survey(id(rows), id(own), id(str), firsts, asked)

@@ -56,7 +56,7 @@ class AdapterSync(WeightSync):
         self._peft = adapters.to_peft()
         self._prefix = f"{PREFIX}{uuid.uuid4().hex[:8]}-"  # of this run: a server of others may have met another one
 
-    def adapter(self, version: int) -> str:
+    def adapter(self, version: int | str) -> str:
         return f"{self._prefix}{version}"
 
     def _attempt(self, version: int | str, replicas: Sequence[Replica]) -> Exception | None:
@@ -71,7 +71,7 @@ class AdapterSync(WeightSync):
         if error is not None or not replicas:
             return error
         try:
-            self._load(f"{self._prefix}{version}", replicas, bucket)
+            self._load(self.adapter(version), replicas, bucket)
         except Exception as caught:
             self._do(replicas, self._abandon)
             return caught
