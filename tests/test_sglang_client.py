@@ -59,12 +59,6 @@ def server(policy):
 
 
 @pytest.fixture
-def proxy(server):
-    with fake.Proxy(server.url).running() as running:
-        yield running
-
-
-@pytest.fixture
 def make(policy):
     engines = []
 

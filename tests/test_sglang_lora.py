@@ -80,12 +80,6 @@ def server(plain):
 
 
 @pytest.fixture
-def proxy(server):
-    with fake.Proxy(server.url).running() as running:
-        yield running
-
-
-@pytest.fixture
 def make(policy, tmp_path):
     engines = []
 

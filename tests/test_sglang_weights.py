@@ -58,12 +58,6 @@ def server(request, policy):
 
 
 @pytest.fixture
-def proxy(server):
-    with fake.Proxy(server.url).running() as running:
-        yield running
-
-
-@pytest.fixture
 def sync(policy, proxy, tmp_path):
     config = ServerConfig(urls=(proxy.url,), request_timeout_s=20.0)
     engine = SGLangEngine(policy, config, [], Keys("sample-key", "admin-key"))

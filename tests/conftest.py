@@ -1,0 +1,17 @@
+"""Fixtures of several files."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+
+@pytest.fixture
+def proxy(server):
+    """Injects faults between a client and the stand-in ``server`` of its file."""
+    import sglang_fake  # needs aiohttp, as those files do
+
+    with sglang_fake.Proxy(server.url).running() as running:
+        yield running
