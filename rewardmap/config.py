@@ -56,7 +56,8 @@ class PolicyConfig:
     max_pixels: int = 12_845_056
     """Largest picture the processor makes, in pixels (16,384 visual tokens of 28 x 28)."""
     image_cache_gb: float = 8.0
-    """Decoded pictures kept in host memory at most, and as much again of a frozen tower's outputs."""
+    """Decoded pictures kept in host memory at most, by all ranks of a node together, and as much again of a frozen
+    tower's outputs by each."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

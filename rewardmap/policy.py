@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 
 from rewardmap.config import ConfigError, PolicyConfig
 from rewardmap.types import DataError, Problem
-from rewardmap.vision import Bounded, EncodedImage, FeatureCache, ImageFeatures, ImageStore, to_device
+from rewardmap.vision import Bounded, EncodedImage, FeatureCache, ImageFeatures, ImageStore, Keep, to_device
 from rewardmap_kernels.tree_attention import TreeMask, segment_attention, tree_attention
 from rewardmap_kernels.tree_routes import describe
 
@@ -117,6 +117,10 @@ class Policy:
         """Begin to decode the pictures of problems that come next, in threads; returns at once."""
         self._images.prefetch([problem.image for problem in problems])
 
+    def share_pictures(self, keep: Keep, begin: float) -> None:
+        """``ImageStore.share``."""
+        self._images.share(keep, begin)
+
     def encode(self, problem: Problem) -> EncodedPrompt:
         """Chat template, image tokens expanded, mRoPE positions. Cached by uid, question and pixels.
 
@@ -199,7 +203,7 @@ class Policy:
         return self._see([EncodedImage(pixels, (1, merge, merge), b"")])[0]
 
     def _see(self, images: Sequence[EncodedImage]) -> list[ImageFeatures]:
-        pixels = torch.cat([image.pixel_values.to(self.device, non_blocking=True) for image in images])
+        pixels = torch.cat([to_device(image.pixel_values, self.device) for image in images])
         grids = torch.tensor([image.grid_thw for image in images], device=self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
             out = self.model.model.get_image_features(pixels.to(self.vision_tower.dtype), grids)

@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -33,10 +33,13 @@ class EncodedImage:
     """A picture as the processor made it."""
 
     pixel_values: Tensor
-    """[patches, channels · temporal · patch · patch], in pinned memory where there is a GPU."""
+    """[patches, channels · temporal · patch · patch], in pinned memory where there is a GPU and no rank shares them."""
     grid_thw: tuple[int, int, int]
     digest: bytes
     """Of pixels and grid."""
+
+
+Keep = Callable[[object, Callable[[], EncodedImage]], EncodedImage]
 
 
 class ImageFeatures(NamedTuple):
@@ -87,6 +90,18 @@ class ImageStore:
         self._running: dict[object, Future[EncodedImage]] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
+        self._keep: Keep = lambda key, decode: _pinned(decode())
+        self._begin = 0.0
+
+    def share(self, keep: Keep, begin: float) -> None:
+        """Keep pictures where other processes find them.
+
+        Args:
+            keep: gives the picture known by a key, decoding it where nobody has.
+            begin: which part of what is decoded ahead has gone by where this process begins, in [0, 1), so that each
+                begins elsewhere.
+        """
+        self._keep, self._begin = keep, begin
 
     def get(self, source: str | bytes) -> EncodedImage:
         """Raises DataError, with the path, for a picture that cannot be read."""
@@ -95,7 +110,9 @@ class ImageStore:
 
     def prefetch(self, sources: Sequence[str | bytes]) -> None:
         """Begin to decode pictures that will be asked for; an unreadable one raises when it is."""
-        for source in dict.fromkeys(sources):
+        different = list(dict.fromkeys(sources))
+        begin = int(self._begin * len(different))
+        for source in (*different[begin:], *different[:begin]):
             self._start(source)
 
     def _start(self, source: str | bytes) -> EncodedImage | Future[EncodedImage]:
@@ -111,10 +128,7 @@ class ImageStore:
 
     def _decode(self, key: object, source: str | bytes) -> EncodedImage:
         try:
-            out = self._processor(images=[read_image(source)], return_tensors="pt")
-            pixels, grid = out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
-            digest = hashlib.blake2b(pixels.numpy().data, digest_size=16, key=repr((grid, pixels.shape)).encode()[:64])
-            image = EncodedImage(pixels.pin_memory() if torch.cuda.is_available() else pixels, grid, digest.digest())
+            image = self._keep(key, lambda: self._read(source))
         except BaseException:
             with self._lock:
                 del self._running[key]
@@ -123,6 +137,12 @@ class ImageStore:
             self._done.put(key, image)
             del self._running[key]
         return image
+
+    def _read(self, source: str | bytes) -> EncodedImage:
+        out = self._processor(images=[read_image(source)], return_tensors="pt")
+        pixels, grid = out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
+        digest = hashlib.blake2b(pixels.numpy().data, digest_size=16, key=repr((grid, pixels.shape)).encode()[:64])
+        return EncodedImage(pixels, grid, digest.digest())
 
 
 @dataclass
@@ -189,6 +209,10 @@ def _identity(source: str | bytes) -> object:
     except OSError:
         return source  # reading it will say what is wrong
     return source, status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _pinned(image: EncodedImage) -> EncodedImage:
+    return replace(image, pixel_values=image.pixel_values.pin_memory()) if torch.cuda.is_available() else image
 
 
 def _to_host(features: ImageFeatures) -> ImageFeatures:

@@ -18,6 +18,7 @@ from rewardmap.files import replacing, write_text
 from rewardmap.train.parallel import computes_in
 from rewardmap.train.plan import MFU
 from rewardmap.train.run import speed_of
+from rewardmap.train.shared_pictures import share_pictures
 from rewardmap.train.start import begin_folder, join, set_up
 from rewardmap.train.trainer import Trainer
 
@@ -58,16 +59,18 @@ def profile(config: Config, out: Path, *, steps: int, console: Console) -> Path:
     with join(config) as ranks:
         out = Path(ranks.gather(str(out))[0])
         ranks.first(lambda: begin_folder(config, out))
-        trainer, _, _ = set_up(config, out, console if ranks.is_first else Console(quiet=True), ranks)
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-        try:
-            for _ in range(WARMUP):
-                trainer.train_step()
-            trainer.timer.end_step()
-            with torch.profiler.profile(activities=activities, record_shapes=True, with_flops=True) as profiler:
-                rows = [_step(trainer) for _ in range(steps)]
-        finally:
-            trainer.engine.close()
+        with share_pictures(ranks, int(config.policy.image_cache_gb * 2**30)) as pictures:
+            quiet = Console(quiet=True)
+            trainer, _, _ = set_up(config, out, console if ranks.is_first else quiet, ranks, pictures)
+            try:
+                for _ in range(WARMUP):
+                    trainer.train_step()
+                trainer.timer.end_step()
+                with torch.profiler.profile(activities=activities, record_shapes=True, with_flops=True) as profiler:
+                    rows = [_step(trainer) for _ in range(steps)]
+            finally:
+                trainer.engine.close()
         profiler.export_chrome_trace(str(out / f"trace-rank{ranks.rank}.json.gz"))
         if ranks.is_first:
             events = profiler.key_averages(group_by_input_shape=True)

@@ -24,6 +24,7 @@ from rewardmap.train.faults import Stopped, stop_request
 from rewardmap.train.identity import random_state
 from rewardmap.train.parallel import computes_in
 from rewardmap.train.ranks import Ranks, restarted
+from rewardmap.train.shared_pictures import share_pictures
 from rewardmap.train.start import begin_folder, join, set_up
 from rewardmap.train.trackers import open_trackers
 from rewardmap.train.trainer import Trainer
@@ -67,7 +68,17 @@ def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console) -> Path:
     """From where the newest intact checkpoint left it to the report."""
     if not ranks.is_first:
         console = Console(quiet=True)
-    trainer, examiner, itself = set_up(config, run_dir, console, ranks)
+    with share_pictures(ranks, int(config.policy.image_cache_gb * 2**30)) as pictures:
+        trainer, examiner, itself = set_up(config, run_dir, console, ranks, pictures)
+        _train_and_close(trainer, examiner, itself, run_dir, ranks, console)
+    console.print(f"run folder: {run_dir}", highlight=False)
+    return run_dir
+
+
+def _train_and_close(
+    trainer: Trainer, examiner: Examiner, itself: Mapping[str, Any], run_dir: Path, ranks: Ranks, console: Console
+) -> None:
+    config = trainer.config
     try:
         writer = Checkpoints(run_dir / CHECKPOINTS, config.train.keep_checkpoints, config.train.keep_best, ranks)
         with _own_folder(run_dir, ranks) as out:  # what ranks other than the first write there is thrown away
@@ -77,8 +88,6 @@ def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console) -> Path:
             _close(trainer, examiner, out)
     finally:
         trainer.engine.close()
-    console.print(f"run folder: {run_dir}", highlight=False)
-    return run_dir
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from rewardmap.train.identity import changes, identity, restore_random_state
 from rewardmap.train.parallel import computes_in, needs_sharding, prepare_policy, shard_policy
 from rewardmap.train.ranks import ALONE, Ranks, join_ranks
 from rewardmap.train.reference import make_reference
+from rewardmap.train.shared_pictures import SharedPictures
 from rewardmap.train.trainer import Trainer
 from rewardmap.transit.reasonmap import MapData, load_dataset, write_dataset
 from rewardmap.types import Problem
@@ -59,9 +60,17 @@ def begin_folder(config: Config, run_dir: Path) -> None:
 
 
 def set_up(
-    config: Config, run_dir: Path, console: Console, ranks: Ranks = ALONE
+    config: Config,
+    run_dir: Path,
+    console: Console,
+    ranks: Ranks = ALONE,
+    pictures: SharedPictures | None = None,
 ) -> tuple[Trainer, Examiner, dict[str, Any]]:
-    """Trainer and examiner as the newest intact checkpoint left them, and what identifies the run."""
+    """Trainer and examiner as the newest intact checkpoint left them, and what identifies the run.
+
+    Args:
+        pictures: of this node's ranks.
+    """
     timer = PhaseTimer()
     with timer.phase("data"):
         training, testing = _load_data(config, run_dir, ranks, console)
@@ -70,7 +79,7 @@ def set_up(
     with timer.phase("load"):
         newest = ranks.first(lambda: newest_intact(run_dir / CHECKPOINTS, partial(_warn, console)))
     asked = (*training.problems, *examiner.problems)
-    trainer = _make_trainer(config, training, testing, asked, newest, run_dir, ranks, timer, console)
+    trainer = _make_trainer(config, training, testing, asked, newest, run_dir, ranks, pictures, timer, console)
     try:
         if newest:
             _restore(trainer, itself, Path(newest), console)
@@ -98,6 +107,7 @@ def _make_trainer(
     newest: str | None,
     run_dir: Path,
     ranks: Ranks,
+    pictures: SharedPictures | None,
     timer: PhaseTimer,
     console: Console,
 ) -> Trainer:
@@ -118,6 +128,9 @@ def _make_trainer(
             _reference_is_named(config)
             computing = replace(config.policy, dtype=config.parallel.compute_dtype or config.policy.dtype)
             initial = initial_policy(config, computing) if newest or sharded else policy
+        if pictures is not None:
+            for one in (policy, initial or policy):
+                one.share_pictures(pictures.keep, pictures.place / pictures.ranks)
         reference = make_reference(policy, config, initial)
         prepare_policy(policy, config)
         forward = shard_policy(policy, config.parallel, ranks, pick_device(config.policy)) if sharded else None
