@@ -1,11 +1,14 @@
 """Fixtures of several files."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
+# Jobs of several ranks are forked from a process that has one thread; Arrow's allocator would start another.
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
 
 
 @pytest.fixture

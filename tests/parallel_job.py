@@ -6,6 +6,7 @@ Started by ``test_parallel.py``. Imports once, then forks the ranks of each size
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import socket
@@ -256,7 +257,11 @@ def whole_run(folder: Path) -> None:
 
 def fork_ranks(size: int, work: Any) -> None:
     """``work()`` in ``size`` processes that torch.distributed finds by its environment variables; raises when one
-    fails."""
+    fails. A child of a process with other threads inherits their locks and not them, so there must be none."""
+    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").glob("*")]
+    if len(threads) > 1:
+        raise SystemExit(f"fork from one thread only, not from {threads}; conftest.py and OMP_NUM_THREADS=1 see to it")
+    faulthandler.enable()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -180,7 +180,8 @@ def nothing_left():
 
 def run_ranks(folder, *arguments):
     command = [sys.executable, __file__, str(folder), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     seen = [json.loads(path.read_text()) for path in sorted(folder.glob("[0-9].json"))]
     return done, seen
 
