@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
 from rewardmap.config import Config, ParallelConfig, PolicyConfig, RolloutConfig, StageConfig, TrainConfig
@@ -36,6 +38,7 @@ from rewardmap.train.ahead import OneStepOff
 from rewardmap.train.checkpoint import Checkpoints, find_damage, list_checkpoints, load_training_state
 from rewardmap.train.parallel import needs_sharding, prepare_policy, shard_policy, whole
 from rewardmap.train.ranks import Ranks, SharedRollouts, join_ranks
+from rewardmap.train.reference import make_reference
 from rewardmap.train.trainer import Trainer
 from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.generate import generate_network
@@ -49,6 +52,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hybrid": {"parallel": {"shard": 2}},
     "offload": {"parallel": {"offload": True}},
     "lora": {"policy": {"lora_rank": 4}},
+    "reference": {"double": True, "sgd": True, "train": {"kl_coef": 0.3}},
+    "reference tower": {
+        "double": True,
+        "sgd": True,
+        "train": {"kl_coef": 0.3},
+        "policy": {"freeze_vision": False},
+        "parallel": {"shard": 2, "offload": True},
+    },
     "tower": {"policy": {"freeze_vision": False}},
     "tower checkpointing": {"policy": {"freeze_vision": False}, "parallel": {"activation_checkpointing": True}},
     "everything": {
@@ -124,14 +135,23 @@ def make_trainer(variant: dict[str, Any], ranks: Ranks, kind: type[Trainer] = Tr
     policy = build_tiny(3, policy_config.freeze_vision)
     if variant.get("double"):
         policy.model.double()
-    prepare_policy(policy, config)
-    forward = None
+    shard = None
     if needs_sharding(config.parallel, ranks, "float32"):
-        forward = shard_policy(policy, config.parallel, ranks, torch.device("cpu"))
+        shard = partial(shard_policy, parallel=config.parallel, ranks=ranks, device=torch.device("cpu"))
+    reference = make_reference(policy, config, policy, shard) if config.train.kl_coef else None
+    prepare_policy(policy, config)
+    forward = None if shard is None else shard(policy)
     problems, networks = make_problems()
     curriculum = Curriculum(problems, config.train.stages, config.train.prompts_per_step, seed=0)
     trainer = kind(
-        config, policy, Recorded(policy), {"reference": networks}, curriculum, ranks=ranks, forward=forward
+        config,
+        policy,
+        Recorded(policy),
+        {"reference": networks},
+        curriculum,
+        ranks=ranks,
+        forward=forward,
+        reference=reference,
     )
     if variant.get("sgd"):
         trainer.optimizer = torch.optim.SGD(trainer.optimizer.param_groups[0]["params"], lr=0.1)
@@ -145,6 +165,9 @@ def run_variant(folder: Path, name: str, ranks: Ranks) -> None:
         if step == STEPS - 1:
             keep_gradients(trainer, gradients)
         rows.append(trainer.train_step())
+    if trainer.reference is not None and ranks.size > 1:
+        frozen = trainer.reference.frozen
+        assert frozen is not None and all(isinstance(p, DTensor) for p in frozen.text_model.parameters())
     state = get_model_state_dict(trainer.policy.model, options=StateDictOptions(full_state_dict=True))
     if ranks.is_first:
         weights = {key: value.clone() for key, value in state.items()}
@@ -249,7 +272,8 @@ def whole_run(folder: Path) -> None:
     torch.set_num_threads(1)
     settings = [
         "data.train_maps=3", "data.test_maps=3", "train.prompts_per_step=5", "rollout.group_size=2",
-        "train.checkpoint_every=1", "eval.max_problems=3", "eval.samples=0", "eval.text_only=false",
+        "train.checkpoint_every=1", "train.kl_coef=0.05",
+        "eval.max_problems=3", "eval.samples=0", "eval.text_only=false",
         "train.stages=[{name='warm', kind='sft', steps=0, checkpoint='shipped'}, {name='all', steps=2}]",
     ]  # fmt: skip
     run.train(load_config("tiny", settings), folder / "run", console=Console())

@@ -16,8 +16,8 @@ from rewardmap.report import read_metrics
 from rewardmap.train.checkpoint import list_checkpoints
 
 JOB = Path(__file__).parent / "parallel_job.py"
-FAST = ("plain", "exact", "everything")
-SLOW = ("plain", "exact", "everything", "hybrid", "checkpointing", "offload", "lora", "tower", "tower checkpointing")
+FAST = ("plain", "exact", "everything", "reference")
+SLOW = (*FAST, "hybrid", "checkpointing", "offload", "lora", "reference tower", "tower", "tower checkpointing")
 WIDE = {"lora": "lora wide", "tower": "tower wide", "tower checkpointing": "tower wide"}
 """The same training in float64, on one process; of the other variants in float32 it is ``plain wide``."""
 
@@ -107,5 +107,6 @@ def test_a_whole_run_on_two_ranks(tmp_path):
     rows = read_metrics(out)
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["rollout_drift"] < 1e-4 and len(row["train_flop"]) == 2 for row in rows)
+    assert abs(rows[0]["reference_kl"]) < 1e-6 < rows[1]["reference_kl"]
     assert [path.name for path in list_checkpoints(out / "checkpoints")] == ["step-000001", "step-000002"]
     assert (out / "report.json").is_file() and (out / "evaluation" / "before.jsonl").is_file()

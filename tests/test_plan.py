@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,10 @@ import torch
 from torch.profiler import ProfilerActivity
 from transformers import Qwen2_5_VLConfig
 
-from rewardmap.config import Config, ConfigError, ParallelConfig, PolicyConfig
+from rewardmap.config import Config, ConfigError, ParallelConfig, PolicyConfig, TrainConfig
 from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
-from rewardmap.policy import EncodedPrompt, assemble, load_policy, mrope_positions
+from rewardmap.policy import EncodedPrompt, assemble, cast_weights, load_policy, mrope_positions
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import WARM_START, build_tiny
 from rewardmap.train.forest import Answers, pack_forest
@@ -24,6 +25,7 @@ from rewardmap.train.forward import gather_rows
 from rewardmap.train.parallel import prepare_policy, shard_policy
 from rewardmap.train.plan import Workload, build_meta, memory_parts, plan, table
 from rewardmap.train.ranks import join_ranks
+from rewardmap.train.reference import make_reference
 from rewardmap.train.trainer import Trainer
 from rewardmap.transit.reasonmap import load_dataset, write_dataset
 from rewardmap_kernels import PolicyObjective, linear_policy_loss
@@ -51,12 +53,16 @@ def test_counted_bytes_are_those_of_a_sharded_policy(freeze_vision):
     config = Config(
         policy=PolicyConfig(device="cpu", freeze_vision=freeze_vision),
         parallel=ParallelConfig(compute_dtype="bfloat16"),
+        train=TrainConfig(kl_coef=0.1),
     )
-    policy = build_tiny(0, freeze_vision)
+    policy, initial = build_tiny(0, freeze_vision), build_tiny(0, freeze_vision)
+    cast_weights(initial.model, torch.bfloat16)
     parts = memory_parts(config, build_meta(config, policy.model.config), 1, Workload())
-    prepare_policy(policy, config)
     with join_ranks(60, alone=True) as ranks:
-        shard_policy(policy, config.parallel, ranks, torch.device("cpu"))
+        shard = partial(shard_policy, parallel=config.parallel, ranks=ranks, device=torch.device("cpu"))
+        make_reference(policy, config, initial, shard)
+        prepare_policy(policy, config)
+        shard(policy)
         tower = {id(p) for p in policy.vision_tower.parameters()} if freeze_vision else set()
         split = [p for p in policy.model.parameters() if id(p) not in tower]
         trained = [p for p in split if p.requires_grad]
@@ -69,6 +75,11 @@ def test_counted_bytes_are_those_of_a_sharded_policy(freeze_vision):
         moments = [state[key] for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
         assert parts["optimizer"] == sum(moment.to_local().nbytes for moment in moments)
         assert parts["frozen tower"] == sum(p.nbytes for p in policy.vision_tower.parameters() if id(p) in tower)
+        theirs = {id(p) for p in initial.vision_tower.parameters()}
+        split = [p for p in initial.model.parameters() if id(p) not in theirs]
+        assert parts["reference"] == sum(p.to_local().nbytes for p in split)
+        own = sum(p.nbytes for p in initial.vision_tower.parameters() if id(p) not in tower)
+        assert parts.get("reference tower", 0) == own
 
 
 def peak_bytes(work) -> int:

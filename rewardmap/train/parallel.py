@@ -38,8 +38,9 @@ from rewardmap.train.lora import add_lora
 from rewardmap.train.ranks import Ranks
 
 Tensor = torch.Tensor
-Forward = Callable[[PackedForest, Vision], Tensor]
-"""A packed forest's response rows: hidden states [N, H] that predict them."""
+Forward = Callable[[PackedForest, Vision | None], Tensor]
+"""A packed forest's response rows: hidden states [N, H] that predict them. Without the step's ``Vision`` the tower runs
+for this forest."""
 
 
 def computes_in(config: Config) -> torch.dtype:
@@ -93,7 +94,7 @@ def shard_policy(policy: Policy, parallel: ParallelConfig, ranks: Ranks, device:
     """
     model, tower, blocks = policy.model, policy.vision_tower, list(policy.text_model.layers)
     dtype = None if parallel.compute_dtype is None else getattr(torch, parallel.compute_dtype)
-    master = next(parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    master = next((parameter.dtype for parameter in model.parameters() if parameter.requires_grad), model.dtype)
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if parallel.offload else OffloadPolicy()
     shared: dict[str, Any] = {
         "mesh": device_mesh(parallel, ranks, device.type),

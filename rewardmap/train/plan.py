@@ -148,6 +148,11 @@ def memory_parts(config: Config, model: Any, gpus: int, work: Workload) -> dict[
         "optimizer": resting * own * ADAM_STATES,
         "frozen tower": float(_size(tower.parameters()) * compute) if frozen_tower else 0.0,
     }
+    if config.train.kl_coef and not config.policy.lora_rank:
+        beside = {id(p) for p in tower.parameters()}
+        parts["reference"] = resting * sum(_rows(p, shard) for p in model.parameters() if id(p) not in beside) * compute
+        if not frozen_tower:
+            parts["reference tower"] = float(_size(tower.parameters()) * compute)
     if gpus > 1 or compute != master or config.parallel.offload:
         parts["gathered ends and head"] = float(ends * compute)
         parts["gathered blocks"] = float(2 * block * compute)

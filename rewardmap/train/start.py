@@ -126,14 +126,16 @@ def _make_trainer(
         initial = None
         if config.train.kl_coef and not config.policy.lora_rank:
             _reference_is_named(config)
-            computing = replace(config.policy, dtype=config.parallel.compute_dtype or config.policy.dtype)
+            computing = replace(settings, dtype=config.parallel.compute_dtype or config.policy.dtype)
             initial = initial_policy(config, computing) if newest or sharded else policy
         if pictures is not None:
             for one in (policy, initial or policy):
                 one.share_pictures(pictures.keep, pictures.place / pictures.ranks)
-        reference = make_reference(policy, config, initial)
+        device = pick_device(config.policy)
+        shard = partial(shard_policy, parallel=config.parallel, ranks=ranks, device=device) if sharded else None
+        reference = make_reference(policy, config, initial, shard)
         prepare_policy(policy, config)
-        forward = shard_policy(policy, config.parallel, ranks, pick_device(config.policy)) if sharded else None
+        forward = None if shard is None else shard(policy)
     console.print(policy.describe_attention(computes_in(config)), highlight=False, soft_wrap=True)
     with timer.phase("servers"):
         engine = make_engine(config, policy, run_dir, asked, partial(console.print, highlight=False), ranks, forward)
