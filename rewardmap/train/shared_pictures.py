@@ -73,7 +73,7 @@ class SharedPictures:
         described = {
             "shape": list(image.pixel_values.shape),
             "dtype": str(image.pixel_values.dtype).removeprefix("torch."),
-            "grid": image.grid_thw,
+            "grid_thw": image.grid_thw,
             "digest": image.digest.hex(),
         }
         begun = path.with_suffix(f".{os.getpid()}")
@@ -188,5 +188,5 @@ def _map(path: Path) -> EncodedImage | None:
         return None
     described: dict[str, Any] = json.loads(memory[:_HEADER])
     pixels = torch.frombuffer(memory, dtype=getattr(torch, described["dtype"]), offset=_HEADER)
-    grid: tuple[int, int, int] = tuple(described["grid"])
+    grid: tuple[int, int, int] = tuple(described["grid_thw"])
     return EncodedImage(pixels.view(described["shape"]), grid, bytes.fromhex(described["digest"]))
