@@ -204,7 +204,7 @@ class Policy:
 
     def _see(self, images: Sequence[EncodedImage]) -> list[ImageFeatures]:
         pixels = torch.cat([to_device(image.pixel_values, self.device) for image in images])
-        grids = torch.tensor([image.grid_thw for image in images], device=self.device)
+        grids = to_device(torch.tensor([image.grid_thw for image in images]), self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
             out = self.model.model.get_image_features(pixels.to(self.vision_tower.dtype), grids)
         sizes = [len(merged) for merged in out.pooler_output]

@@ -1,0 +1,110 @@
+"""Training on an emulated GPU and on the CPU: ``python emulated_cuda_job.py FOLDER``, by ``test_emulated_cuda.py``.
+
+Writes ``FOLDER/VARIANT.json``: each step's loss and gradient norm on both, and where the host waited in the last one;
+and the run folders ``FOLDER/run-cuda`` and ``FOLDER/run-cpu`` of ``rewardmap train``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+sys.path.append(str(Path(__file__).parent))
+import emulated_cuda  # isort: skip  # before torch
+
+import torch
+from parallel_job import Recorded, make_problems
+from rich.console import Console
+
+from rewardmap.config import Config, PolicyConfig, RolloutConfig, StageConfig, TrainConfig
+from rewardmap.config_file import load_config
+from rewardmap.curriculum import Curriculum
+from rewardmap.tiny import build_tiny
+from rewardmap.train import run
+from rewardmap.train.parallel import prepare_policy
+from rewardmap.train.reference import make_reference
+from rewardmap.train.trainer import Trainer
+from rewardmap_kernels import last_path, use_implementation
+
+STEPS = 2
+VARIANTS: dict[str, dict[str, Any]] = {
+    "frozen": {},
+    "tower": {"policy": {"freeze_vision": False}},
+    "reference": {"train": {"kl_coef": 0.3}},
+    "half": {"policy": {"freeze_vision": False}, "half": True},
+}
+"""``half`` in float16, which takes the paths of bfloat16: Triton's interpreter is wrong in that one."""
+RUN = [
+    "data.train_maps=3", "data.test_maps=3", "train.prompts_per_step=3", "rollout.group_size=2",
+    "rollout.max_new_tokens=12", "train.checkpoint_every=1", "train.kl_coef=0.05",
+    "eval.max_problems=3", "eval.samples=0", "eval.text_only=false",
+    "train.stages=[{name='warm', kind='sft', steps=0, checkpoint='shipped'}, {name='all', steps=2}]",
+]  # fmt: skip
+
+
+def make_trainer(variant: dict[str, Any], device: str) -> Trainer:
+    config = Config(
+        policy=PolicyConfig(device=device, **variant.get("policy", {})),
+        rollout=RolloutConfig(group_size=3, max_new_tokens=12),
+        train=TrainConfig(
+            stages=(StageConfig(name="all", question_kinds=("TorF1",)),), prompts_per_step=2, learning_rate=1e-3,
+            max_tokens_per_micro_batch=300, objective="dapo", **variant.get("train", {}),
+        ),
+    )  # fmt: skip
+    policy = build_tiny(3, config.policy.freeze_vision)
+    if variant.get("half"):
+        policy.model.half()
+    policy.model.to(device)
+    reference = make_reference(policy, config, policy)
+    prepare_policy(policy, config)
+    problems, networks = make_problems()
+    curriculum = Curriculum(problems, config.train.stages, config.train.prompts_per_step, seed=0)
+    return Trainer(config, policy, Recorded(policy), {"reference": networks}, curriculum, reference=reference)
+
+
+def make_steps(variant: dict[str, Any], device: str) -> list[dict[str, Any]]:
+    trainer, rows = make_trainer(variant, device), []
+    for _ in range(STEPS):
+        emulated_cuda.WAITS.clear()
+        rows.append(trainer.train_step())
+    return [{key: row[key] for key in ("loss", "grad_norm", "packed_tokens")} for row in rows]
+
+
+def compare(variant: dict[str, Any]) -> dict[str, Any]:
+    with use_implementation("torch"):  # the definitions; the half of them that is rounded is not what is compared
+        expected = make_steps({**variant, "half": False}, "cpu")
+    with emulated_cuda.emulated() as waits:
+        got = make_steps(variant, "cuda")
+        return {"cpu": expected, "cuda": got, "waits": dict(waits), "kernel": last_path("linear_policy_loss")}
+
+
+def refusals() -> dict[str, Any]:
+    """That the emulation sees what it is for."""
+    with emulated_cuda.emulated() as waits:
+        there, here = torch.ones(3).to("cuda"), torch.ones(3)
+        try:
+            there + here
+        except RuntimeError as error:
+            said = str(error)
+        waits.clear()
+        (there * 2).to("cuda") + 1
+        here.pin_memory().to("cuda", non_blocking=True)
+        quiet = dict(waits)
+        here.to("cuda", non_blocking=True), there.cpu(), there.sum().item(), there.tolist(), there[there > 0]
+        return {"said": said, "quiet": quiet, "waits": sum(waits.values())}
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    (out / "refusals.json").write_text(json.dumps(refusals()))
+    for name, chosen in VARIANTS.items():
+        (out / f"{name}.json").write_text(json.dumps(compare(chosen)))
+    with use_implementation("torch"):
+        run.train(load_config("tiny", RUN), out / "run-cpu", console=Console(quiet=True))
+    with emulated_cuda.emulated():
+        run.train(load_config("tiny", RUN), out / "run-cuda", console=Console(quiet=True))
+        run.resume(out / "run-cuda", console=Console(quiet=True))
