@@ -228,19 +228,16 @@ class Policy:
         embeds = self.text_model.embed_tokens(to_device(token_ids, self.device))
         if not features:
             return {"inputs_embeds": embeds}
-        places = token_ids == self.model.config.image_token_id
-        at = places.view(-1).nonzero().squeeze(1)
+        at = (token_ids.view(-1) == self.model.config.image_token_id).nonzero().squeeze(1)
         merged = torch.cat([one.merged for one in features])
         if len(at) != len(merged):
             raise ValueError(f"{len(at)} image placeholders for {len(merged)} image features")
-        shape = embeds.shape
+        places, shape = to_device(at, self.device), embeds.shape
         inputs: dict[str, Any] = {
-            "inputs_embeds": embeds.view(-1, shape[-1])
-            .index_copy(0, to_device(at, self.device), merged.to(embeds.dtype))
-            .view(shape)
+            "inputs_embeds": embeds.view(-1, shape[-1]).index_copy(0, places, merged.to(embeds.dtype)).view(shape)
         }
         if features[0].deep:
-            inputs["visual_pos_masks"] = to_device(places, self.device)
+            inputs["visual_pos_masks"] = places  # for ``_add_deep_features``
             inputs["deepstack_visual_embeds"] = [
                 torch.cat(level) for level in zip(*(seen.deep for seen in features), strict=True)
             ]
@@ -318,6 +315,8 @@ def assemble(
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # plain padded batches keep their mask
     decoder = getattr(model.model, "language_model", model.model)
     decoder.config._attn_implementation = ATTENTION
+    if hasattr(decoder, "_deepstack_process"):
+        decoder._deepstack_process = _add_deep_features
     banned: tuple[int, ...] = ()
     if hasattr(model.model, "visual"):
         tower = model.model.visual
@@ -411,6 +410,15 @@ def _linear_patch_embedding(patch_embed: Any) -> None:
         return functional.linear(patches.to(weight.dtype).view(-1, weight.shape[1]), weight, self.proj.bias)
 
     patch_embed.forward = types.MethodType(forward, patch_embed)  # bound, so that a copy computes with its own weights
+
+
+def _add_deep_features(hidden: Tensor, places: Tensor, features: Tensor) -> Tensor:
+    """hidden [B, T, H] plus features [N, H] at places [N] of its B·T rows. transformers gives a mask [B, T] of bool, of
+    which a GPU's host waits to hear how many places it holds, several times a micro-batch."""
+    if places.dtype == torch.bool:
+        places = places.to(hidden.device).view(-1).nonzero().squeeze(1)
+    rows = hidden.view(-1, hidden.shape[-1])
+    return rows.index_add(0, places, features.to(hidden.dtype)).view_as(hidden)
 
 
 def _as_list(value: Any) -> list[Any]:

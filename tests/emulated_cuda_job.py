@@ -17,13 +17,13 @@ sys.path.append(str(Path(__file__).parent))
 import emulated_cuda  # isort: skip  # before torch
 
 import torch
+from forest_models import build
 from parallel_job import Recorded, make_problems
 from rich.console import Console
 
 from rewardmap.config import Config, PolicyConfig, RolloutConfig, StageConfig, TrainConfig
 from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
-from rewardmap.tiny import build_tiny
 from rewardmap.train import run
 from rewardmap.train.parallel import prepare_policy
 from rewardmap.train.reference import make_reference
@@ -35,6 +35,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {},
     "tower": {"policy": {"freeze_vision": False}},
     "reference": {"train": {"kl_coef": 0.3}},
+    "qwen3_vl": {"family": "qwen3_vl", "policy": {"freeze_vision": False}},
     "half": {"policy": {"freeze_vision": False}, "half": True},
 }
 """``half`` in float16, which takes the paths of bfloat16: Triton's interpreter is wrong in that one."""
@@ -55,9 +56,8 @@ def make_trainer(variant: dict[str, Any], device: str) -> Trainer:
             max_tokens_per_micro_batch=300, objective="dapo", **variant.get("train", {}),
         ),
     )  # fmt: skip
-    policy = build_tiny(3, config.policy.freeze_vision)
-    if variant.get("half"):
-        policy.model.half()
+    dtype = torch.float16 if variant.get("half") else torch.float32
+    policy = build(variant.get("family", "qwen2_5_vl"), config.policy.freeze_vision, dtype)
     policy.model.to(device)
     reference = make_reference(policy, config, policy)
     prepare_policy(policy, config)

@@ -27,6 +27,7 @@ MISSING = [
     if missing
 ]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
+VARIANTS = ("frozen", "tower", "reference", "qwen3_vl", "half")
 OURS = {
     "trainer.py _backward (tolist)",
     "trainer.py _update (_local_scalar_dense)",
@@ -54,7 +55,7 @@ def test_the_emulation_refuses_and_counts_what_it_should(job):
     assert not seen["quiet"] and seen["waits"] == 5
 
 
-@pytest.mark.parametrize("variant", ["frozen", "tower", "reference", "half"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_is_that_of_the_cpu(job, variant):
     seen = json.loads((job / f"{variant}.json").read_text())
     accuracy = 2e-2 if variant == "half" else 2e-5
@@ -65,7 +66,7 @@ def test_a_step_is_that_of_the_cpu(job, variant):
     assert seen["kernel"][0] == "triton"
 
 
-@pytest.mark.parametrize("variant", ["frozen", "tower", "reference", "half"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_waits_for_the_gpu_only_where_it_must(job, variant):
     """transformers' tower waits by itself in our call of it, in its backward pass, and in float32 at its windows."""
     waits = json.loads((job / f"{variant}.json").read_text())["waits"]
