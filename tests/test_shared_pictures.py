@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -130,6 +131,17 @@ def test_full_shared_memory_is_said_once_and_costs_only_memory(tmp_path, monkeyp
         assert pictures.keep("b", lambda: two) is two
     assert len(told) == 1
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".lock"]
+
+
+def test_a_folder_that_is_taken_away_costs_only_memory(tmp_path):
+    (tmp_path / "shared").mkdir()
+    pictures, one = SharedPictures(tmp_path / "shared", 1 << 20), picture(1.0)
+    mapped = pictures.keep("a", lambda: one)
+    shutil.rmtree(tmp_path / "shared")
+    assert (mapped.pixel_values == 1).all()
+    with pytest.warns(UserWarning, match="No such file or directory; each rank keeps") as told:
+        assert pictures.keep("a", lambda: one) is one and pictures.keep("b", lambda: one) is one
+    assert len(told) == 1
 
 
 def test_an_unreadable_picture_is_named_to_all_who_ask(tmp_path):

@@ -16,7 +16,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class SharedPictures:
     """Of this rank among the node's."""
     ranks: int = 1
     """Of the node."""
-    _full: bool = field(default=False, init=False)
+    _told: bool = field(default=False, init=False)
 
     def keep(self, key: object, decode: Callable[[], EncodedImage]) -> EncodedImage:
         """The picture known as ``key`` on this node: mapped, or made by ``decode()`` while others that want it wait.
@@ -59,7 +59,12 @@ class SharedPictures:
         path = self.folder / f"{name}.pixels"
         if (found := _map(path)) is not None:
             return found
-        with _locked(self.folder / f"{name[:2]}.lock"):
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(_locked(self.folder / f"{name[:2]}.lock"))
+            except OSError as error:  # the folder went, as with the login session that it belonged to
+                self._say(error)
+                return decode()
             if (found := _map(path)) is not None:
                 return found
             image = decode()
@@ -87,14 +92,18 @@ class SharedPictures:
             return _map(path)
         except OSError as error:  # others need shared memory too
             begun.unlink(missing_ok=True)
-            if not self._full:
-                self._full = True
-                warnings.warn(
-                    f"{self.folder}: {error.strerror}; each rank keeps the pictures that do not fit for itself, which "
-                    "takes more memory. Give the machine or container more shared memory (docker: --shm-size)",
-                    stacklevel=2,
-                )
+            self._say(error)
             return None
+
+    def _say(self, error: OSError) -> None:
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"{self.folder}: {error.strerror}; each rank keeps pictures for itself that find no place there, which "
+                "takes more memory. If it is full, give the machine or container more shared memory (docker: "
+                "--shm-size)",
+                stacklevel=3,
+            )
 
     def _make_room(self, size: int) -> None:
         files = sorted((path.stat().st_mtime_ns, path) for path in self.folder.iterdir() if path.suffix != ".lock")
@@ -179,12 +188,12 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _map(path: Path) -> EncodedImage | None:
-    """None where there is no such file."""
+    """None where it cannot be had."""
     try:
         with path.open("r+b") as file:
             os.utime(file.fileno())
             memory = mmap.mmap(file.fileno(), 0)
-    except FileNotFoundError:
+    except OSError:  # not there, most often
         return None
     described: dict[str, Any] = json.loads(memory[:_HEADER])
     pixels = torch.frombuffer(memory, dtype=getattr(torch, described["dtype"]), offset=_HEADER)
