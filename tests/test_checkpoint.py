@@ -2,6 +2,7 @@
 
 import errno
 import json
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,6 +217,19 @@ def test_a_full_disk_while_the_shards_are_written(tmp_path, policy, optimizer, m
     with pytest.raises(OSError, match="No space left"):
         checkpoints.wait()
     assert names(tmp_path) == []
+
+
+def test_what_a_rank_met_is_said_as_it_is(tmp_path, policy, optimizer, monkeypatch):
+    def refused(*arguments, **named):
+        met = PermissionError(errno.EACCES, "Permission denied")
+        raise checkpoint.CheckpointException("write", {0: (met, traceback.extract_stack())})
+
+    monkeypatch.setattr(checkpoint.dcp, "save", refused)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(3, policy, optimizer, {})
+    with pytest.raises(OSError, match=r"written \(\[Errno 13\] Permission denied\); mend that and resume") as error:
+        checkpoints.wait()
+    assert error.value.errno == errno.EACCES
 
 
 def test_a_changed_configuration_is_reported_key_by_key(tmp_path, config, console):

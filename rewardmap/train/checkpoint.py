@@ -8,6 +8,7 @@ No pickle in any file.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -128,11 +129,13 @@ class Checkpoints:
         if self._ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         if self._meet(failed=failure is not None):
-            code = getattr(failure, "errno", None) or 5
+            if isinstance(failure, CheckpointException) and failure.failures:
+                failure = next(iter(failure.failures.values()))[0]  # what a rank met, without its traceback
+            code = getattr(failure, "errno", None) or errno.EIO
             reason = "on another rank" if failure is None else failure
-            raise OSError(
-                code, f"the checkpoint could not be written ({reason}); free space and resume", str(final)
-            ) from failure
+            full = any(sign in str(reason) for sign in ("No space left", "quota exceeded"))
+            remedy = "free space and resume" if full else "mend that and resume"
+            raise OSError(code, f"the checkpoint could not be written ({reason}); {remedy}", str(final)) from failure
 
     def _meet(self, failed: bool = False) -> bool:
         """Whether it failed on any rank."""
