@@ -17,6 +17,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,11 +80,12 @@ _FAKED: dict[str, Any] = {
 def emulated() -> Iterator[Counter[str]]:
     """One GPU, named as an H100. Yields ``WAITS``, empty."""
     WAITS.clear()
-    plain_tensor, plain_launch = torch.tensor, GridExecutor.__call__
+    plain_launch = GridExecutor.__call__
     _device_constructors()  # torch remembers them at the first call, which must not be when one is replaced
 
-    def tensor(data: Any, *, device: Any = None, **named: Any) -> Any:  # torch's own copies where no mode sees it
-        value = plain_tensor(data, **named)
+    def copied(make: Any, data: Any, *, device: Any = None, **named: Any) -> Any:
+        """As torch does, where no mode would see it."""
+        value = make(data, **named)
         return value if device is None else value.to(device)
 
     def launch(kernel: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +95,8 @@ def emulated() -> Iterator[Counter[str]]:
     with ExitStack() as stack:
         for name, value in _FAKED.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
-        stack.enter_context(mock.patch.object(torch, "tensor", tensor))
+        for name in ("tensor", "as_tensor"):
+            stack.enter_context(mock.patch.object(torch, name, partial(copied, getattr(torch, name))))
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", launch))
         # A module's parameters change their class with their device, so that they must change places with new ones.
         swaps = torch.__future__.get_swap_module_params_on_conversion()

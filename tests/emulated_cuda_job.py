@@ -16,6 +16,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 sys.path.append(str(Path(__file__).parent))
 import emulated_cuda  # isort: skip  # before torch
 
+import kernels_cases as cases
 import torch
 from forest_models import build
 from parallel_job import Recorded, make_problems
@@ -28,9 +29,19 @@ from rewardmap.train import run
 from rewardmap.train.parallel import prepare_policy
 from rewardmap.train.reference import make_reference
 from rewardmap.train.trainer import Trainer
-from rewardmap_kernels import last_path, use_implementation
+from rewardmap_kernels import (
+    PolicyObjective,
+    group_advantage,
+    last_path,
+    linear_logprobs,
+    linear_policy_loss,
+    logits_policy_loss,
+    loss_normalizer,
+    selective_log_softmax,
+    use_implementation,
+)
 
-STEPS = 2
+STEPS, DAPO = 2, PolicyObjective("dapo")
 VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {},
     "tower": {"policy": {"freeze_vision": False}},
@@ -98,9 +109,30 @@ def refusals() -> dict[str, Any]:
         return {"said": said, "quiet": quiet, "waits": sum(waits.values())}
 
 
+def operations() -> dict[str, int]:
+    """Where the kernel library waits, every operation forward and backward."""
+    with emulated_cuda.emulated() as waits:
+        there = {key: value.to("cuda") for key, value in cases.row_inputs(24, dtype=torch.float32).items()}
+        hidden, weight = (torch.randn(n, 16, device="cuda", requires_grad=True) for n in (24, 77))
+        logits = torch.randn(24, 77, device="cuda", requires_grad=True)
+        targets, offsets = (torch.arange(0, n, step, device="cuda") for n, step in ((24, 1), (25, 8)))
+        waits.clear()
+        for objective in (cases.OBJECTIVES[0], *(one for one in cases.OBJECTIVES if one.needs_sequence)):
+            rows = there | {"normalizer": loss_normalizer(DAPO, there["loss_mask"], total_tokens=19)}
+            linear_policy_loss(hidden, weight, targets, objective=objective, **rows).loss.backward()
+            logits_policy_loss(logits, targets, objective=objective, **rows).loss.backward()
+        half = hidden.detach().half().requires_grad_(), weight.detach().half()
+        linear_policy_loss(*half, targets, objective=DAPO, **there | {"normalizer": 19.0}).loss.backward()
+        for one in (*linear_logprobs(hidden, weight, targets), *selective_log_softmax(logits, targets)):
+            one.sum().backward(retain_graph=True)
+        group_advantage(there["advantages"], offsets)
+        return dict(waits)
+
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     (out / "refusals.json").write_text(json.dumps(refusals()))
+    (out / "operations.json").write_text(json.dumps(operations()))
     for name, chosen in VARIANTS.items():
         (out / f"{name}.json").write_text(json.dumps(compare(chosen)))
     with use_implementation("torch"):

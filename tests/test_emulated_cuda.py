@@ -55,6 +55,10 @@ def test_the_emulation_refuses_and_counts_what_it_should(job):
     assert not seen["quiet"] and seen["waits"] == 5
 
 
+def test_the_kernel_library_never_waits(job):
+    assert json.loads((job / "operations.json").read_text()) == {}
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_is_that_of_the_cpu(job, variant):
     seen = json.loads((job / f"{variant}.json").read_text())

@@ -98,3 +98,10 @@ def check_targets(targets: Tensor, like: Tensor, vocab: int) -> None:
     if vocab == 0:
         raise ValueError("the vocabulary is empty")
     check_range("targets", targets, 0, vocab)
+
+
+def number_on(value: Tensor | float, device: torch.device) -> Tensor:
+    """A tensor on ``device``, float32. A number is filled in there: copied, a GPU's host would wait for it."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float32)
+    return torch.full((), float(value), dtype=torch.float32, device=device)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import torch_rows
-from ._checks import check_normalizer, check_range, check_rows, check_temperature
+from ._checks import check_normalizer, check_range, check_rows, check_temperature, number_on
 from .dispatch import choose
 from .policy_loss import require_inputs
 
@@ -79,6 +79,6 @@ def float16_scale(dtype: torch.dtype, normalizer: Tensor | float, like: Tensor) 
     otherwise."""
     if dtype != torch.float16:
         return None
-    smallest = torch.as_tensor(normalizer, dtype=torch.float32, device=like.device)
+    smallest = number_on(normalizer, like.device)
     smallest = smallest.amin() if smallest.numel() else torch.ones((), device=like.device)
     return torch.exp2(torch.floor(torch.log2(smallest.clamp(min=1.0))))

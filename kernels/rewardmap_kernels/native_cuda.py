@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from ._checks import number_on
 from .policy_loss import CLIPPED, PolicyObjective
 from .torch_rows import FusedRows
 
@@ -137,8 +138,7 @@ def fused(
         return None if values is None else values.detach().to(device, torch.float32).contiguous()
 
     logprobs, entropy, d_logprob = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(3))
-    normalizer = vector(torch.as_tensor(inputs["normalizer"]))
-    assert normalizer is not None
+    normalizer = number_on(inputs["normalizer"], device).detach().contiguous()
     # Kept alive until the launch: the kernel sees their addresses alone.
     index, on = targets.to(torch.int64).contiguous(), None if keep is None else keep.contiguous()
     per_row = vector(temperature) if isinstance(temperature, Tensor) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_range, check_rows
+from ._checks import check_range, check_rows, number_on
 from .policy_loss import PolicyObjective, sequence_counts
 
 
@@ -36,7 +36,7 @@ def loss_normalizer(
         if max_length is not None:
             raise ValueError(f"max_length applies to dr_grpo; the objective {objective.name} ignores it")
         if total_tokens is not None:
-            total = torch.as_tensor(total_tokens, dtype=torch.float32, device=loss_mask.device)
+            total = number_on(total_tokens, loss_mask.device)
         else:
             total = (loss_mask != 0).sum().to(torch.float32)
         return total.clamp(min=1.0)
