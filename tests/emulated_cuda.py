@@ -42,7 +42,9 @@ def _give_torch_a_device() -> None:
 _give_torch_a_device()
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 from torch._library.custom_ops import OPDEFS  # noqa: E402
+from torch.distributed.fsdp._fully_shard import _fsdp_init, _fsdp_param  # noqa: E402
 from torch.utils._device import _device_constructors  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_flatten, tree_map  # noqa: E402
@@ -53,13 +55,43 @@ import rewardmap_kernels  # noqa: E402
 from rewardmap_kernels import tree_varlen  # noqa: E402
 
 CUDA = torch.device("cuda", 0)
+
+
+class Stream:
+    """Everything on it has been done when it was asked for."""
+
+    device = CUDA
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def wait_event(self, event: Any) -> None: ...
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or Event()
+
+    def synchronize(self) -> None:
+        _wait("stream")
+
+
+class Event:
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def record(self, *_: Any) -> None: ...
+    def wait(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None:
+        _wait("event")
+
+
 WAITS: Counter[str] = Counter()
 """Where the host waited: ``file function (operator)`` -> how often."""
 _PACKAGES = tuple(str(Path(package.__file__ or "").parent) for package in (rewardmap, rewardmap_kernels))
+_STREAM = Stream()
 _FAKED: dict[str, Any] = {
+    "Event": Event,
+    "Stream": Stream,
     "_lazy_init": lambda: None,
     "current_device": lambda: 0,
-    "current_stream": lambda device=None: mock.Mock(device=CUDA),
+    "current_stream": lambda device=None: _STREAM,
     "device_count": lambda: 1,
     "empty_cache": lambda: None,
     "get_device_capability": lambda device=None: (9, 0),
@@ -69,6 +101,7 @@ _FAKED: dict[str, Any] = {
     "is_initialized": lambda: False,
     "manual_seed_all": lambda seed: None,
     "max_memory_allocated": lambda device=None: 0,
+    "set_device": lambda device: None,
     "set_rng_state": lambda state, device=None: None,
     "stream": lambda stream: nullcontext(),
     "synchronize": lambda device=None: _wait("synchronize"),
@@ -98,12 +131,31 @@ def emulated() -> Iterator[Counter[str]]:
         for name in ("tensor", "as_tensor"):
             stack.enter_context(mock.patch.object(torch, name, partial(copied, getattr(torch, name))))
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", launch))
+        # Collectives by gloo; storage is the CPU's to free.
+        started = partial(_init_process_group, dist.init_process_group)
+        stack.enter_context(mock.patch.object(dist, "init_process_group", started))
+        stack.enter_context(mock.patch.object(_fsdp_init, "_move_states_to_device", _move))
+        for name in ("free_storage", "alloc_storage"):
+            stack.enter_context(mock.patch.object(_fsdp_param, name, lambda tensor: None))
         # A module's parameters change their class with their device, so that they must change places with new ones.
         swaps = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swaps)
         stack.enter_context(_Mode())
         yield WAITS
+
+
+def _init_process_group(init: Any, backend: str, **named: Any) -> None:
+    init(backend.replace("nccl", "gloo"), **named)
+
+
+def _move(parameters: Sequence[Any], buffers: Sequence[Any], device: torch.device) -> None:
+    """As FSDP does: in place."""
+    for tensor in (*parameters, *buffers):
+        if tensor.device.type not in (device.type, "meta"):
+            moved: Any = tensor.detach().to(device)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            torch.utils.swap_tensors(tensor, torch.nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved)
 
 
 class EmulatedTensor(torch.Tensor):
@@ -146,6 +198,9 @@ class EmulatedTensor(torch.Tensor):
         return _run(func, args, kwargs or {})
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter, EmulatedTensor)
+
+
 class _Mode(TorchDispatchMode):
     """Sees what makes tensors of the device out of none."""
 
@@ -156,6 +211,8 @@ class _Mode(TorchDispatchMode):
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     leaves = tree_flatten((args, kwargs))[0]
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    if any(type(tensor) not in _PLAIN for tensor in tensors):
+        return NotImplemented  # DTensor and its like make operators on what they hold
     here = [tensor for tensor in tensors if isinstance(tensor, EmulatedTensor)]
     asked = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
     target = asked.type if asked is not None else "cuda" if here else "cpu"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ from rewardmap.config import Config, PolicyConfig, RolloutConfig, StageConfig, T
 from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
 from rewardmap.train import run
-from rewardmap.train.parallel import prepare_policy
+from rewardmap.train.parallel import prepare_policy, shard_policy
+from rewardmap.train.ranks import Ranks, join_ranks
 from rewardmap.train.reference import make_reference
 from rewardmap.train.trainer import Trainer
 from rewardmap_kernels import (
@@ -46,10 +48,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "frozen": {},
     "tower": {"policy": {"freeze_vision": False}},
     "reference": {"train": {"kl_coef": 0.3}},
+    "sharded": {"sharded": True, "policy": {"freeze_vision": False}},
     "qwen3_vl": {"family": "qwen3_vl", "policy": {"freeze_vision": False}},
     "half": {"policy": {"freeze_vision": False}, "half": True},
 }
-"""``half`` in float16, which takes the paths of bfloat16: Triton's interpreter is wrong in that one."""
+"""``sharded``: by FSDP2, on one rank. ``half``: in float16, which takes the paths of bfloat16, in which Triton's
+interpreter is wrong."""
 RUN = [
     "data.train_maps=3", "data.test_maps=3", "train.prompts_per_step=3", "rollout.group_size=2",
     "rollout.max_new_tokens=12", "train.checkpoint_every=1", "train.kl_coef=0.05",
@@ -58,7 +62,7 @@ RUN = [
 ]  # fmt: skip
 
 
-def make_trainer(variant: dict[str, Any], device: str) -> Trainer:
+def make_trainer(variant: dict[str, Any], device: str, ranks: Ranks) -> Trainer:
     config = Config(
         policy=PolicyConfig(device=device, **variant.get("policy", {})),
         rollout=RolloutConfig(group_size=3, max_new_tokens=12),
@@ -69,19 +73,35 @@ def make_trainer(variant: dict[str, Any], device: str) -> Trainer:
     )  # fmt: skip
     dtype = torch.float16 if variant.get("half") else torch.float32
     policy = build(variant.get("family", "qwen2_5_vl"), config.policy.freeze_vision, dtype)
-    policy.model.to(device)
-    reference = make_reference(policy, config, policy)
+    shard = None
+    if variant.get("sharded") and device == "cuda":
+        shard = partial(shard_policy, parallel=config.parallel, ranks=ranks, device=emulated_cuda.CUDA)
+    else:
+        policy.model.to(device)
+    reference = make_reference(policy, config, policy, shard)
     prepare_policy(policy, config)
+    forward = None if shard is None else shard(policy)
     problems, networks = make_problems()
     curriculum = Curriculum(problems, config.train.stages, config.train.prompts_per_step, seed=0)
-    return Trainer(config, policy, Recorded(policy), {"reference": networks}, curriculum, reference=reference)
+    return Trainer(
+        config,
+        policy,
+        Recorded(policy),
+        {"reference": networks},
+        curriculum,
+        ranks=ranks,
+        forward=forward,
+        reference=reference,
+    )
 
 
 def make_steps(variant: dict[str, Any], device: str) -> list[dict[str, Any]]:
-    trainer, rows = make_trainer(variant, device), []
-    for _ in range(STEPS):
-        emulated_cuda.WAITS.clear()
-        rows.append(trainer.train_step())
+    rows = []
+    with join_ranks(60, alone=bool(variant.get("sharded"))) as ranks:
+        trainer = make_trainer(variant, device, ranks)
+        for _ in range(STEPS):
+            emulated_cuda.WAITS.clear()
+            rows.append(trainer.train_step())
     return [{key: row[key] for key in ("loss", "grad_norm", "packed_tokens")} for row in rows]
 
 

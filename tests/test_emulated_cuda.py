@@ -27,7 +27,7 @@ MISSING = [
     if missing
 ]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
-VARIANTS = ("frozen", "tower", "reference", "qwen3_vl", "half")
+VARIANTS = ("frozen", "tower", "reference", "sharded", "qwen3_vl", "half")
 OURS = {
     "trainer.py _backward (tolist)",
     "trainer.py _update (_local_scalar_dense)",
