@@ -62,7 +62,8 @@ def test_the_kernel_library_never_waits(job):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_is_that_of_the_cpu(job, variant):
     seen = json.loads((job / f"{variant}.json").read_text())
-    accuracy = 2e-2 if variant == "half" else 2e-5
+    # The second step follows AdamW's first, which divides also what rounding left of a gradient by its own size.
+    accuracy = 2e-2 if variant == "half" else 1e-4
     for mine, expected in zip(seen["cuda"], seen["cpu"], strict=True):
         assert mine["packed_tokens"] == expected["packed_tokens"]
         for name in ("loss", "grad_norm"):
