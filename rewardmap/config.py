@@ -59,6 +59,10 @@ class PolicyConfig:
     """Decoded pictures kept in host memory at most, by all ranks of a node together, and as much again of a frozen
     tower's outputs by each."""
 
+    @property
+    def image_cache_bytes(self) -> int:
+        return int(self.image_cache_gb * 2**30)
+
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class ServerConfig:

@@ -287,7 +287,7 @@ def load_policy(source: str | Path, config: PolicyConfig) -> Policy:
     tokenizer = AutoTokenizer.from_pretrained(source)
     pixels = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
     image_processor = Qwen2VLImageProcessorPil.from_pretrained(source, size=pixels)
-    return assemble(model, tokenizer, image_processor, config.freeze_vision, int(config.image_cache_gb * 2**30))
+    return assemble(model, tokenizer, image_processor, config.freeze_vision, config.image_cache_bytes)
 
 
 def pick_device(config: PolicyConfig) -> torch.device:

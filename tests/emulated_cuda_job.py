@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,13 @@ import emulated_cuda  # isort: skip  # before torch
 import kernels_cases as cases
 import torch
 from forest_models import build
-from parallel_job import Recorded, make_problems
+from parallel_job import put_together
 from rich.console import Console
 
 from rewardmap.config import Config, PolicyConfig, RolloutConfig, StageConfig, TrainConfig
 from rewardmap.config_file import load_config
-from rewardmap.curriculum import Curriculum
 from rewardmap.train import run
-from rewardmap.train.parallel import prepare_policy, shard_policy
 from rewardmap.train.ranks import Ranks, join_ranks
-from rewardmap.train.reference import make_reference
 from rewardmap.train.trainer import Trainer
 from rewardmap_kernels import (
     PolicyObjective,
@@ -73,26 +69,10 @@ def make_trainer(variant: dict[str, Any], device: str, ranks: Ranks) -> Trainer:
     )  # fmt: skip
     dtype = torch.float16 if variant.get("half") else torch.float32
     policy = build(variant.get("family", "qwen2_5_vl"), config.policy.freeze_vision, dtype)
-    shard = None
-    if variant.get("sharded") and device == "cuda":
-        shard = partial(shard_policy, parallel=config.parallel, ranks=ranks, device=emulated_cuda.CUDA)
-    else:
+    sharded = variant.get("sharded") and device == "cuda"
+    if not sharded:
         policy.model.to(device)
-    reference = make_reference(policy, config, policy, shard)
-    prepare_policy(policy, config)
-    forward = None if shard is None else shard(policy)
-    problems, networks = make_problems()
-    curriculum = Curriculum(problems, config.train.stages, config.train.prompts_per_step, seed=0)
-    return Trainer(
-        config,
-        policy,
-        Recorded(policy),
-        {"reference": networks},
-        curriculum,
-        ranks=ranks,
-        forward=forward,
-        reference=reference,
-    )
+    return put_together(config, policy, ranks, emulated_cuda.CUDA if sharded else None)
 
 
 def make_steps(variant: dict[str, Any], device: str) -> list[dict[str, Any]]:

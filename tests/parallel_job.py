@@ -135,15 +135,26 @@ def make_trainer(variant: dict[str, Any], ranks: Ranks, kind: type[Trainer] = Tr
     policy = build_tiny(3, policy_config.freeze_vision)
     if variant.get("double"):
         policy.model.double()
+    sharded = needs_sharding(config.parallel, ranks, "float32")
+    trainer = put_together(config, policy, ranks, torch.device("cpu") if sharded else None, kind)
+    if variant.get("sgd"):
+        trainer.optimizer = torch.optim.SGD(trainer.optimizer.param_groups[0]["params"], lr=0.1)
+    return trainer
+
+
+def put_together(
+    config: Config, policy: Policy, ranks: Ranks, device: torch.device | None, kind: type[Trainer] = Trainer
+) -> Trainer:
+    """The trainer of recorded answers; ``device``: where the policy is split over the ranks, None for a whole one."""
     shard = None
-    if needs_sharding(config.parallel, ranks, "float32"):
-        shard = partial(shard_policy, parallel=config.parallel, ranks=ranks, device=torch.device("cpu"))
-    reference = make_reference(policy, config, policy, shard) if config.train.kl_coef else None
+    if device is not None:
+        shard = partial(shard_policy, parallel=config.parallel, ranks=ranks, device=device)
+    reference = make_reference(policy, config, policy, shard)
     prepare_policy(policy, config)
     forward = None if shard is None else shard(policy)
     problems, networks = make_problems()
     curriculum = Curriculum(problems, config.train.stages, config.train.prompts_per_step, seed=0)
-    trainer = kind(
+    return kind(
         config,
         policy,
         Recorded(policy),
@@ -153,9 +164,6 @@ def make_trainer(variant: dict[str, Any], ranks: Ranks, kind: type[Trainer] = Tr
         forward=forward,
         reference=reference,
     )
-    if variant.get("sgd"):
-        trainer.optimizer = torch.optim.SGD(trainer.optimizer.param_groups[0]["params"], lr=0.1)
-    return trainer
 
 
 def run_variant(folder: Path, name: str, ranks: Ranks) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from ._checks import number_on
 from .dispatch import launched
 from .policy_loss import CLIPPED, PolicyObjective
 from .torch_rows import NATS_PER_UNIT, Exponentials, FusedRows, RowStatistics, over, scale_
@@ -109,7 +110,7 @@ def fused(
     o: PolicyObjective = inputs["objective"]
     assert not o.needs_sequence
     _note(operation, "policy_rows")
-    normalizer = torch.as_tensor(inputs["normalizer"], dtype=torch.float32, device=logits.device)
+    normalizer = number_on(inputs["normalizer"], logits.device)
     if scale is not None:
         normalizer = normalizer / scale
     logits = _unit_stride(logits)

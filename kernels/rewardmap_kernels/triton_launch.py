@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import native_cuda
 from . import triton_rows as kernels
+from ._checks import number_on
 from .dispatch import launched
 from .policy_loss import CLIPPED, PolicyObjective
 from .torch_rows import PRODUCT, Exponentials, FusedRows, RowStatistics, empty_matrix, over
@@ -125,10 +126,7 @@ def fused(
     out = logits if in_place else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     n = logits.shape[0]
     logprobs, entropy, d_logprob = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3))
-    normalizer = inputs["normalizer"]
-    if not isinstance(normalizer, Tensor):
-        normalizer = torch.full((), float(normalizer), dtype=torch.float32, device=logits.device)
-    normalizer = normalizer.to(logits.device)
+    normalizer = number_on(inputs["normalizer"], logits.device)
     per_row = isinstance(temperature, Tensor)
     launched(operation, "policy_row_kernel")
     if n:

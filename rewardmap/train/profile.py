@@ -60,7 +60,7 @@ def profile(config: Config, out: Path, *, steps: int, console: Console) -> Path:
         out = Path(ranks.gather(str(out))[0])
         ranks.first(lambda: begin_folder(config, out))
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-        with share_pictures(ranks, int(config.policy.image_cache_gb * 2**30)) as pictures:
+        with share_pictures(ranks, config.policy.image_cache_bytes) as pictures:
             quiet = Console(quiet=True)
             trainer, _, _ = set_up(config, out, console if ranks.is_first else quiet, ranks, pictures)
             try:

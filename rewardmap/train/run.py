@@ -68,7 +68,7 @@ def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console) -> Path:
     """From where the newest intact checkpoint left it to the report."""
     if not ranks.is_first:
         console = Console(quiet=True)
-    with share_pictures(ranks, int(config.policy.image_cache_gb * 2**30)) as pictures:
+    with share_pictures(ranks, config.policy.image_cache_bytes) as pictures:
         trainer, examiner, itself = set_up(config, run_dir, console, ranks, pictures)
         _train_and_close(trainer, examiner, itself, run_dir, ranks, console)
     console.print(f"run folder: {run_dir}", highlight=False)

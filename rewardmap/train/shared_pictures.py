@@ -106,12 +106,12 @@ class SharedPictures:
             )
 
     def _make_room(self, size: int) -> None:
-        files = sorted((path.stat().st_mtime_ns, path) for path in self.folder.iterdir() if path.suffix != ".lock")
-        used = sum(path.stat().st_size for _, path in files)
-        for _, path in files:
+        files = [(path.stat(), path) for path in self.folder.iterdir() if path.suffix != ".lock"]
+        used = sum(status.st_size for status, _ in files)
+        for status, path in sorted(files, key=lambda file: file[0].st_mtime_ns):
             if used + size <= self.limit:
                 return
-            used -= path.stat().st_size
+            used -= status.st_size
             path.unlink()
 
 
