@@ -199,7 +199,7 @@ def check_product() -> None:
 
     shapes = (
         (1, 1, 1), (5, 15, 2), (6, 16, 7), (7, 33, 9), (13, 47, 258), (200, 70, 31), (590, 19, 5), (3, 530, 515),
-        (70, 45, 1100),
+        (70, 45, 1100), (28, 40, 75),
     )  # fmt: skip
     dtypes = (torch.float32, torch.bfloat16)
     for shape, left, right, *dtype in itertools.product(shapes, (True, False), (True, False), dtypes, dtypes):

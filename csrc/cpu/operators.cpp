@@ -336,7 +336,7 @@ struct Cut {  // of a product into tiles
 Cut cut_of(int64_t rows, int64_t columns, const ProductKernel& kernel, int64_t threads) {
   constexpr int64_t kPacking = 8;  // multiplications in the time that an element is packed in
   const auto up = [](int64_t size, int64_t parts) { return (size + parts - 1) / parts; };
-  const int64_t fewest_down = up(rows, kTileRows), fewest_across = up(columns, kTileColumns);
+  const int64_t fewest_down = up(rows, kTileBlocks * block_rows(kernel.row_step)), fewest_across = up(columns, kTileColumns);
   Cut best{};
   int64_t least = INT64_MAX;
   for (int64_t i = fewest_down; i <= fewest_down + threads; ++i)

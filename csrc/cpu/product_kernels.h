@@ -5,6 +5,8 @@
 // the innermost loop reads both without a stride. Everything lies in an unnamed namespace: see row_kernels.h.
 #include <immintrin.h>
 
+#include <algorithm>
+
 #include "products.h"
 
 namespace rewardmap {
@@ -81,8 +83,9 @@ inline void store_one(float* to, uint32_t bits) { __builtin_memcpy(to, &bits, 4)
 template <class T, bool paired, int64_t width>
 struct Packing {
   using U = Units<T, paired>;
-  // Panels are written by vectors of 8 units. Where those run over the panel's end, they run into its next depth.
-  static_assert(width % 8 == 0 || width < 8);
+  // Panels are written by vectors of 8 units, of which the last ends with the panel and may overlap the one before. In
+  // narrower panels it runs over the end, into the panel's next depth, which is written later.
+  static constexpr int64_t last = width < 8 ? 0 : width - 8;
   const T* origin;
   int64_t line, deep, count, depth, units;
   float* to;
@@ -110,25 +113,34 @@ struct Packing {
   }
 
   void along(int64_t panel) const {
+    // Of each line a few whole cache lines that follow each other: what is fetched with the first is read while it is there.
+    constexpr int64_t many = 32;
     int64_t unit = 0;
-    if (panel + width <= count)
+    if (panel + width <= count) {
+      for (; (unit + many) * U::depth <= depth; unit += many)
+        for (int64_t i = 0; i < width; i += 8)
+          for (int64_t next = 0; next < many; next += 8) square(panel, std::min(i, last), unit + next);
       for (; (unit + 8) * U::depth <= depth; unit += 8)
-        for (int64_t i = 0; i < width; i += 8) {
-          Square square;
-          for (int64_t j = 0; j < 8; ++j)
-            square.line[j] = i + j < width ? U::along(origin + (panel + i + j) * line + unit * U::depth)
-                                           : _mm256_setzero_si256();
-          square.transpose();
-          for (int64_t j = 0; j < 8; ++j) store_units(at(panel, unit + j) + i, square.line[j]);
-        }
+        for (int64_t i = 0; i < width; i += 8) square(panel, std::min(i, last), unit);
+    }
     for (; unit < units; ++unit) one_by_one(panel, unit);
+  }
+
+  void square(int64_t panel, int64_t i, int64_t unit) const {
+    Square square;
+    for (int64_t j = 0; j < 8; ++j)
+      square.line[j] =
+          i + j < width ? U::along(origin + (panel + i + j) * line + unit * U::depth) : _mm256_setzero_si256();
+    square.transpose();
+    for (int64_t j = 0; j < 8; ++j) store_units(at(panel, unit + j) + i, square.line[j]);
   }
 
   void across(int64_t panel, int64_t unit) const {
     const bool overruns = width < 8 && unit + 1 == units;
-    if (panel + (width + 7) / 8 * 8 > count || (unit + 1) * U::depth > depth || overruns) return one_by_one(panel, unit);
+    if (panel + last + 8 > count || (unit + 1) * U::depth > depth || overruns) return one_by_one(panel, unit);
     const T* p = origin + panel + unit * U::depth * deep;
-    for (int64_t i = 0; i < width; i += 8) store_units(at(panel, unit) + i, U::across(p + i, deep));
+    for (int64_t i = 0; i < width; i += 8)
+      store_units(at(panel, unit) + std::min(i, last), U::across(p + std::min(i, last), deep));
   }
 };
 
@@ -203,14 +215,15 @@ void multiply_block(const float* left, const float* right, int64_t units, float*
 template <class P>
 void product_tile(const Product& product, const Tile& tile, float* packed) {
   constexpr int64_t per_unit = P::paired ? 2 : 1, block = kBlockDepth * per_unit, step = per_unit * P::unit_step;
+  constexpr int64_t most = block_rows(P::rows);
   float* const left = packed;
   float* const right = packed + kBlockRows * kBlockDepth + 32;
   for (int64_t k = 0; k < product.depth; k += block) {
     const int64_t depth = product.depth - k < block ? product.depth - k : block;
     const int64_t units = (depth + step - 1) / step * P::unit_step;
     pack<P::paired, P::columns>(product.b, tile.column, tile.columns, k, depth, units, right);
-    for (int64_t row = 0; row < tile.rows; row += kBlockRows) {
-      const int64_t rows = tile.rows - row < kBlockRows ? tile.rows - row : kBlockRows;
+    for (int64_t row = 0; row < tile.rows; row += most) {
+      const int64_t rows = tile.rows - row < most ? tile.rows - row : most;
       P::pack_rows(product.a, tile.row + row, rows, k, depth, units, left);
       float* out = product.out + (tile.row + row) * product.out_stride + tile.column;
       multiply_block<P>(left, right, units, out, product.out_stride, rows, tile.columns, product.add || k > 0);
@@ -220,7 +233,7 @@ void product_tile(const Product& product, const Tile& tile, float* packed) {
 
 template <class P>
 constexpr ProductKernel product_of(const char* name) {
-  static_assert(kBlockRows % P::rows == 0 && kTileColumns % P::columns == 0 && kBlockDepth % P::unit_step == 0);
+  static_assert(kTileColumns % P::columns == 0 && kBlockDepth % P::unit_step == 0);
   return {name, P::rows, P::columns, product_tile<P>};
 }
 

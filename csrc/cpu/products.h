@@ -35,8 +35,11 @@ struct ProductKernel {
 
 // What a thread packs at a time: a block of a's rows stays in its second cache, and is read against all of the tile's
 // columns of b.
-constexpr int64_t kBlockRows = 192, kBlockDepth = 256, kTileRows = 3 * kBlockRows, kTileColumns = 512;
+constexpr int64_t kBlockRows = 196, kBlockDepth = 256, kTileBlocks = 3, kTileColumns = 512;
 constexpr int64_t kPackedFloats = (kBlockRows + kTileColumns) * kBlockDepth + 64;
+
+// Rows of a block for a kernel that makes `row_step` of them at a time.
+constexpr int64_t block_rows(int64_t row_step) { return kBlockRows / row_step * row_step; }
 
 #if defined(__x86_64__)
 extern const ProductKernel kAvx2Product, kAvx512Product;  // of float32 and bfloat16, which is widened

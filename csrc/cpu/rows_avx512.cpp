@@ -48,7 +48,7 @@ struct Avx512 {
 };
 
 struct Avx512Product : Avx512 {
-  static constexpr int64_t rows = 8, vectors = 2;
+  static constexpr int64_t rows = 14, vectors = 2;
   static constexpr bool paired = false;
   static F dot(F a, F b, F c) { return fma(a, b, c); }
 };

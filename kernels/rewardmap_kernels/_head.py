@@ -164,6 +164,7 @@ class Head:
         if need_weight and weight_grad is None:
             # One chunk: one product, rounded once. Several: float32 in between.
             dtype = self.dtype if len(self.chunks) <= 1 else wide
+            # Not by large pages: fresh ones are dear on virtual machines that hand free memory back to their host.
             self.d_weight = torch.empty(weight.shape, dtype=dtype, device=weight.device)
             if not self.chunks:
                 self.d_weight.zero_()
