@@ -82,6 +82,21 @@ class Event:
         _wait("event")
 
 
+class Device:
+    """``torch.cuda.device``: where Triton launches, which does not ask where the arguments are."""
+
+    entered = 0
+
+    def __init__(self, device: Any) -> None:
+        assert torch.device(device) == CUDA
+
+    def __enter__(self) -> None:
+        Device.entered += 1
+
+    def __exit__(self, *_: Any) -> None:
+        Device.entered -= 1
+
+
 WAITS: Counter[str] = Counter()
 """Where the host waited: ``file function (operator)`` -> how often."""
 _PACKAGES = tuple(str(Path(package.__file__ or "").parent) for package in (rewardmap, rewardmap_kernels))
@@ -92,6 +107,7 @@ _FAKED: dict[str, Any] = {
     "_lazy_init": lambda: None,
     "current_device": lambda: 0,
     "current_stream": lambda device=None: _STREAM,
+    "device": Device,
     "device_count": lambda: 1,
     "empty_cache": lambda: None,
     "get_device_capability": lambda device=None: (9, 0),
@@ -122,6 +138,8 @@ def emulated() -> Iterator[Counter[str]]:
         return value if device is None else value.to(device)
 
     def launch(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        there = any(isinstance(arg, EmulatedTensor) for arg in args)
+        assert Device.entered or not there, "this kernel would run on the current GPU, not on that of its tensors"
         args, kwargs = tree_map(_bare, (args, kwargs))
         return plain_launch(kernel, *args, **kwargs)
 

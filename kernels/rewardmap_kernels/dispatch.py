@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -104,6 +104,11 @@ def _say(operation: str, name: Implementation, reasons: dict[Implementation, str
     if line not in _said:
         _said.add(line)
         _LOGGER.info(line)
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Where to launch a Triton kernel: it goes to the current device, whatever its arguments' is."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
 
 
 def launched(operation: str, kernel: str) -> None:

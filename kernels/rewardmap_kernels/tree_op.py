@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import tree_kernels
-from .dispatch import last_path, launched
+from .dispatch import last_path, launched, on_device_of
 
 HEAD_DIMS = (16, 128)
 """Smallest and largest head dimension the kernels take."""
@@ -102,11 +102,12 @@ def tree_attention_forward(
     out, lse = _heads_inside(q), q.new_empty(heads, total, dtype=torch.float32)
     blocks = plan_of(q).forward
     _note("tree_forward_kernel")
-    tree_kernels.tree_forward_kernel[heads, rows.shape[0]](
-        q, k, v, out, lse, ends, rows, keys, *_strides(q, k, v, out), total, heads // k.shape[1],
-        scale * math.log2(math.e), HEAD_DIM=dim, BLOCK_D=padded(dim), BLOCK_M=blocks.m, BLOCK_N=blocks.n,
-        num_warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
+    with on_device_of(q):
+        tree_kernels.tree_forward_kernel[heads, rows.shape[0]](
+            q, k, v, out, lse, ends, rows, keys, *_strides(q, k, v, out), total, heads // k.shape[1],
+            scale * math.log2(math.e), HEAD_DIM=dim, BLOCK_D=padded(dim), BLOCK_M=blocks.m, BLOCK_N=blocks.n,
+            num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
     return out, lse
 
 
@@ -129,21 +130,23 @@ def tree_attention_backward(
     constants = {"HEAD_DIM": dim, "BLOCK_D": padded(dim)}
     delta, dq = torch.empty_like(lse), _heads_inside(q)
     _note("tree_dq_kernel")
-    tree_kernels.tree_dq_kernel[heads, rows.shape[0]](
-        q, k, v, out, dout, lse, delta, dq, ends, rows, keys, *_strides(q, k, v, out, dout, dq), total, group,
-        scale * math.log2(math.e), scale, **constants, BLOCK_M=passes.dq.m, BLOCK_N=passes.dq.n,
-        num_warps=passes.dq.warps, num_stages=passes.dq.stages,
-    )  # fmt: skip
+    with on_device_of(q):
+        tree_kernels.tree_dq_kernel[heads, rows.shape[0]](
+            q, k, v, out, dout, lse, delta, dq, ends, rows, keys, *_strides(q, k, v, out, dout, dq), total, group,
+            scale * math.log2(math.e), scale, **constants, BLOCK_M=passes.dq.m, BLOCK_N=passes.dq.n,
+            num_warps=passes.dq.warps, num_stages=passes.dq.stages,
+        )  # fmt: skip
     parts = head_parts(group, kv_heads * columns.shape[0])
     dtype = k.dtype if parts == 1 else torch.float32
     shape = (parts, total, kv_heads, dim)
     dk, dv = (torch.empty(shape, dtype=dtype, device=k.device).transpose(1, 2) for _ in range(2))
     _note("tree_dkv_kernel")
-    tree_kernels.tree_dkv_kernel[kv_heads * parts, columns.shape[0]](
-        q, k, v, dout, lse, delta, dk, dv, ends, columns, *_strides(q, k, v, dout), dk.stride(0), *_strides(dk), total,
-        group, parts, scale * math.log2(math.e), scale, **constants, BLOCK_M=passes.dkv.m, BLOCK_N=passes.dkv.n,
-        num_warps=passes.dkv.warps, num_stages=passes.dkv.stages,
-    )  # fmt: skip
+    with on_device_of(q):
+        tree_kernels.tree_dkv_kernel[kv_heads * parts, columns.shape[0]](
+            q, k, v, dout, lse, delta, dk, dv, ends, columns, *_strides(q, k, v, dout), dk.stride(0), *_strides(dk),
+            total, group, parts, scale * math.log2(math.e), scale, **constants, BLOCK_M=passes.dkv.m,
+            BLOCK_N=passes.dkv.n, num_warps=passes.dkv.warps, num_stages=passes.dkv.stages,
+        )  # fmt: skip
     if parts > 1:
         dk, dv = (sums.sum(0, keepdim=True).to(k.dtype) for sums in (dk, dv))
     return dq, dk, dv

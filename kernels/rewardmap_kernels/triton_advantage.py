@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import launched
+from .dispatch import launched, on_device_of
 
 GROUP_BLOCK = 32
 BATCH_BLOCK = 512
@@ -206,15 +206,16 @@ def evaluate(
     degenerate = torch.empty(groups, dtype=torch.int8, device=device)
     by_token = None if token_offsets is None else torch.empty(tokens, dtype=torch.float32, device=device)
     launched("group_advantage", "group_advantage_kernel")
-    if groups:
-        group_advantage_kernel[(groups,)](
-            rewards.contiguous(), advantages if parts is None else parts.contiguous(),
-            advantages if weights is None else weights.contiguous(), offsets.contiguous(),
-            offsets if token_offsets is None else token_offsets.contiguous(), advantages,
-            advantages if by_token is None else by_token, mean, std, degenerate, rewards.shape[0], groups, tokens, ddof,
-            eps, SCALE=scale, BASELINE=baseline, EPS_INSIDE=eps_inside, HAS_WEIGHTS=weights is not None,
-            COMPONENTS=0 if parts is None else parts.shape[0], EACH=each, DROP=drop,
-            HAS_TOKENS=token_offsets is not None, BLOCK=GROUP_BLOCK, BATCH=BATCH_BLOCK, TOKENS=TOKEN_BLOCK,
-            num_warps=1,
-        )  # fmt: skip
+    with on_device_of(rewards):
+        if groups:
+            group_advantage_kernel[(groups,)](
+                rewards.contiguous(), advantages if parts is None else parts.contiguous(),
+                advantages if weights is None else weights.contiguous(), offsets.contiguous(),
+                offsets if token_offsets is None else token_offsets.contiguous(), advantages,
+                advantages if by_token is None else by_token, mean, std, degenerate, rewards.shape[0], groups, tokens,
+                ddof, eps, SCALE=scale, BASELINE=baseline, EPS_INSIDE=eps_inside, HAS_WEIGHTS=weights is not None,
+                COMPONENTS=0 if parts is None else parts.shape[0], EACH=each, DROP=drop,
+                HAS_TOKENS=token_offsets is not None, BLOCK=GROUP_BLOCK, BATCH=BATCH_BLOCK, TOKENS=TOKEN_BLOCK,
+                num_warps=1,
+            )  # fmt: skip
     return advantages, mean, std, degenerate.view(torch.bool), by_token

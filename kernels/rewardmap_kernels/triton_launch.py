@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -12,7 +14,7 @@ from torch import Tensor
 from . import native_cuda
 from . import triton_rows as kernels
 from ._checks import number_on
-from .dispatch import launched
+from .dispatch import launched, on_device_of
 from .policy_loss import CLIPPED, PolicyObjective
 from .torch_rows import PRODUCT, Exponentials, FusedRows, RowStatistics, empty_matrix, over
 
@@ -30,6 +32,21 @@ __all__ = [
     "NATS_PER_UNIT", "PRODUCT", "PRODUCTS_ON_CPU", "empty_matrix", "exponentials", "fused", "gradient", "scale_",
     "statistics",
 ]  # fmt: skip
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _there(launch: Callable[Concatenate[str, Tensor, P], R]) -> Callable[Concatenate[str, Tensor, P], R]:
+    """``launch`` on its tensor's device."""
+
+    @functools.wraps(launch)
+    def launch_there(operation: str, tensor: Tensor, *args: P.args, **kwargs: P.kwargs) -> R:
+        with on_device_of(tensor):
+            return launch(operation, tensor, *args, **kwargs)
+
+    return launch_there
 
 
 def _block(config: tuple[int, int], columns: int) -> dict[str, int]:
@@ -51,6 +68,7 @@ def _one(scale: Tensor | None, like: Tensor) -> Tensor:
     return torch.ones((), dtype=torch.float32, device=like.device) if scale is None else scale
 
 
+@_there
 def statistics(
     operation: str, logits: Tensor, targets: Tensor, temperature: Tensor | float, keep: Tensor | None
 ) -> RowStatistics:
@@ -70,6 +88,7 @@ def statistics(
     return RowStatistics(lse2, logprobs, entropy)
 
 
+@_there
 def gradient(
     operation: str, logits: Tensor, targets: Tensor, temperature: Tensor | float, rows: RowStatistics,
     d_logprob: Tensor, d_entropy: Tensor, scale: Tensor | None, dtype: torch.dtype, in_place: bool,
@@ -91,6 +110,7 @@ def gradient(
     return out
 
 
+@_there
 def exponentials(
     operation: str, logits: Tensor, targets: Tensor, temperature: Tensor | float, keep: Tensor | None,
     dtype: torch.dtype, out: Tensor | None,
@@ -112,6 +132,7 @@ def exponentials(
     return Exponentials(RowStatistics(lse2, logprobs, entropy), total, into)
 
 
+@_there
 def fused(
     operation: str, logits: Tensor, targets: Tensor, temperature: Tensor | float, keep: Tensor | None,
     inputs: dict[str, Any], scale: Tensor | None, in_place: bool,
@@ -150,6 +171,7 @@ def fused(
     return FusedRows(logprobs, entropy, d_logprob, out)
 
 
+@_there
 def scale_(operation: str, values: Tensor, scale: Tensor) -> Tensor:
     """values [N, V] *= scale (0-d) in place; costs no pass when the scale is 1."""
     n, columns = values.shape
