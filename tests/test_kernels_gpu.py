@@ -254,3 +254,20 @@ def test_other_streams_and_lengths_never_compile_again() -> None:
         torch.cuda.synchronize()
         counts.append(entries())
     assert counts[0] >= 1 and counts == counts[:1] * len(counts)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_kernels_run_where_their_tensors_are() -> None:
+    """Triton launches on the current device, which is the first one here."""
+    hidden, weight, targets, rows = problem(300, 1031, 128)
+    results = []
+    for device in ("cuda:0", "cuda:1"):
+        h, w = (t.detach().to(device).requires_grad_() for t in (hidden, weight))
+        there = {k: t.to(device) for k, t in rows.items()}
+        head = linear_policy_loss(h, w, targets.to(device), objective=DAPO, **there)
+        gradients = torch.autograd.grad(head.loss, (h, w))
+        pair = linear_logprobs(h.detach(), w.detach(), targets.to(device))
+        made = group_advantage(torch.arange(16.0, device=device), torch.arange(0, 17, 8, device=device)).advantages
+        results.append([t.detach().cpu() for t in (head.loss, *gradients, *pair, made)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
