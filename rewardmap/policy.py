@@ -286,7 +286,8 @@ def load_policy(source: str | Path, config: PolicyConfig) -> Policy:
     model.to(pick_device(config))
     tokenizer = AutoTokenizer.from_pretrained(source)
     pixels = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(source, size=pixels)
+    # Published processors name the older pair too, which would go before ``size``.
+    image_processor = Qwen2VLImageProcessorPil.from_pretrained(source, size=pixels, min_pixels=None, max_pixels=None)
     return assemble(model, tokenizer, image_processor, config.freeze_vision, config.image_cache_bytes)
 
 
