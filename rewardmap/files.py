@@ -1,11 +1,23 @@
-"""Writing files so that a kill or a full disk leaves the old file or none, never half of a new one."""
+"""Writing files so that a kill or a full disk leaves the old file or none, never half of a new one. Pictures."""
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from PIL import Image
+
+# Pillow's own limit (178 million pixels) is below the largest released map. A data set's pictures are held to that of
+# its loader. Pillow's is one for all threads, so that it cannot be lifted for one picture.
+Image.MAX_IMAGE_PIXELS = None
+
+
+def open_picture(source: str | Path | bytes) -> Image.Image:
+    """A path's or encoded bytes' picture, of any size; not decoded yet. Raises OSError."""
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
 @contextmanager

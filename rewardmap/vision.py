@@ -8,7 +8,6 @@ shows in, and by a checksum over all of the tower's weights.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import threading
 from collections import OrderedDict
@@ -20,6 +19,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from PIL import Image
 
+from rewardmap.files import open_picture
 from rewardmap.types import DataError
 
 Tensor = torch.Tensor
@@ -193,9 +193,9 @@ def checksum(module: torch.nn.Module) -> tuple[int, ...]:
 def read_image(source: str | bytes) -> Image.Image:
     """A picture as RGB, from a path or encoded bytes. Raises DataError."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as picture:
+        with open_picture(source) as picture:
             return picture.convert("RGB")
-    except (OSError, Image.DecompressionBombError) as error:
+    except OSError as error:
         name = "picture given as bytes" if isinstance(source, bytes) else source
         raise DataError(f"{name}: cannot be read as an image ({error})") from None
 

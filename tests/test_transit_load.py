@@ -14,7 +14,9 @@ import datasets
 import pytest
 from PIL import Image
 
+from rewardmap.files import open_picture
 from rewardmap.transit import gold_response, load_dataset
+from rewardmap.transit.draw import encode_png
 from rewardmap.transit.questions import question_text
 from rewardmap.transit.reasonmap import DATA_FOLDER, write_rows
 from rewardmap.types import DataError
@@ -320,3 +322,9 @@ def test_real_cities_become_problems(tmp_path: Path) -> None:
     assert len(data.networks["norway/oslo"]) == 5
     with Image.open(str(data.problems[0].image)) as picture:
         assert picture.size == (1682, 1551)
+
+
+def test_a_picture_larger_than_pillow_allows_is_opened():
+    """Kuala Lumpur's map is 14,032 x 19,843."""
+    with open_picture(encode_png(Image.new("1", (14_032, 19_843)))) as picture:
+        assert picture.size == (14_032, 19_843)

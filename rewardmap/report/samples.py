@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from rewardmap.evaluate import GROUPS, Evaluation, Record
-from rewardmap.files import replacing
+from rewardmap.files import open_picture, replacing
 from rewardmap.types import Problem
 
 INK, MUTED, PAPER, CARD, RULE = "#1c2430", "#6b7482", "#eceff3", "#ffffff", "#d9dee5"
@@ -172,7 +171,7 @@ def _sheet(cards: Sequence[_Card]) -> Image.Image:
 
 def _fit(source: str | bytes) -> Image.Image:
     """The map within MAP x MAP pixels, on white where it is transparent."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+    with open_picture(source) as opened:
         picture = opened.convert("RGBA")
     scale = MAP / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))

@@ -5,15 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from rewardmap.files import open_picture
 from rewardmap.types import DataError, MetroData
 
 _LONGEST_PATH = 1024
@@ -62,8 +58,7 @@ class Assets:
         name = f"the {len(encoded)} bytes of the picture" if encoded is not None else repr(key)
         path = self._inside(key) if encoded is None else None
         try:
-            source = path if path is not None else io.BytesIO(encoded or b"")
-            with _no_bomb_check(), Image.open(source) as picture:
+            with open_picture(path if path is not None else encoded or b"") as picture:
                 pixels = picture.width * picture.height
                 if pixels > self._max_pixels:
                     raise DataError(
@@ -145,13 +140,3 @@ def check_metro_data(source: Any, name: str) -> MetroData:
         if len(stops) < 2:
             raise DataError(f"{name}: line {line!r} has {len(stops)} stop(s), at least 2 are needed")
     return network
-
-
-@contextmanager
-def _no_bomb_check() -> Iterator[None]:
-    """Pillow's own limit (178 million pixels) is below the largest released map; ours is checked instead."""
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
