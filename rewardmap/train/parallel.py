@@ -9,7 +9,7 @@ its feature cache alone. One that trains is one unit, gathered once for the step
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
@@ -127,7 +127,7 @@ def shard_policy(policy: Policy, parallel: ParallelConfig, ranks: Ranks, device:
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     policy.compute_device = device
-    policy.whole_weights = partial(_whole_weights, model)
+    policy.whole_weights = partial(_whole_weights, model, {model, tower})
     return model.packed_hidden  # type: ignore[no-any-return]
 
 
@@ -164,8 +164,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _whole_weights(model: nn.Module) -> Iterator[None]:
-    """All weights whole on every rank, in the compute dtype, so that ranks may call the model at their own pace."""
+def _whole_weights(model: nn.Module, staying: Collection[nn.Module]) -> Iterator[None]:
+    """All weights whole on every rank, in the compute dtype, so that ranks may call the model at their own pace.
+    ``staying``: the modules that stay whole after their forward pass in training too."""
     modules = _sharded_modules(model)
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
@@ -175,7 +176,7 @@ def _whole_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for module in modules:
             module.reshard()
-            module.set_reshard_after_forward(module is not model, recurse=False)
+            module.set_reshard_after_forward(module not in staying, recurse=False)
 
 
 def _sharded_modules(model: nn.Module) -> list[FSDPModule]:
