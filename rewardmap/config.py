@@ -133,6 +133,8 @@ class RolloutConfig:
     max_new_tokens: int = 512
     batch_sequences: int = 256
     """Answers decoded side by side by the local engine."""
+    batch_tokens: int = 131_072
+    """Tokens of these answers' prompts, padding included; where they are more, fewer answers are decoded at a time."""
     importance_correction: Literal["none", "truncate", "mask"] = "none"
     """Weighs each token by its probability at the trainer over that at the engine: ``truncate`` caps the weight at
     ``importance_max``, ``mask`` leaves tokens above it out. For engines whose numerics are not the trainer's."""

@@ -1,6 +1,8 @@
 """The local engine samples what the model says, records the log-probabilities it sampled with, and repeats itself by
 seed."""
 
+import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from rewardmap.config import PolicyConfig
 from rewardmap.policy import load_policy, mrope_positions
 from rewardmap.rollout.engine import RolloutEngine
 from rewardmap.rollout.local import LocalEngine, sample
 from rewardmap.tiny import WARM_START
-from rewardmap.transit.draw import draw_map
+from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.generate import generate_network
 from rewardmap.transit.questions import Balance, make_questions
 from rewardmap.types import DataError, Problem, SamplingParams
@@ -98,6 +101,38 @@ def test_greedy_is_the_argmax(policy, problems):
         logprobs[:, list(policy.banned_token_ids)] = -torch.inf
         chosen = logprobs.gather(-1, torch.tensor(rollout.token_ids)[:, None]).squeeze(1)
         assert (logprobs.max(-1).values - chosen).max() < 1e-4
+
+
+def test_prompts_that_are_many_tokens_decode_in_smaller_batches(policy, problems, monkeypatch):
+    greedy = SamplingParams(temperature=0, max_new_tokens=24)
+    whole = LocalEngine(policy, 512).generate(problems, 2, greedy)
+    longest = max(len(group.prompt_token_ids) for group in whole)
+    sizes, prefill = [], LocalEngine._prefill
+
+    def noted(self, asked, prompts, group_size):
+        sizes.append((len(asked), group_size * max(len(prompt.token_ids) for prompt in prompts)))
+        return prefill(self, asked, prompts, group_size)
+
+    monkeypatch.setattr(LocalEngine, "_prefill", noted)
+    limit = 7 * longest
+    parts = LocalEngine(policy, 512, batch_tokens=limit).generate(problems, 2, greedy)
+    assert [[r.token_ids for r in g.rollouts] for g in parts] == [[r.token_ids for r in g.rollouts] for g in whole]
+    assert sum(count for count, _ in sizes) == len(problems) and len(sizes) < len(problems) / 2
+    assert all(count * tokens <= limit for count, tokens in sizes)
+    sizes.clear()
+    LocalEngine(policy, 512, batch_tokens=1).generate(problems[:3], 2, greedy)
+    assert [count for count, _ in sizes] == [1, 1, 1]
+
+
+def test_limits_of_a_published_processor_give_way_to_the_configuration_s(tmp_path):
+    shutil.copytree(WARM_START, tmp_path / "model")
+    [named] = [p for p in (tmp_path / "model").glob("*processor*.json") if "size" in json.loads(p.read_text())]
+    published = json.loads(named.read_text()) | {"min_pixels": 3136, "max_pixels": 12_845_056}
+    named.write_text(json.dumps({key: value for key, value in published.items() if key != "size"}))
+    loaded = load_policy(str(tmp_path / "model"), PolicyConfig(min_pixels=3136, max_pixels=100_000))
+    _, rows, columns = loaded.image(encode_png(Image.new("RGB", (1000, 1000)))).grid_thw
+    patch = loaded.image_processor.patch_size
+    assert 80_000 < rows * columns * patch * patch <= 100_000
 
 
 def test_same_seed_same_answers(policy, problems):

@@ -6,7 +6,7 @@ leave the batch, and log-probabilities are recorded as each token is sampled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -22,9 +22,14 @@ Tensor = torch.Tensor
 class LocalEngine:
     """``RolloutEngine`` on the trainer's own model: weights are always the current ones."""
 
-    def __init__(self, policy: Policy, batch_sequences: int) -> None:
+    def __init__(self, policy: Policy, batch_sequences: int, batch_tokens: int = 131_072) -> None:
+        """
+        Args:
+            batch_sequences: answers that decode side by side, at most.
+            batch_tokens: of all these answers' prompts, padding included, at most; one group's may be more.
+        """
         self._policy = policy
-        self._batch_sequences = batch_sequences
+        self._batch_sequences, self._batch_tokens = batch_sequences, batch_tokens
         self._version = 0
 
     def update_weights(self, version: int) -> None:
@@ -55,10 +60,8 @@ class LocalEngine:
         generator = torch.Generator(self._policy.device).manual_seed(sampling.seed)
         # Similar prompt lengths side by side: less padding.
         order = sorted(range(len(problems)), key=lambda index: len(prompts[index].token_ids))
-        per_batch = max(1, self._batch_sequences // group_size)
         groups: list[RolloutGroup | None] = [None] * len(problems)
-        for start in range(0, len(order), per_batch):
-            chosen = order[start : start + per_batch]
+        for chosen in self._batches(order, [len(prompt.token_ids) for prompt in prompts], group_size):
             batch = self._generate_batch(
                 [problems[index] for index in chosen],
                 [prompts[index] for index in chosen],
@@ -71,6 +74,18 @@ class LocalEngine:
                 if on_group is not None:
                     on_group(index, group)
         return [group for group in groups if group is not None]
+
+    def _batches(self, order: Sequence[int], lengths: Sequence[int], group_size: int) -> Iterator[list[int]]:
+        """Runs of ``order``, by rising length, each within both limits."""
+        batch: list[int] = []
+        for index in order:
+            answers = (len(batch) + 1) * group_size
+            if batch and (answers > self._batch_sequences or answers * lengths[index] > self._batch_tokens):
+                yield batch
+                batch = []
+            batch.append(index)
+        if batch:
+            yield batch
 
     def _generate_batch(
         self,

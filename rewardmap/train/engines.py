@@ -42,7 +42,7 @@ def make_engine(
         OtherRankError: either of them, on another rank.
     """
     if config.rollout.engine == "local":
-        engine = LocalEngine(policy, config.rollout.batch_sequences)
+        engine = LocalEngine(policy, config.rollout.batch_sequences, config.rollout.batch_tokens)
         return engine if forward is None else SharedRollouts(engine, ranks, policy.whole_weights)
     need_client()
     from rewardmap.rollout.sglang_adapters import Adapters
