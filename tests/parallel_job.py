@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
+from rewardmap import policy as policy_module
 from rewardmap.config import Config, ParallelConfig, PolicyConfig, RolloutConfig, StageConfig, TrainConfig
 from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
@@ -33,6 +35,7 @@ from rewardmap.policy import Policy
 from rewardmap.rollout.engine import OnGroup
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import build_tiny
+from rewardmap.train import checkpoint as checkpointing
 from rewardmap.train import run
 from rewardmap.train.ahead import OneStepOff
 from rewardmap.train.checkpoint import Checkpoints, find_damage, list_checkpoints, load_training_state
@@ -189,7 +192,9 @@ def run_variant(folder: Path, name: str, ranks: Ranks) -> None:
 
 
 def run_sampling(folder: Path, ranks: Ranks) -> None:
-    """Answers sampled by the ranks themselves, on sharded weights; the last step has one question only."""
+    """Answers sampled by the ranks themselves, on sharded weights; the last step has one question only. The trained
+    tower runs once a map, and ranks hold different numbers of maps."""
+    policy_module.PATCHES_AT_ONCE = 1  # in this process, which ends with its job
     trainer = make_trainer({"policy": {"freeze_vision": False}, "train": {"entropy_coef": 0.01}}, ranks)
     policy = trainer.policy
     trainer.engine = SharedRollouts(LocalEngine(policy, 8), ranks, policy.whole_weights)
@@ -226,6 +231,9 @@ def run_checkpoint(folder: Path, ranks: Ranks) -> None:
         found = moments(trainer)
         assert expected.keys() == found.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
     trainer.train_step()
+    if ranks.size == 2:  # slow storage: what one rank does alone takes longer than the others would wait for a message
+        ranks, seal = replace(ranks, timeout_seconds=10.0), checkpointing._seal
+        checkpointing._seal = lambda folder: seal(folder) if time.sleep(14) is None else None
     with Checkpoints(place, keep=9, ranks=ranks) as checkpoints:
         checkpoints.save(len(present) + 1, policy, optimizer, {"jobs": len(present) + 1})
     state = get_model_state_dict(policy.model, options=StateDictOptions(full_state_dict=True))

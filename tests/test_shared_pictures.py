@@ -116,7 +116,8 @@ def test_what_was_opened_longest_ago_makes_room(tmp_path):
 
 def test_a_picture_that_does_not_fit_stays_with_its_rank(tmp_path):
     large = picture(1.0, 16 * PATCHES)
-    assert SharedPictures(tmp_path, 2 * SIZE).keep("a", lambda: large) is large
+    with pytest.warns(UserWarning, match=r"No space left on device; each rank keeps.*--shm-size"):
+        assert SharedPictures(tmp_path, 2 * SIZE).keep("a", lambda: large) is large
     assert not list(tmp_path.glob("*.pixels"))
 
 

@@ -398,6 +398,18 @@ def test_a_folder_that_is_not_there(console, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_error_after_the_start_leaves_what_was_there(console, tmp_path, monkeypatch):
+    def broken(job):
+        raise DataError("map 7 cannot be read")
+
+    monkeypatch.setattr(run, "_train_loop", broken)
+    with pytest.raises(DataError, match="map 7"):
+        run.train(load_config("tiny", SMALL), tmp_path / "run", console=console)
+    assert (tmp_path / "run" / "config.toml").is_file()
+    monkeypatch.undo()
+    assert (run.resume(tmp_path / "run", console=console) / "report.json").is_file()
+
+
 def test_a_new_tiny_model_is_where_and_in_what_was_asked_for(monkeypatch):
     monkeypatch.setattr(start, "pick_device", lambda settings: torch.device("meta"))  # stands for a GPU
     policy = start.initial_policy(Config(policy=PolicyConfig(model="tiny", dtype="bfloat16")))

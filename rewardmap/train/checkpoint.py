@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from rewardmap.policy import Policy
+from rewardmap.train.background import current_device
 from rewardmap.train.lora import has_adapters, merged_state
-from rewardmap.train.ranks import ALONE, Ranks
+from rewardmap.train.ranks import ALONE, OtherRankError, Ranks
 from rewardmap.types import DataError
 
 Tensor = torch.Tensor
@@ -50,10 +51,9 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, keep_best: int = 0, ranks: Ranks = ALONE) -> None:
         self._folder, self._keep, self._keep_best, self._ranks = folder, keep, keep_best, ranks
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", current_device())
         self._writing: Future[None] | None = None
-        # The writer's collectives must not meet the trainer's.
-        self._group = ranks.apart().group
+        self._writers = ranks.apart()  # their collectives must not meet the trainer's
         if ranks.is_first:
             for left in folder.glob(f".{_PREFIX}*"):
                 shutil.rmtree(left)  # of a run killed while it wrote
@@ -110,12 +110,12 @@ class Checkpoints:
         temporary = self._folder / f".{final.name}"
         failure: BaseException | None = None
         try:
-            if self._ranks.is_first:
-                (temporary / _TRAINING).mkdir(parents=True)
-            self._meet()
+            self._writers.first(lambda: (temporary / _TRAINING).mkdir(parents=True))
             writer = HuggingFaceStorageWriter(str(temporary / _TRAINING), save_distributed=True)
-            dcp.save(shards, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-            if self._ranks.is_first:
+            group = self._writers.group
+            dcp.save(shards, storage_writer=writer, process_group=group, no_dist=group is None)
+
+            def complete() -> None:
                 policy.save(temporary, weights)
                 (temporary / _STATE).write_text(state, encoding="utf-8")
                 _seal(temporary)
@@ -124,11 +124,15 @@ class Checkpoints:
                 os.rename(temporary, final)
                 _sync(self._folder)
                 self._remove_old()
+
+            self._writers.first(complete)
+        except OtherRankError:
+            pass  # which says itself below that it failed
         except (OSError, SafetensorError, CheckpointException) as error:
             failure = error
         if self._ranks.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
-        if self._meet(failed=failure is not None):
+        if self._writers.any(failure is not None):
             if isinstance(failure, CheckpointException) and failure.failures:
                 failure = next(iter(failure.failures.values()))[0]  # what a rank met, without its traceback
             code = getattr(failure, "errno", None) or errno.EIO
@@ -136,14 +140,6 @@ class Checkpoints:
             full = any(sign in str(reason) for sign in ("No space left", "quota exceeded"))
             remedy = "free space and resume" if full else "mend that and resume"
             raise OSError(code, f"the checkpoint could not be written ({reason}); {remedy}", str(final)) from failure
-
-    def _meet(self, failed: bool = False) -> bool:
-        """Whether it failed on any rank."""
-        if self._group is None:
-            return failed
-        flag = torch.tensor([float(failed)])
-        dist.all_reduce(flag, group=self._group)
-        return bool(flag > 0)
 
     def _remove_old(self) -> None:
         present = list_checkpoints(self._folder)
@@ -186,14 +182,12 @@ def find_damage(checkpoint: Path) -> str | None:
         sums: dict[str, str] = json.loads((checkpoint / _SUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{_SUMS} cannot be read ({error})"
-    for name, expected in sums.items():
-        try:
-            found = _digest(checkpoint / name)
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if found != expected:
-            return f"{name} does not match its checksum"
-    return None
+    try:
+        found = _digests(checkpoint, sums)
+    except OSError as error:
+        return f"{Path(error.filename).relative_to(checkpoint)} cannot be read ({error.strerror})"
+    odd = [name for name in sums if found[name] != sums[name]]
+    return f"{odd[0]} does not match its checksum" if odd else None
 
 
 def load_training_state(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -254,15 +248,21 @@ def _seal(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         _sync(path)
-    sums = {str(path.relative_to(folder)): _digest(path) for path in files}
+    sums = _digests(folder, [str(path.relative_to(folder)) for path in files])
     (folder / _SUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
     for path in (folder / _SUMS, folder / _TRAINING, folder):
         _sync(path)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def _digests(folder: Path, names: Collection[str]) -> dict[str, str]:
+    """Checksums by name. Files are read side by side: a large model's take one reader minutes."""
+
+    def digest(name: str) -> str:
+        with (folder / name).open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+    with ThreadPoolExecutor(8) as readers:
+        return dict(zip(names, readers.map(digest, names), strict=True))
 
 
 def _sync(path: Path) -> None:

@@ -117,20 +117,12 @@ class Ranks:
                 raise OtherRankError(f"stopped with rank {rank}: {text}")
 
     def first(self, work: Callable[[], T]) -> T:
-        """``work()`` on rank 0 while the others wait; its JSON value on every rank.
+        """``work()`` on rank 0 while the others wait, ``patiently``; its JSON value on every rank.
 
         Raises:
             What ``work`` raises on rank 0, OtherRankError elsewhere.
         """
-        if self.size == 1:
-            return work()
-        value, error = None, None
-        if self.is_first:
-            try:
-                value = work()
-            except Exception as caught:
-                error = caught
-        self.agree(error)
+        value = self.patiently(lambda: work() if self.is_first else None)
         return self.gather(value)[0]  # type: ignore[no-any-return]
 
     def patiently(self, work: Callable[[], T], at_each_beat: Callable[[], None] = lambda: None) -> T:

@@ -47,12 +47,7 @@ def train(config: Config, run_dir: Path, *, console: Console) -> Path:
         if restarted() and (run_dir / "config.toml").exists():
             return _run(load_config(run_dir / "config.toml"), run_dir, ranks, console)
         ranks.first(lambda: begin_folder(config, run_dir))
-        try:
-            return _run(config, run_dir, ranks, console)
-        except (ConfigError, DataError):
-            if ranks.is_first and not (run_dir / CHECKPOINTS).exists():
-                shutil.rmtree(run_dir, ignore_errors=True)  # nothing of a run that could not begin stays behind
-            raise
+        return _run(config, run_dir, ranks, console, new=True)
 
 
 def resume(run_dir: Path, *, console: Console) -> Path:
@@ -64,12 +59,17 @@ def resume(run_dir: Path, *, console: Console) -> Path:
         return _run(config, run_dir, ranks, console)
 
 
-def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console) -> Path:
-    """From where the newest intact checkpoint left it to the report."""
+def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console, new: bool = False) -> Path:
+    """From where the newest intact checkpoint left it to the report. ``new``: the folder was made for this run."""
     if not ranks.is_first:
         console = Console(quiet=True)
     with share_pictures(ranks, config.policy.image_cache_bytes) as pictures:
-        trainer, examiner, itself = set_up(config, run_dir, console, ranks, pictures)
+        try:
+            trainer, examiner, itself = set_up(config, run_dir, console, ranks, pictures)
+        except (ConfigError, DataError):
+            if new and ranks.is_first:
+                shutil.rmtree(run_dir, ignore_errors=True)  # nothing of a run that could not begin stays behind
+            raise
         _train_and_close(trainer, examiner, itself, run_dir, ranks, console)
     console.print(f"run folder: {run_dir}", highlight=False)
     return run_dir

@@ -6,6 +6,7 @@ lock, which a killed process cannot keep: what a job left behind, the next one o
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -74,6 +75,7 @@ class SharedPictures:
         """None where it does not fit."""
         size = _HEADER + image.pixel_values.nbytes
         if size > self.limit:
+            self._say(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
             return None
         described = {
             "shape": list(image.pixel_values.shape),
