@@ -339,6 +339,21 @@ def test_group_advantage(scale: str, baseline: str) -> None:
     assert got.advantages[:5].isnan().any() and not got.degenerate[0]
 
 
+def test_group_advantage_is_one_node_of_a_compiled_graph() -> None:
+    from rewardmap_kernels import triton_advantage
+
+    rewards, offsets, tokens = torch.rand(12), torch.tensor([0, 8, 12]), torch.arange(13) * 3
+    inputs = (rewards, offsets, "group", 1, 1e-6, False, "mean", torch.rand(12), None, False, False, tokens, 36)
+    expected = triton_advantage._evaluate(*inputs)
+    compiled = torch.compile(lambda *given: triton_advantage.evaluate(*given), backend="aot_eager", fullgraph=True)
+    for given, wanted in ((inputs, expected), ((*inputs[:-2], None, 0), (*expected[:-1], None))):
+        got = compiled(*given)
+        assert all(torch.equal(a, b) for a, b in zip(got[:-1], wanted[:-1], strict=True))
+        assert got[-1] is None if wanted[-1] is None else torch.equal(got[-1], wanted[-1])
+        torch.library.opcheck(torch.ops.rewardmap_kernels.group_advantage, given)
+    assert last_path("group_advantage") == ("triton", ("group_advantage_kernel",))
+
+
 @pytest.mark.parametrize("combine", ["sum_then_normalize", "normalize_then_sum"])
 def test_group_advantage_of_components_dropped_groups_and_tokens(combine: str) -> None:
     g = torch.Generator().manual_seed(3)

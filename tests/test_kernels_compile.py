@@ -100,3 +100,27 @@ def test_checkpointing_recomputes_the_same() -> None:
         else:
             got = torch.autograd.grad(loss, (hidden, weight))
         torch.testing.assert_close(got, expected)
+
+
+def test_a_gradient_added_by_the_forward_is_not_added_twice_by_checkpointing() -> None:
+    hidden, weight, targets, rows = problem(20)
+
+    def head(x: Tensor, into: Tensor) -> Tensor:
+        return linear_policy_loss(x, weight, targets, objective=DAPO, weight_grad=into, **rows).loss
+
+    plain, buffer = torch.zeros(V, H), torch.zeros(V, H)
+    head(hidden, plain).backward()
+    with pytest.raises(ValueError, match=r"weight_grad.*twice.*call the head outside"):
+        checkpoint(lambda x: head(x, buffer), hidden, use_reentrant=False)
+    assert not buffer.any()
+    checkpoint(lambda x: head(x, buffer), hidden, use_reentrant=True).backward()  # its first pass makes no gradients
+    torch.testing.assert_close(buffer, plain)
+
+
+def test_gradients_are_handed_over_once_whatever_saves_them() -> None:
+    hidden, weight, targets, rows = problem(20)
+    with torch.autograd.graph.save_on_cpu():
+        loss = linear_policy_loss(hidden, weight, targets, objective=DAPO, **rows).loss
+    torch.autograd.grad(2 * loss, hidden, retain_graph=True)
+    with pytest.raises(RuntimeError, match="linear_policy_loss was handed over by an earlier backward"):
+        torch.autograd.grad(2 * loss, hidden)

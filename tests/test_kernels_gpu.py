@@ -256,6 +256,12 @@ def test_other_streams_and_lengths_never_compile_again() -> None:
     assert counts[0] >= 1 and counts == counts[:1] * len(counts)
 
 
+def test_group_advantage_compiles_to_one_graph() -> None:
+    rewards, offsets = torch.rand(64, device="cuda"), torch.arange(0, 65, 8, device="cuda")
+    compiled = torch.compile(lambda r, o: group_advantage(r, o).advantages * 2, fullgraph=True)
+    assert torch.equal(compiled(rewards, offsets), group_advantage(rewards, offsets).advantages * 2)
+
+
 @pytest.mark.multi_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 def test_kernels_run_where_their_tensors_are() -> None:

@@ -212,7 +212,9 @@ class Head:
             self.adds = True
         if self.d_hidden is None:
             return
-        if self._product is None and to_hidden is None and factor is None:
+        # A product with a narrow result may be summed in it, over parts of V: cuBLAS chooses.
+        exact = on_cpu or not _narrow(gradient)
+        if self._product is None and to_hidden is None and factor is None and exact:
             product_into(self.d_hidden[rows], gradient, self.weight)
         else:
             made = self.direction(gradient) if to_hidden is None else to_hidden

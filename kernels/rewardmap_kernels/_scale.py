@@ -21,14 +21,17 @@ def taken(ctx: Any, operation: str) -> tuple[Tensor, ...]:
 
     Raises RuntimeError where an earlier backward took them, or where something else wrote over them.
     """
+    gone = f"the gradient of {operation} was handed over by an earlier backward or overwritten; call it again"
+    if not torch.compiler.is_compiling():  # hooks that save tensors hide that they were written over
+        if getattr(ctx, "handed_over", False):
+            raise RuntimeError(gone)
+        ctx.handed_over = True
     try:
         made: tuple[Tensor, ...] = ctx.saved_tensors
     except RuntimeError as error:
         if "inplace" not in str(error):
             raise
-        raise RuntimeError(
-            f"the gradient of {operation} was handed over by an earlier backward or overwritten; call it again"
-        ) from error
+        raise RuntimeError(gone) from error
     return made
 
 

@@ -216,6 +216,9 @@ def _check_weight_grad(weight_grad: Tensor, hidden: Tensor, weight: Tensor) -> N
         )
     if weight_grad.device != weight.device:
         raise ValueError(f"weight_grad is on {weight_grad.device}, expected {weight.device}")
+    hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if hooks is not None and "_checkpoint_hook" in hooks[0].__qualname__:
+        raise ValueError("weight_grad would be added to twice inside activation checkpointing: call the head outside")
 
 
 def linear_policy_loss(
@@ -246,7 +249,8 @@ def linear_policy_loss(
     GiB of logits, on a CPU 64 MiB). ``rows`` int64 [M], distinct: only these enter the products, the others count as
     masked (they must not be able to contribute: see ``contributing_rows``; a sequence-level objective must
     see whole sequences). ``weight_grad`` [V, H] float32: the weight's gradient is added to it in this call
-    and the weight gets none; backward must then start at the loss itself. ``logits_dtype`` bfloat16 rounds
+    and the weight gets none; backward must then start at the loss itself, and the call be outside activation
+    checkpointing, which would make it twice. ``logits_dtype`` bfloat16 rounds
     the logits as an engine that computes them so does. ``group``: the head is split over these ranks, ``weight``
     [V / ranks, H] is this rank's slice, in rank order; every rank passes the same rows and gets the whole loss and
     hidden gradient, and its slice's weight gradient; one collective per chunk, one for the hidden gradient. The

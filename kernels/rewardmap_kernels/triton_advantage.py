@@ -8,12 +8,14 @@ counting, for every reward of a group, those below it: groups are small.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dispatch import launched, on_device_of
+from .dispatch import choose, launched, on_device_of
 
 GROUP_BLOCK = 32
 BATCH_BLOCK = 512
@@ -195,11 +197,18 @@ def group_advantage_kernel(
                          mask=index < tl.minimum(last_token, tokens_total))  # fmt: skip
 
 
-def evaluate(
+def evaluate(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """(advantages [B], mean, std, degenerate [G], advantages by token or None), float32 and bool: one launch."""
+    if not torch.compiler.is_compiling():
+        return _evaluate(*inputs)
+    *found, by_token = _operator(*inputs)
+    return *found, None if inputs[-2] is None else by_token  # type: ignore[return-value]
+
+
+def _evaluate(
     rewards: Tensor, offsets: Tensor, scale: str, ddof: int, eps: float, eps_inside: bool, baseline: str,
     weights: Tensor | None, parts: Tensor | None, each: bool, drop: bool, token_offsets: Tensor | None, tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(advantages [B], mean, std, degenerate [G], advantages by token or None), float32 and bool: one launch."""
     groups, device = offsets.shape[0] - 1, rewards.device
     advantages = torch.empty(rewards.shape[0], dtype=torch.float32, device=device)
     mean, std = torch.empty(2, groups, dtype=torch.float32, device=device).unbind()
@@ -219,3 +228,31 @@ def evaluate(
                 num_warps=1,
             )  # fmt: skip
     return advantages, mean, std, degenerate.view(torch.bool), by_token
+
+
+# For torch.compile, which would else look into the launch. Eager calls go without: an operator in Python costs the host
+# as much as the rest.
+@torch.library.custom_op("rewardmap_kernels::group_advantage", mutates_args=())
+def _operator(
+    rewards: Tensor, offsets: Tensor, scale: str, ddof: int, eps: float, eps_inside: bool, baseline: str,
+    weights: Tensor | None, parts: Tensor | None, each: bool, drop: bool, token_offsets: Tensor | None, tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    choose("group_advantage", rewards)  # written down when it runs, not when it was traced
+    *found, by_token = _evaluate(
+        rewards, offsets, scale, ddof, eps, eps_inside, baseline, weights, parts, each, drop, token_offsets, tokens
+    )
+    found = [t.clone() for t in found]  # they share memory, as an operator's outputs must not
+    return *found, rewards.new_empty(0) if by_token is None else by_token  # type: ignore[return-value]
+
+
+@_operator.register_fake
+def _(
+    rewards: Tensor, offsets: Tensor, scale: str, ddof: int, eps: float, eps_inside: bool, baseline: str,
+    weights: Tensor | None, parts: Tensor | None, each: bool, drop: bool, token_offsets: Tensor | None, tokens: int,
+) -> Any:  # fmt: skip
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return rewards.new_empty(shape, dtype=dtype)
+
+    groups = offsets.shape[0] - 1
+    by_token = rewards.new_empty(0) if token_offsets is None else empty(tokens)
+    return empty(rewards.shape[0]), empty(groups), empty(groups), empty(groups, dtype=torch.bool), by_token

@@ -278,7 +278,11 @@ class _Group:
         except RuntimeError as error:
             if isinstance(error, RolloutError):
                 raise
-            raise RolloutError(f"weight sync: the broadcast broke off ({error})") from None
+            hint = ""
+            if "NCCL" in str(error) and torch.cuda.is_available():
+                ours = ".".join(map(str, torch.cuda.nccl.version()))
+                hint = f"; servers must have the trainer's NCCL, {ours}, or take rollout.server.sync='tensor' or 'disk'"
+            raise RolloutError(f"weight sync: the broadcast broke off ({error}){hint}") from None
 
     def leave(self) -> None:
         """Best effort: servers that are gone have left already."""
