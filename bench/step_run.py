@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from step_cases import ARMS, CASES, Case, Work, build_answers, build_model, build_problems, flop
 
-from rewardmap.config import Config, ConfigError, PolicyConfig, RolloutConfig, StageConfig, TrainConfig
+from rewardmap.config import Config, PolicyConfig, RolloutConfig, StageConfig, TrainConfig
 from rewardmap.curriculum import Curriculum
 from rewardmap.policy import Policy, assemble
 from rewardmap.profiling import peak_rss_bytes
@@ -180,8 +180,8 @@ def planned(
     config = dataclasses.replace(config, policy=policy, parallel=parallel)
     try:
         found = plan(config, model_config, 1, device, Workload(case.prompt, case.response))
-    except ConfigError as error:
-        return {"refused": str(error)}
+    except Exception as error:  # a forecast must not cost the measurement
+        return {"refused": f"{type(error).__name__}: {error}"}
     return {"memory": found.memory, "seconds": found.seconds}
 
 

@@ -17,7 +17,7 @@ from transformers import Qwen2_5_VLConfig
 from rewardmap.config import Config, ConfigError, ParallelConfig, PolicyConfig, TrainConfig
 from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
-from rewardmap.policy import EncodedPrompt, assemble, cast_weights, load_policy, mrope_positions
+from rewardmap.policy import TOWER_ATTENTION, EncodedPrompt, assemble, cast_weights, load_policy, mrope_positions
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import WARM_START, build_tiny
 from rewardmap.train.forest import Answers, pack_forest
@@ -205,3 +205,15 @@ def test_what_cannot_fit_is_an_error_with_a_remedy():
         plan(kept, qwen(TEXT_7B), 8, "H100", Workload())
     with pytest.raises(ConfigError, match=r"parallel\.shard=3 does not divide 8 GPUs"):
         plan(replace(config, parallel=ParallelConfig(shard=3)), qwen(TEXT_7B), 8, "H100", Workload())
+
+
+def test_a_policy_that_runs_on_a_gpu_can_be_planned(monkeypatch):
+    """Its tower's configuration names an attention that no new model may ask for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    policy = build_tiny(0, freeze_vision=True)
+    assert policy.vision_tower.config._attn_implementation == TOWER_ATTENTION
+    config = load_config("tiny")
+    assert sum(parameter.numel() for parameter in build_meta(config, policy.model.config).parameters()) == sum(
+        parameter.numel() for parameter in policy.model.parameters()
+    )
+    assert policy.vision_tower.config._attn_implementation == TOWER_ATTENTION

@@ -6,6 +6,7 @@ arithmetic on the shapes. Nothing in here is fitted to a measurement; a test hol
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
@@ -118,10 +119,10 @@ def build_meta(config: Config, model_config: Any) -> nn.Module:
     """The model without memory, with what the configuration freezes frozen."""
     from transformers import AutoModelForImageTextToText
 
+    # A policy on a GPU has named an attention of its own in its configuration, which no new model may ask for.
+    described, dtype = copy.deepcopy(model_config), getattr(torch, config.policy.dtype)
     with torch.device("meta"):
-        model: nn.Module = AutoModelForImageTextToText.from_config(
-            model_config, dtype=getattr(torch, config.policy.dtype)
-        )
+        model: nn.Module = AutoModelForImageTextToText.from_config(described, attn_implementation="sdpa", dtype=dtype)
     if config.policy.freeze_vision:
         model.model.visual.requires_grad_(False)  # type: ignore[union-attr,operator]
     freeze_matching(model, config.policy.freeze)
