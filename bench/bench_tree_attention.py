@@ -104,7 +104,7 @@ def test_against_the_unshared_sequences(benchmark: Any, backward: bool) -> None:
         return out.detach()
 
     def ours() -> Tensor:
-        return step(lambda: tree_attention(q, k, v, tree_mask(ends)), [q, k, v], weight)
+        return step(lambda: tree_attention(q, k, v, tree_mask(ends, q.device)), [q, k, v], weight)
 
     def unshared() -> Tensor:
         # One sequence at a time on a CPU; on a GPU one call for all, flash attention's best case.

@@ -7,14 +7,16 @@ printed in the ``.log`` beside it. A stage called again skips the items that alr
 on the same GPU. An item that hangs costs ``--limit`` seconds, not the stage. ``REWARDMAP_COMMIT`` names the commit
 where the checkout came without git.
 
-Where there is a GPU for a quarter of an hour only, what says most first:
+Where there is a GPU for a quarter of an hour only, what says most first (``--out FOLDER`` with each, where only that
+folder comes back; TRL needs trl, datasets, dill and multiprocess along, the step stage pydantic, pydantic-core,
+annotated-types, typing-inspection and tomli-w):
 
-    python bench/gpu.py --stage tests --items "kernels_gpu|tree_attention|tree_varlen" --limit 120 --deadline 170
-    python bench/gpu.py --stage step --items "^tiny" --limit 60 --deadline 80
-    python bench/gpu.py --stage kernels --limit 150 --deadline 280 \
+    python bench/gpu.py --stage tests --items "kernels_gpu|tree_attention|tree_varlen" --limit 120 --deadline 150
+    python bench/gpu.py --stage step --items "^6000\+500: (ours|TRL)$" --limit 180 --deadline 240
+    python bench/gpu.py --stage kernels --limit 150 --deadline 190 \
         --items "^(linear\.7b\.8192|logits\.7b\.8192|routes\.answers\.3b\.6000|routes\.tower\.whole)$"
-    python bench/gpu.py --stage step --items "^6000\+500: (ours|TRL)$" --limit 130 --deadline 170
-    python bench/gpu.py --stage csrc --items "^(results|time-152064)$" --limit 60 --deadline 60
+    python bench/gpu.py --stage step --items "^tiny" --limit 100 --deadline 120
+    python bench/gpu.py --stage csrc --items "^(results|time-152064)$" --limit 60 --deadline 90
 
 Exit codes: 0 all items passed, 1 some failed, 2 the stage cannot run here,
 3 the deadline came first (call again).

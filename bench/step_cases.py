@@ -231,16 +231,16 @@ def flop(case: Case, work: Work) -> dict[str, float]:
     width = shape.vision_hidden
     windowed = shape.vision_layers - len(shape.vision_full)
     embedding = 2 * patches * 3 * 2 * PATCH**2 * width
-    tower = embedding + 2 * patches * shape.vision_layers * (4 * width**2 + 3 * width * shape.vision_intermediate)
-    tower += 4 * width * (len(shape.vision_full) * patches**2 + windowed * patches * 64)
+    blocks = 2 * patches * shape.vision_layers * (4 * width**2 + 3 * width * shape.vision_intermediate)
+    blocks += 4 * width * (len(shape.vision_full) * patches**2 + windowed * patches * 64)
     wide = width * MERGE**2
-    tower += 2 * image * (wide * wide + wide * shape.hidden)
+    tower = embedding + blocks + 2 * image * (wide * wide + wide * shape.hidden)
     if case.freeze_vision:
         vision = tower * case.sequences * (1 + work.old_pass) if work.tower_per_sample else 0
     else:
         # Pixels have no gradient: the embedding's backward is one product.
         times = case.sequences if work.tower_per_sample else case.maps
-        vision = times * (3 * tower - embedding + tower * work.old_pass)
+        vision = times * (3 * tower - embedding + blocks * case.checkpointing + tower * work.old_pass)
     parts = {
         "decoder": 2.0 * shape.layers * layer * tokens * passes,
         "attention": 4.0 * shape.layers * shape.hidden * pairs * passes,

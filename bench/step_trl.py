@@ -1,7 +1,8 @@
 """TRL's own GRPOTrainer on a case of the step bench: its padding, its pictures, its forward, loss and optimizer.
 
 Only ``_generate`` is answered from the given completions. It runs at its best here: the aligned update without old
-log-probabilities, its fused head on response rows, the patch embedding as a matrix product, one group a micro-batch.
+log-probabilities, its fused head on response rows, the patch embedding as a matrix product, one group a micro-batch,
+torchvision's image processor where it is installed, and on a GPU without flash-attn the tower's attention in one call.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 
 import torch
 from step_cases import Case, build_answers, build_model, build_problems
-from transformers import BatchFeature, ProcessorMixin, TrainerCallback
-from transformers.utils import is_flash_attn_2_available
+from transformers import AttentionInterface, BatchFeature, ProcessorMixin, Qwen2VLImageProcessor, TrainerCallback
+from transformers.utils import is_flash_attn_2_available, is_torchvision_available
 
-from rewardmap.policy import _linear_patch_embedding
+from rewardmap.policy import TOWER_ATTENTION, _linear_patch_embedding, _tower_attention
 from rewardmap.vision import read_image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -110,7 +111,14 @@ def run(
     _linear_patch_embedding(model.model.visual.patch_embed)
     if device == "cuda" and is_flash_attn_2_available():
         model.set_attn_implementation("flash_attention_2")
+    elif device == "cuda":  # else the tower would attend window by window
+        AttentionInterface.register(TOWER_ATTENTION, _tower_attention)
+        model.model.visual.config._attn_implementation = TOWER_ATTENTION
     model.model.visual.requires_grad_(not case.freeze_vision)
+    if is_torchvision_available():  # which is what its users have
+        pixels = {"size": image_processor.size, "patch_size": image_processor.patch_size}
+        pixels |= {key: getattr(image_processor, key) for key in ("temporal_patch_size", "merge_size")}
+        image_processor = Qwen2VLImageProcessor(**pixels)
     processor = MapProcessor(image_processor, tokenizer)
     problems = build_problems(case, tokenizer)
     groups, rewards = build_answers(case, problems, tokenizer.eos_token_id)
@@ -171,6 +179,8 @@ def run(
         "memory": peak(device) - before,
         "probe": clock.probes[0],
         "trl": trl.__version__,
+        "image_processor": type(image_processor).__name__,
+        "attention": [part.config._attn_implementation for part in (model.model.language_model, model.model.visual)],
     }
 
 
