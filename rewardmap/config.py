@@ -5,14 +5,19 @@ one; the file shipped for small machines is ``rewardmap/configs/tiny.toml``. ``r
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from rewardmap.types import KINDS
 
-_STRICT = ConfigDict(extra="forbid")
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConfigError(ValueError):
@@ -27,9 +32,9 @@ class DataConfig:
     test_split: str = "test"
     level: Literal["tiny", "full"] = "tiny"
     """Size of generated maps; ignored with ``path``."""
-    train_maps: int = 300
-    test_maps: int = 150
-    seed: int = 0
+    train_maps: Count = 300
+    test_maps: Count = 150
+    seed: Whole = 0
     """Seed of the generated maps and questions."""
     on_bad_row: Literal["raise", "skip"] = "raise"
     """What a malformed row does: stop before training, or be skipped and counted."""
@@ -46,18 +51,22 @@ class PolicyConfig:
     """The vision tower does not train: its outputs are computed once per map and run."""
     freeze: tuple[str, ...] = ()
     """Names of parameters that do not train, ``*`` for any text: ``*.embed_tokens.*``, ``lm_head.*``."""
-    lora_rank: int = 0
+    lora_rank: Whole = 0
     """Train adapters of this rank instead of the decoder's weights (needs ``peft``); 0: train the weights."""
-    lora_alpha: int = 16
+    lora_alpha: Count = 16
     """Adapters are scaled by ``lora_alpha / lora_rank``."""
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    min_pixels: int = 3136
+    min_pixels: Count = 3136
     """Smallest picture the processor makes, in pixels."""
-    max_pixels: int = 12_845_056
+    max_pixels: Count = 12_845_056
     """Largest picture the processor makes, in pixels (16,384 visual tokens of 28 x 28)."""
-    image_cache_gb: float = 8.0
+    image_cache_gb: NotNegative = 8.0
     """Decoded pictures kept in host memory at most, by all ranks of a node together, and as much again of a frozen
     tower's outputs by each."""
+
+    def __post_init__(self) -> None:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels={self.min_pixels}: not more than max_pixels={self.max_pixels}")
 
     @property
     def image_cache_bytes(self) -> int:
@@ -91,8 +100,8 @@ class ServerConfig:
     """Further options of ``sglang.launch_server``, as on its command line."""
     concurrency: int = 64
     """Groups in flight at each replica."""
-    start_timeout_s: float = 900.0
-    request_timeout_s: float = 600.0
+    start_timeout_s: Positive = 900.0
+    request_timeout_s: Positive = 600.0
     """For one group, retries included; and for each call of a weight sync."""
     sync: Literal["tensor", "distributed", "disk"] = "tensor"
     """How new weights reach the servers: over CUDA IPC (by value on a CPU), broadcast, or as files both see."""
@@ -101,7 +110,7 @@ class ServerConfig:
     adapters alone, which servers then apply themselves (``--enable-lora``, SGLang 0.5.22 on)."""
     bucket_mb: int = 512
     """Largest piece of the weights held twice during a sync."""
-    drift_alarm: float = 0.1
+    drift_alarm: Positive = 0.1
     """Mean difference of log-probabilities in nats, servers against trainer, above which a run stops."""
 
     def __post_init__(self) -> None:
@@ -126,14 +135,15 @@ class ServerConfig:
 class RolloutConfig:
     engine: Literal["local", "sglang"] = "local"
     """``local``: in the trainer's process. ``sglang``: servers, as ``server`` says."""
-    group_size: int = 8
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    max_new_tokens: int = 512
-    batch_sequences: int = 256
+    group_size: Count = 8
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1)] = -1
+    """Draw from so many likeliest tokens only; -1 or 0: from all."""
+    max_new_tokens: Count = 512
+    batch_sequences: Count = 256
     """Answers decoded side by side by the local engine."""
-    batch_tokens: int = 131_072
+    batch_tokens: Count = 131_072
     """Tokens of these answers' prompts, padding included; where they are more, fewer answers are decoded at a time."""
     importance_correction: Literal["none", "truncate", "mask"] = "none"
     """Weighs each token by its probability at the trainer over that at the engine: ``truncate`` caps the weight at
@@ -172,7 +182,7 @@ class RewardConfig:
 class StageConfig:
     name: str
     kind: Literal["sft", "rl"] = "rl"
-    steps: int = 100
+    steps: Whole = 100
     """Steps of the stage; with ``advance_at`` the most it may take."""
     question_kinds: tuple[str, ...] = KINDS
     pools: Literal["uniform", "adaptive"] = "uniform"
@@ -187,9 +197,9 @@ class StageConfig:
     """Gate: the stage ends once this share of the answers to its own kinds is right (0..1)."""
     advance_window: int = 10
     """Steps over which the gate averages."""
-    min_steps: int = 0
+    min_steps: Whole = 0
     """The gate stays shut before so many steps."""
-    learning_rate: float | None = None
+    learning_rate: NotNegative | None = None
     """Overrides ``train.learning_rate`` inside the stage."""
     group_size: int | None = None
     """Overrides ``rollout.group_size`` inside the stage."""
@@ -274,21 +284,21 @@ def stage_reward(reward: RewardConfig, stage: StageConfig) -> RewardConfig:
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainConfig:
-    seed: int = 0
+    seed: Whole = 0
     stages: tuple[StageConfig, ...] = dataclasses.field(default_factory=lambda: ordered_stages("paper"))
     """In order. In a file also the name of one of ``ORDERS``, with ``train.steps`` for its length."""
-    prompts_per_step: int = 16
-    learning_rate: float = 1e-6
-    warmup_steps: int = 0
+    prompts_per_step: Count = 16
+    learning_rate: NotNegative = 1e-6
+    warmup_steps: Whole = 0
     """Steps of linear warm-up at the start of the run's optimizer."""
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float = 1.0
+    weight_decay: NotNegative = 0.01
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    max_grad_norm: Positive = 1.0
     objective: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce"] = "grpo"
-    clip_eps_low: float = 0.2
-    clip_eps_high: float = 0.2
+    clip_eps_low: NotNegative = 0.2
+    clip_eps_high: NotNegative = 0.2
     entropy_coef: float = 0.0
-    kl_coef: float = 0.0
+    kl_coef: NotNegative = 0.0
     """Weight of the divergence from the policy the run began with (under LoRA from the model without adapters)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     advantage_scale: Literal["group", "batch", "none"] = "group"
@@ -303,16 +313,16 @@ class TrainConfig:
     on_bad_group: Literal["raise", "skip"] = "raise"
     """What answers do that cannot be trained on (none at all, a sampled image placeholder, a prompt that is not the
     trainer's, more tokens than a micro-batch takes): stop before the step, or be left out of it and counted."""
-    max_tokens_per_micro_batch: int = 16_384
-    checkpoint_every: int = 100
+    max_tokens_per_micro_batch: Count = 16_384
+    checkpoint_every: Count = 100
     """Steps between checkpoints; also one at each stage's end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """The newest so many stay."""
-    keep_best: int = 0
+    keep_best: Whole = 0
     """Beside them so many of the newest one's stage, those with the most right answers since the one before."""
     trackers: tuple[Literal["wandb", "trackio"], ...] = ()
     """Also log each step there, beside TensorBoard. Each is an extra of the package."""
-    threads: int = 0
+    threads: Whole = 0
     """CPU threads; 0 leaves torch's choice."""
 
     def __post_init__(self) -> None:
@@ -327,7 +337,7 @@ class TrainConfig:
 class ParallelConfig:
     """How one model lies over the GPUs of a job; start several processes with ``torchrun``."""
 
-    shard: int = 0
+    shard: Whole = 0
     """Ranks that share one copy of the weights (FSDP); a divisor of all ranks makes replicas (hybrid sharding): set it
     to the GPUs of one node. 0: all ranks share one copy."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
@@ -338,7 +348,7 @@ class ParallelConfig:
     """Weights, gradients and optimizer rest in host memory."""
     compile: bool = False
     """Compile the decoder's blocks (torch.compile)."""
-    timeout_seconds: float = 600.0
+    timeout_seconds: Positive = 600.0
     """A collective that waits longer ends the job."""
 
 
@@ -347,11 +357,11 @@ class GuardConfig:
     """Updates that must not touch the weights: they are skipped, counted, and their batches written down. A loss or
     gradient that is no finite number always is one."""
 
-    max_streak: int = 3
+    max_streak: Count = 3
     """The run stops after so many refused updates in a row."""
-    max_grad_norm: float = 0.0
+    max_grad_norm: NotNegative = 0.0
     """Refuse above this gradient norm (before clipping); 0: never."""
-    max_kl: float = 0.0
+    max_kl: NotNegative = 0.0
     """Refuse above this divergence of the sampling policy from the trained one, nats per token; 0: never."""
 
 
@@ -361,9 +371,9 @@ class EvalConfig:
     """Evaluate the warm start on the held-out maps before reinforcement learning."""
     text_only: bool = True
     """Evaluate the trained model once more with maps swapped between questions."""
-    max_problems: int = 0
+    max_problems: Whole = 0
     """Evaluate the first so many problems of the test split; 0 for all."""
-    samples: int = 24
+    samples: Whole = 24
     """Answers shown beside their maps in the run folder."""
 
 
@@ -379,3 +389,12 @@ class Config:
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        for stage in self.train.stages:
+            size = stage.group_size or self.rollout.group_size
+            if size == 1 and stage.kind == "rl" and stage.steps and self.train.advantage_baseline == "group":
+                raise ValueError(
+                    f"group_size=1 in stage '{stage.name}': one answer is its own group's mean and teaches nothing; "
+                    "take at least 2, or train.advantage_baseline='batch' or 'greedy'"
+                )

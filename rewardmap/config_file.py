@@ -50,7 +50,10 @@ def from_dict(tree: dict[str, Any], where: str = "configuration") -> Config:
     train = tree.get("train")
     if isinstance(train, dict) and isinstance(train.get("stages"), str):
         train = dict(train)
-        stages = ordered_stages(train["stages"], train.pop("steps", 203))
+        steps = train.pop("steps", 203)
+        if type(steps) is not int or steps < 1:
+            raise ConfigError(f"{where}: train.steps={steps!r}: a number of steps, at least 1")
+        stages = ordered_stages(train["stages"], steps)
         tree = {**tree, "train": {**train, "stages": [_without_none(dataclasses.asdict(stage)) for stage in stages]}}
     try:
         return _ADAPTER.validate_python(tree)
@@ -70,7 +73,9 @@ def dump_toml(config: Config) -> str:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 

@@ -294,7 +294,13 @@ def load_policy(source: str | Path, config: PolicyConfig) -> Policy:
 def pick_device(config: PolicyConfig) -> torch.device:
     """The configured device; ``auto`` is this process's GPU where there is one."""
     if config.device != "auto":
-        return torch.device(config.device)
+        try:
+            device = torch.device(config.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"policy.device='{config.device}': {reason}; choose auto, cpu or cuda") from None
+        return device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

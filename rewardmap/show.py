@@ -42,7 +42,8 @@ def read_map(path: Path) -> tuple[Path, Network]:
 
     Raises DataError for another path, and for a map whose geometry the folder does not have.
     """
-    country, kind = path.parent, path.parent.parent
+    whole = path.absolute()
+    country, kind = whole.parent, whole.parent.parent
     root, network_id = kind.parent, f"{country.name}/{path.stem}"
     geometry = root / "geometry" / f"{network_id}.json"
     if not path.is_file() or kind.name not in _FOLDERS:

@@ -131,12 +131,34 @@ def test_overrides() -> None:
         ('train.stages=[{name="a", group_size=0}]', ["group_size"]),
         ('train.stages=[{name="a", kind="sft", pools="adaptive"}]', ["adaptive", "rl"]),
         ("train.advantage_baseline=greedy", ["advantage_baseline", "advantage_scale"]),
+        ("rollout.group_size=0", ["rollout.group_size=0", "1"]),
+        ("rollout.group_size=1", ["group_size=1", "stage 'true/false'", "advantage_baseline"]),
+        ("rollout.temperature=-1", ["rollout.temperature=-1", "0"]),
+        ("rollout.top_p=2", ["rollout.top_p=2"]),
+        ("rollout.top_k=-5", ["rollout.top_k=-5"]),
+        ("train.max_grad_norm=-1", ["train.max_grad_norm=-1"]),
+        ("train.max_grad_norm=0", ["train.max_grad_norm=0"]),
+        ("train.keep_checkpoints=-1", ["train.keep_checkpoints=-1"]),
+        ("train.checkpoint_every=0", ["train.checkpoint_every=0"]),
+        ("train.prompts_per_step=0", ["train.prompts_per_step=0"]),
+        ("train.learning_rate=nan", ["train.learning_rate=nan", "finite"]),
+        ("train.betas=[0.9, 1.5]", ["train.betas.1=1.5"]),
+        ("reward.alpha=nan", ["reward.alpha=nan", "finite"]),
+        ("eval.max_problems=-5", ["eval.max_problems=-5"]),
+        ("policy.max_pixels=100", ["min_pixels=3136", "max_pixels=100"]),
+        ("parallel.shard=-1", ["parallel.shard=-1"]),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_remedy(override: str, named: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("tiny", [override])
     assert all(word in str(caught.value) for word in named), str(caught.value)
+
+
+@pytest.mark.parametrize("steps", ["x", -3])
+def test_the_length_of_a_named_order_is_a_number_of_steps(steps: object) -> None:
+    with pytest.raises(ConfigError, match=rf"train\.steps={steps!r}: a number of steps, at least 1"):
+        load_config("tiny", ["train.stages=paper", f"train.steps={steps}"])
 
 
 def test_a_missing_file_names_the_shipped_ones() -> None:
@@ -149,6 +171,11 @@ def test_a_file_that_is_no_toml_is_named(tmp_path: Path) -> None:
     path.write_text("[train\nseed = 1", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"broken\.toml.*TOML"):
         load_config(path)
+    path.write_text("[train]\nseed = 1", encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"broken\.toml: not UTF-8.*save it as UTF-8"):
+        load_config(path)
+    path.write_text("[train]\nseed = 1", encoding="utf-8-sig")
+    assert load_config(path).train.seed == 1
 
 
 def test_colocated_servers_are_not_sent_weights_by_nccl():

@@ -1,6 +1,7 @@
 """A run from end to end on a handful of maps: what it leaves behind, resuming, stopping, controls, and what can go
 wrong."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 from rewardmap.config import Config, ConfigError, PolicyConfig
 from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
-from rewardmap.policy import load_policy
+from rewardmap.policy import load_policy, pick_device
 from rewardmap.report import read_metrics
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import WARM_START
@@ -120,6 +121,16 @@ def test_a_run_leaves_everything_behind(tmp_path, console):
     assert json.loads((elsewhere / "report.json").read_text())["kinds"] == report["kinds"]
     with pytest.raises(ConfigError, match="already holds a run"):
         run.train(load_config("tiny", SMALL), out, console=console)
+    with (out / "config.toml").open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process trains this run"):
+            run.resume(out, console=console)
+    weights = last[-1] / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(DataError, match=r"step-000005: model\.safetensors does not match its checksum; resume"):
+        evaluate_target(EvalRequest(str(out)), console)
 
 
 @pytest.mark.parametrize(("correction", "times"), [("none", 1.0), ("truncate", 2.0), ("mask", 0.0)])
@@ -408,6 +419,18 @@ def test_an_error_after_the_start_leaves_what_was_there(console, tmp_path, monke
     assert (tmp_path / "run" / "config.toml").is_file()
     monkeypatch.undo()
     assert (run.resume(tmp_path / "run", console=console) / "report.json").is_file()
+
+
+def test_a_model_that_another_checkpoint_would_replace_is_refused(console, tmp_path):
+    config = load_config("tiny", [*SMALL, "policy.model=Qwen/Qwen2.5-VL-7B-Instruct"])
+    with pytest.raises(ConfigError, match=r"checkpoint='.*' *, so that policy\.model='Qwen/.*' would not be trained"):
+        run.train(config, tmp_path / "run", console=console)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ConfigError, match=r"policy\.device='gpu': .*choose auto, cpu or cuda"):
+        pick_device(PolicyConfig(device="gpu"))
 
 
 def test_a_new_tiny_model_is_where_and_in_what_was_asked_for(monkeypatch):

@@ -45,7 +45,9 @@ def test_every_question_of_a_map_can_be_shown(data: Path, tmp_path: Path) -> Non
             assert (np.abs(shown[: len(plain)] - plain).max(axis=2) > 20).sum() > 30  # a pin at least
 
 
-def test_a_map_is_named_by_any_of_its_files(data: Path, tmp_path: Path) -> None:
+def test_a_map_is_named_by_any_of_its_files(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     problem = load_dataset(data).problems[0]
     drawn = []
     for folder, ending in (("maps", "png"), ("geometry", "json"), ("stations", "json")):
@@ -53,6 +55,9 @@ def test_a_map_is_named_by_any_of_its_files(data: Path, tmp_path: Path) -> None:
         assert run(data / folder / f"{problem.network_id}.{ending}", "--out", out).exit_code == 0
         drawn.append(out.read_bytes())
     assert drawn[0] == drawn[1] == drawn[2]
+    monkeypatch.chdir(data / "maps")
+    assert run(Path(f"{problem.network_id}.png"), "--out", tmp_path / "from-inside.png").exit_code == 0
+    assert (tmp_path / "from-inside.png").read_bytes() == drawn[0]
     assert (picture(tmp_path / "maps.png") == picture(Path(str(problem.image)))).all()
 
 

@@ -146,7 +146,7 @@ def read_responses(path: Path, problems: Sequence[Problem]) -> list[Answer]:
         DataError: a broken line, or a file that does not answer exactly these questions; uids are named.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # answers may hold other line separators, unescaped
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # answers may hold other line separators, unescaped
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     found: dict[str, Answer] = {}

@@ -62,7 +62,7 @@ class Judge:
         if bad:
             raise DataError(
                 f"{len(bad)} planning questions cannot get a map score, the first: {bad[0][1]}; all: "
-                f"{named([uid for uid, _ in bad])}; add the annotation, or leave map scores out"
+                f"{named([uid for uid, _ in bad])}; add the annotation, or leave map scores out (--no-map-scores)"
             )
 
     def evaluation(

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rewardmap.files import write_text
+from rewardmap.types import DataError
 
 FILE = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -77,13 +78,22 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows written so far, none when there is no file. A last line cut off by a kill is left out."""
+    """The rows written so far, none when there is no file. A last line cut off by a kill is left out.
+
+    Raises DataError, naming the line, for a damaged file.
+    """
     path = run_dir / FILE
     if not path.exists():
         return []
     *lines, unfinished = path.read_text(encoding="utf-8").split("\n")
     del unfinished  # what follows the last newline
-    return [json.loads(line) for line in lines]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from None
+    return rows
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -39,7 +39,7 @@ from rewardmap.profiling import PhaseTimer, peak_rss_bytes
 from rewardmap.report import write_page, write_report
 from rewardmap.rewards import Networks, Rubric
 from rewardmap.rollout.engine import RolloutEngine
-from rewardmap.train.checkpoint import list_checkpoints
+from rewardmap.train.checkpoint import find_damage, list_checkpoints
 from rewardmap.train.engines import attach, make_engine
 from rewardmap.transit.reasonmap import MapData, load_dataset
 from rewardmap.types import DataError, Problem, SamplingParams
@@ -280,10 +280,13 @@ def _is_url(request: EvalRequest) -> bool:
 
 
 def newest_checkpoint(run_dir: Path) -> Path:
-    """Raises ConfigError where a run has no complete checkpoint."""
+    """Raises ConfigError where a run has no complete checkpoint, DataError where the newest is damaged."""
     checkpoints = list_checkpoints(run_dir / CHECKPOINTS)
     if not checkpoints:
         raise ConfigError(f"{run_dir / CHECKPOINTS} holds no complete checkpoint; train or resume the run first")
+    damage = find_damage(checkpoints[-1])
+    if damage:
+        raise DataError(f"{checkpoints[-1]}: {damage}; resume the run, which goes back to the checkpoint before")
     return checkpoints[-1]
 
 

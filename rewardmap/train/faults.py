@@ -103,7 +103,7 @@ def stop_request() -> Iterator[StopRequest]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         if stop.number:
-            raise Stopped("stopped at once; the step in progress is lost", number)
+            raise Stopped("stopped at once; what came after the newest checkpoint is lost; --resume goes on", number)
         stop.number = number
 
     previous = {number: signal.signal(number, ask) for number in SIGNALS}

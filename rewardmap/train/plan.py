@@ -69,9 +69,15 @@ def plan(config: Config, model_config: Any, gpus: int, device: str, work: Worklo
     """Plan a run on ``gpus`` devices in all.
 
     Raises:
-        ConfigError: ``parallel.shard`` does not divide the GPUs, or the run does not fit; what would make it fit is
-            named.
+        ConfigError: ``parallel.shard`` does not divide the GPUs, a sequence is more than a micro-batch takes, or the
+            run does not fit; what would make it fit is named.
     """
+    budget, longest = config.train.max_tokens_per_micro_batch, work.prompt_tokens + work.answer_tokens
+    if longest > budget:
+        raise ConfigError(
+            f"a prompt of {work.prompt_tokens} tokens with an answer of {work.answer_tokens} is more than "
+            f"train.max_tokens_per_micro_batch={budget}; raise it, or lower policy.max_pixels or rollout.max_new_tokens"
+        )
     if gpus % (config.parallel.shard or gpus):
         raise ConfigError(f"parallel.shard={config.parallel.shard} does not divide {gpus} GPUs; choose a divisor, or 0")
     model = build_meta(config, model_config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -63,7 +65,7 @@ def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console, new: boo
     """From where the newest intact checkpoint left it to the report. ``new``: the folder was made for this run."""
     if not ranks.is_first:
         console = Console(quiet=True)
-    with share_pictures(ranks, config.policy.image_cache_bytes) as pictures:
+    with _alone_in(run_dir, ranks), share_pictures(ranks, config.policy.image_cache_bytes) as pictures:
         try:
             trainer, examiner, itself = set_up(config, run_dir, console, ranks, pictures)
         except (ConfigError, DataError):
@@ -73,6 +75,28 @@ def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console, new: boo
         _train_and_close(trainer, examiner, itself, run_dir, ranks, console)
     console.print(f"run folder: {run_dir}", highlight=False)
     return run_dir
+
+
+@contextmanager
+def _alone_in(run_dir: Path, ranks: Ranks) -> Iterator[None]:
+    """No other job trains this run meanwhile. Raises ConfigError where one does."""
+    held: list[int] = []
+
+    def hold() -> None:
+        held.append(os.open(run_dir / "config.toml", os.O_RDONLY))
+        try:
+            fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"{run_dir}: another process trains this run; wait for it or stop it") from None
+        except OSError:
+            pass  # a file system without locks
+
+    try:
+        ranks.first(hold)
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
 
 
 def _train_and_close(

@@ -194,6 +194,12 @@ def initial_policy(config: Config, settings: PolicyConfig | None = None) -> Poli
     if len(sources) > 1 or (sources and config.train.stages[0].checkpoint is None):
         raise ConfigError("only the first stage may name a checkpoint")
     settings = settings or config.policy
+    if sources and config.policy.model != "tiny":
+        raise ConfigError(
+            f"stage '{config.train.stages[0].name}' begins with checkpoint='{sources[0]}', so that "
+            f"policy.model='{config.policy.model}' would not be trained; take another configuration "
+            "(configs/rewardmap_qwen2_5_vl_7b.toml has stages for such a model), or leave one of the two out"
+        )
     if sources:
         return load_policy(tiny.WARM_START if sources[0] == "shipped" else sources[0], settings)
     if config.policy.model == "tiny":

@@ -107,7 +107,7 @@ class Assets:
         if isinstance(source, str) and not source.lstrip().startswith("{"):
             name = repr(source)
             try:
-                source = self._inside(source).read_text(encoding="utf-8")
+                source = self._inside(source).read_text(encoding="utf-8-sig")
             except OSError as error:
                 raise DataError(
                     f"stations file {name} cannot be read under {self.root} ({error.strerror}); "
