@@ -46,7 +46,8 @@ class PolicyObjective:
     ``importance_level``: "token", or "sequence": w is the product over the sequence's rows.
     ``sapo_temperature_pos``, ``sapo_temperature_neg``: SAPO's temperatures for advantages > 0 and <= 0.
 
-    Raises ValueError for a value out of range, and for a flag that the objective would ignore.
+    Raises ValueError for a value out of range, and for a flag that the objective would ignore. The clip bounds always
+    have values: sapo and reinforce do not read them.
     """
 
     name: ObjectiveName = "grpo"
