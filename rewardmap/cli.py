@@ -383,8 +383,8 @@ def explain(error: BaseException) -> str:
     if _disk_is_full(error):
         place = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
         return (
-            f"no space left on device{place}; free some and run the command again (rewardmap train goes on with "
-            "--resume), or write to another folder"
+            f"no space left on device{place}; free some and run the command again, or write to another folder (a "
+            "run goes on with --resume, or begins elsewhere with --run-dir)"
         )
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"

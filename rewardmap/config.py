@@ -17,6 +17,7 @@ Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -83,8 +84,8 @@ class ServerConfig:
     """JSON with ``api_key`` and ``admin_key`` of the servers in ``urls`` (``rewardmap serve`` writes one)."""
     python: str | None = None
     """Interpreter of the environment that holds SGLang. None: this one."""
-    replicas: int = 1
-    tensor_parallel: int = 1
+    replicas: Count = 1
+    tensor_parallel: Count = 1
     """GPUs that one replica spreads over."""
     gpus: tuple[int, ...] = ()
     """GPUs of our own servers, in order, ``tensor_parallel`` a replica. Empty: the trainer's own view of them."""
@@ -98,7 +99,7 @@ class ServerConfig:
     """``--enable-deterministic-inference``: answers do not depend on what else is in the batch."""
     args: tuple[str, ...] = ()
     """Further options of ``sglang.launch_server``, as on its command line."""
-    concurrency: int = 64
+    concurrency: Count = 64
     """Groups in flight at each replica."""
     start_timeout_s: Positive = 900.0
     request_timeout_s: Positive = 600.0
@@ -108,16 +109,12 @@ class ServerConfig:
     lora_sync: Literal["merged", "adapter"] = "merged"
     """What is sent where ``policy.lora_rank`` trains adapters: all weights with the adapters multiplied in, or the
     adapters alone, which servers then apply themselves (``--enable-lora``, SGLang 0.5.22 on)."""
-    bucket_mb: int = 512
+    bucket_mb: Count = 512
     """Largest piece of the weights held twice during a sync."""
     drift_alarm: Positive = 0.1
     """Mean difference of log-probabilities in nats, servers against trainer, above which a run stops."""
 
     def __post_init__(self) -> None:
-        at_least_one = ("replicas", "tensor_parallel", "concurrency", "bucket_mb")
-        wrong = [f"{name}={getattr(self, name)}" for name in at_least_one if getattr(self, name) < 1]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)}: at least 1")
         if self.gpus and len(self.gpus) != self.replicas * self.tensor_parallel:
             raise ValueError(
                 f"gpus={list(self.gpus)}: {self.replicas} replicas of {self.tensor_parallel} GPUs need "
@@ -137,7 +134,7 @@ class RolloutConfig:
     """``local``: in the trainer's process. ``sglang``: servers, as ``server`` says."""
     group_size: Count = 8
     temperature: Positive = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Share = 1.0
     top_k: Annotated[int, Field(ge=-1)] = -1
     """Draw from so many likeliest tokens only; -1 or 0: from all."""
     max_new_tokens: Count = 512
@@ -148,15 +145,13 @@ class RolloutConfig:
     importance_correction: Literal["none", "truncate", "mask"] = "none"
     """Weighs each token by its probability at the trainer over that at the engine: ``truncate`` caps the weight at
     ``importance_max``, ``mask`` leaves tokens above it out. For engines whose numerics are not the trainer's."""
-    importance_max: float = 2.0
+    importance_max: Positive = 2.0
     staleness: Literal[0, 1] = 0
     """Updates by which answers may lag behind the weights they train. 1: the next step's answers are sampled while this
     one trains (one-step-off); needs ``importance_correction``, and servers on GPUs of their own to gain time."""
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
 
     def __post_init__(self) -> None:
-        if not self.importance_max > 0:
-            raise ValueError(f"importance_max={self.importance_max:g}: above 0")
         if self.staleness and self.importance_correction == "none":
             raise ValueError(
                 "staleness=1 trains on answers of the weights before: set importance_correction='truncate' or 'mask'"
@@ -187,21 +182,21 @@ class StageConfig:
     question_kinds: tuple[str, ...] = KINDS
     pools: Literal["uniform", "adaptive"] = "uniform"
     """``adaptive``: questions by kind, map level and transfers; those whose groups disagree most are drawn most."""
-    maps_per_step: int = 0
+    maps_per_step: Whole = 0
     """Draw each batch from so few maps, whose pictures then stand once for all questions about them; 0: from any."""
-    replay: float = 0.0
+    replay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of each batch drawn from ``replay_from`` instead of ``question_kinds`` (0..1)."""
     replay_from: Literal["all", "earlier"] = "all"
     """``all``: every kind of the data. ``earlier``: the kinds of the stages before this one."""
-    advance_at: float | None = None
+    advance_at: Share | None = None
     """Gate: the stage ends once this share of the answers to its own kinds is right (0..1)."""
-    advance_window: int = 10
+    advance_window: Count = 10
     """Steps over which the gate averages."""
     min_steps: Whole = 0
     """The gate stays shut before so many steps."""
     learning_rate: NotNegative | None = None
     """Overrides ``train.learning_rate`` inside the stage."""
-    group_size: int | None = None
+    group_size: Count | None = None
     """Overrides ``rollout.group_size`` inside the stage."""
     reward_mode: Literal["reference", "paper", "graph"] | None = None
     """Overrides ``reward.mode`` inside the stage; the next four likewise."""
@@ -216,20 +211,12 @@ class StageConfig:
         unknown = [kind for kind in self.question_kinds if kind not in KINDS]
         if unknown or not self.question_kinds:
             raise ValueError(f"question_kinds={list(self.question_kinds)}: choose from {', '.join(KINDS)}")
-        if not 0 <= self.replay <= 1:
-            raise ValueError(f"replay={self.replay}: a share between 0 and 1")
-        if self.advance_at is not None and not 0 < self.advance_at <= 1:
-            raise ValueError(f"advance_at={self.advance_at}: a share of right answers above 0, at most 1")
-        if self.maps_per_step < 0 or (self.maps_per_step and (self.pools == "adaptive" or self.replay)):
+        if self.maps_per_step and (self.pools == "adaptive" or self.replay):
             raise ValueError(
                 f"maps_per_step={self.maps_per_step}: 0, or so many maps; adaptive pools and replay draw from all maps"
             )
-        if self.advance_window < 1:
-            raise ValueError(f"advance_window={self.advance_window}: at least one step")
         if self.min_steps > self.steps:
             raise ValueError(f"min_steps={self.min_steps}: not more than steps={self.steps}")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size={self.group_size}: at least one answer")
         if self.checkpoint is not None and self.kind != "sft":
             raise ValueError("checkpoint is only for a stage of kind 'sft'")
         if self.kind == "sft" and (self.advance_at is not None or self.pools == "adaptive"):

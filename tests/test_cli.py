@@ -163,7 +163,7 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_full_disk_has_a_remedy() -> None:
     line = explain(OSError(errno.ENOSPC, "No space left on device", "runs/a/model.safetensors"))
-    assert "runs/a/model.safetensors" in line and "--resume" in line and "another folder" in line
+    assert "runs/a/model.safetensors" in line and "--resume" in line and "--run-dir" in line
 
 
 def test_generate_writes_what_train_reads(tmp_path: Path) -> None:
