@@ -176,12 +176,15 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> str | None:
     return None
 
 
-def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None when they match their checksums."""
+def find_damage(checkpoint: Path, training: bool = True) -> str | None:
+    """What is wrong with a checkpoint's files, None when they match their checksums. ``training``: also with those that
+    only a resumed run reads, the larger part."""
     try:
         sums: dict[str, str] = json.loads((checkpoint / _SUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"{_SUMS} cannot be read ({error})"
+    if not training:
+        sums = {name: digest for name, digest in sums.items() if not name.startswith(f"{_TRAINING}/")}
     try:
         found = _digests(checkpoint, sums)
     except OSError as error:

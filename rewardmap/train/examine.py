@@ -284,7 +284,7 @@ def newest_checkpoint(run_dir: Path) -> Path:
     checkpoints = list_checkpoints(run_dir / CHECKPOINTS)
     if not checkpoints:
         raise ConfigError(f"{run_dir / CHECKPOINTS} holds no complete checkpoint; train or resume the run first")
-    damage = find_damage(checkpoints[-1])
+    damage = find_damage(checkpoints[-1], training=False)
     if damage:
         raise DataError(f"{checkpoints[-1]}: {damage}; resume the run, which goes back to the checkpoint before")
     return checkpoints[-1]
