@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from step_cases import Case, build_answers, build_model, build_problems
-from transformers import AttentionInterface, BatchFeature, ProcessorMixin, Qwen2VLImageProcessor, TrainerCallback
+from transformers import BatchFeature, ProcessorMixin, Qwen2VLImageProcessor, TrainerCallback
 from transformers.utils import is_flash_attn_2_available, is_torchvision_available
 
-from rewardmap.policy import TOWER_ATTENTION, _linear_patch_embedding, _tower_attention
+from rewardmap.policy import _linear_patch_embedding, attend_at_once
 from rewardmap.vision import read_image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -112,8 +112,7 @@ def run(
     if device == "cuda" and is_flash_attn_2_available():
         model.set_attn_implementation("flash_attention_2")
     elif device == "cuda":  # else the tower would attend window by window
-        AttentionInterface.register(TOWER_ATTENTION, _tower_attention)
-        model.model.visual.config._attn_implementation = TOWER_ATTENTION
+        attend_at_once(model.model.visual)
     model.model.visual.requires_grad_(not case.freeze_vision)
     if is_torchvision_available():  # which is what its users have
         pixels = {"size": image_processor.size, "patch_size": image_processor.patch_size}

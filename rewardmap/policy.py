@@ -330,8 +330,7 @@ def assemble(
         _linear_patch_embedding(tower.patch_embed)
         tower.requires_grad_(not freeze_vision)
         if torch.cuda.is_available():
-            AttentionInterface.register(TOWER_ATTENTION, _tower_attention)
-            tower.config._attn_implementation = TOWER_ATTENTION  # one call for all windows of all pictures
+            attend_at_once(tower)
         banned = (model.config.image_token_id, model.config.video_token_id)
     model.eval()  # no dropout anywhere; rollouts and updates see the same function
     stop = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
@@ -377,6 +376,12 @@ def _attention(
     if mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return tree_attention(query, key, value, mask, kwargs["scaling"]).transpose(1, 2), None
+
+
+def attend_at_once(tower: torch.nn.Module) -> None:
+    """All windows of all pictures in one call of a tower's attention, for a GPU."""
+    AttentionInterface.register(TOWER_ATTENTION, _tower_attention)
+    tower.config._attn_implementation = TOWER_ATTENTION  # type: ignore[union-attr]
 
 
 def _tower_attention(
