@@ -18,7 +18,7 @@ from step_cases import Case, build_answers, build_model, build_problems
 from transformers import BatchFeature, ProcessorMixin, Qwen2VLImageProcessor, TrainerCallback
 from transformers.utils import is_flash_attn_2_available, is_torchvision_available
 
-from rewardmap.policy import _linear_patch_embedding, attend_at_once
+from rewardmap.families import attend_at_once, linear_patch_embedding
 from rewardmap.vision import read_image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -108,7 +108,7 @@ def run(
             self.prepared.append(trainer.prepared)
 
     model, tokenizer, image_processor = build_model(case, device, dtype)
-    _linear_patch_embedding(model.model.visual.patch_embed)
+    linear_patch_embedding(model.model.visual.patch_embed)
     if device == "cuda" and is_flash_attn_2_available():
         model.set_attn_implementation("flash_attention_2")
     elif device == "cuda":  # else the tower would attend window by window

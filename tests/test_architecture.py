@@ -24,6 +24,7 @@ FLOORS = {
     "rewardmap.config_file": 1,
     "rewardmap.files": 1,
     "rewardmap.transit": 2,
+    "rewardmap.families": 2,
     "rewardmap.policy": 2,
     "rewardmap.vision": 2,
     "rewardmap.rewards": 3,
@@ -42,6 +43,7 @@ FLOORS = {
 NEIGHBOURS = {
     ("rewardmap.config", "rewardmap.types"),
     ("rewardmap.config_file", "rewardmap.config"),
+    ("rewardmap.policy", "rewardmap.families"),
     ("rewardmap.policy", "rewardmap.vision"),
     ("rewardmap.blind", "rewardmap.rewards"),
     ("rewardmap.report", "rewardmap.evaluate"),

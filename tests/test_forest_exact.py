@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewardmap import policy as policy_module
+from rewardmap import families
 from rewardmap.config import ConfigError
 from rewardmap.policy import assemble
 from rewardmap.tiny import build_tokenizer
@@ -175,12 +175,12 @@ def test_the_route_by_flash_attention(family, frozen, monkeypatch):
 
         return call
 
-    for function in (policy_module.tree_attention, policy_module.segment_attention):
-        monkeypatch.setattr(policy_module, function.__name__, through(function))
-    policy_module.AttentionInterface.register(policy_module.TOWER_ATTENTION, policy_module._tower_attention)
+    for function in (families.tree_attention, families.segment_attention):
+        monkeypatch.setattr(families, function.__name__, through(function))
+    families.AttentionInterface.register(families.TOWER_ATTENTION, families._tower_attention)
     if policy.vision_tower is not None:
         policy._features._kept.clear()
-        monkeypatch.setattr(policy.vision_tower.config, "_attn_implementation", policy_module.TOWER_ATTENTION)
+        monkeypatch.setattr(policy.vision_tower.config, "_attn_implementation", families.TOWER_ATTENTION)
     assert_equal(packed(policy, batch, 10_000), expected, 1e-6)
     assert set(called) == {"tree_attention", *(("segment_attention",) if "vl" in family else ())}
 

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from rewardmap.config import PolicyConfig
-from rewardmap.policy import load_policy, mrope_positions
+from rewardmap.families import mrope_positions
+from rewardmap.policy import load_policy
 from rewardmap.rollout.engine import RolloutEngine
 from rewardmap.rollout.local import LocalEngine, sample
 from rewardmap.tiny import WARM_START

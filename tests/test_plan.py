@@ -17,7 +17,8 @@ from transformers import Qwen2_5_VLConfig
 from rewardmap.config import Config, ConfigError, ParallelConfig, PolicyConfig, TrainConfig
 from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
-from rewardmap.policy import TOWER_ATTENTION, EncodedPrompt, assemble, cast_weights, load_policy, mrope_positions
+from rewardmap.families import TOWER_ATTENTION, mrope_positions
+from rewardmap.policy import EncodedPrompt, assemble, cast_weights, load_policy
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import WARM_START, build_tiny
 from rewardmap.train.forest import Answers, pack_forest
