@@ -31,13 +31,13 @@ from rewardmap.train.ranks import ALONE, Ranks
 from rewardmap.train.reference import Reference
 from rewardmap.train.scoring import GroupScores, join
 from rewardmap.train.sound import fault_of
+from rewardmap.train.step_metrics import SUMS, row_sums, step_metrics
 from rewardmap.train.supervised import gold_answers, supervised_backward
 from rewardmap.transit.questions import gold_response
 from rewardmap.types import LEVELS, DataError, Problem, RolloutGroup, SamplingParams
 from rewardmap.vision import to_device
 from rewardmap_kernels import (
     GroupAdvantage,
-    LinearPolicyLoss,
     PolicyObjective,
     group_advantage,
     linear_policy_loss,
@@ -47,9 +47,6 @@ from rewardmap_kernels import (
 Tensor = torch.Tensor
 _BASELINES = {"group": "mean", "batch": "batch_mean", "greedy": "none"}
 """``train.advantage_baseline`` in the words of ``group_advantage``; greedy rewards are subtracted before."""
-
-_SUMS = ("loss", "rows", "entropy", "rollout_drift", "rollout_kl", "reference_kl")
-"""What a step adds up over its rows."""
 
 
 @dataclass(frozen=True)
@@ -177,7 +174,7 @@ class Trainer:
         if "refused" in metrics:
             self._refuse(problems, groups, metrics | {"rewards": rewards.score.tolist()})
         left_out: dict[str, Any] = {"bad_groups": bad} if bad else {}
-        row = _step_metrics(groups, rewards, advantage) | self._sums(forests) | metrics | left_out
+        row = step_metrics(groups, rewards, advantage) | self._sums(forests) | metrics | left_out
         return row | self._stage_metrics(stage) | self._sync()
 
     def supervised_step(self, draw: Draw) -> dict[str, Any]:
@@ -309,7 +306,7 @@ class Trainer:
         """
         device = self.policy.device
         lengths = torch.tensor([len(rollout.token_ids) for group in groups for rollout in group.rollouts])
-        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)  # one host sync a step
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)  # one host sync a step
         vision = Vision(self.policy, forests, together=self.ranks.size > 1)
         self.policy.prefetch(self.curriculum.peek())  # decoded while this step trains; its own pictures are seen by now
         for forest in each_micro_batch(self.policy, forests):
@@ -334,9 +331,9 @@ class Trainer:
                 rollout_logprobs=sampled,
             )
             out.loss.backward()
-            sums += _row_sums(out, mask, sampled, ref)
+            sums += row_sums(out, mask, sampled, ref)
         vision.backward()
-        totals = self.ranks.sum(dict(zip(_SUMS, sums.tolist(), strict=True)))
+        totals = self.ranks.sum(dict(zip(SUMS, sums.tolist(), strict=True)))
         loss, rows = totals.pop("loss"), totals.pop("rows")
         if self.reference is None:
             del totals["reference_kl"]
@@ -417,35 +414,3 @@ def _row_normalizer(objective: PolicyObjective, sequence: Tensor, lengths: Tenso
     if objective.name == "dr_grpo":
         return torch.tensor(float(len(lengths) * max_length))
     return loss_normalizer(objective, torch.ones(len(sequence)), total_tokens=float(lengths.sum()))
-
-
-def _row_sums(out: LinearPolicyLoss, mask: Tensor, sampled: Tensor | None, ref: Tensor | None) -> Tensor:
-    """``_SUMS`` [6] float64 of one micro-batch on its device, over rows [N] whose ``mask`` is not 0."""
-    trained, logprobs = mask > 0, out.logprobs.detach().double()
-
-    def total(rows: Tensor) -> Tensor:
-        return torch.where(trained, rows.double(), 0.0).sum()
-
-    def k3(off: Tensor) -> Tensor:
-        """The other policy against this one (joschu.net/blog/kl-approx.html)."""
-        return total(off.expm1() - off)
-
-    off = torch.zeros_like(logprobs) if sampled is None else logprobs - sampled.double()
-    away = torch.zeros_like(logprobs) if ref is None else ref.double() - logprobs
-    loss = out.loss.detach().double()
-    return torch.stack([loss, trained.sum().double(), total(out.entropy), total(off.abs()), k3(off), k3(away)])
-
-
-def _step_metrics(groups: Sequence[RolloutGroup], rewards: RewardBatch, advantage: GroupAdvantage) -> dict[str, Any]:
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    kinds = np.array([group.problem.kind for group in groups for _ in group.rollouts])
-    return {
-        "reward": float(rewards.score.mean()),
-        "accuracy": float(rewards.correct.mean()),
-        "accuracy_by_kind": {str(kind): float(rewards.correct[kinds == kind].mean()) for kind in np.unique(kinds)},
-        "format_valid": float(rewards.format_valid.mean()),
-        "equal_groups": float(advantage.degenerate.float().mean()),
-        "response_length": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
-        "truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
-        "rollout_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
-    }

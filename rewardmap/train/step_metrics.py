@@ -1,0 +1,50 @@
+"""What a step measures: sums over the rows it trained on, means over the answers it sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from rewardmap.rewards import RewardBatch
+from rewardmap.types import RolloutGroup
+from rewardmap_kernels import GroupAdvantage, LinearPolicyLoss
+
+Tensor = torch.Tensor
+SUMS = ("loss", "rows", "entropy", "rollout_drift", "rollout_kl", "reference_kl")
+"""What a step adds up over its rows."""
+
+
+def row_sums(out: LinearPolicyLoss, mask: Tensor, sampled: Tensor | None, ref: Tensor | None) -> Tensor:
+    """``SUMS`` [6] float64 of one micro-batch on its device, over rows [N] whose ``mask`` is not 0."""
+    trained, logprobs = mask > 0, out.logprobs.detach().double()
+
+    def total(rows: Tensor) -> Tensor:
+        return torch.where(trained, rows.double(), 0.0).sum()
+
+    def k3(off: Tensor) -> Tensor:
+        """The other policy against this one (joschu.net/blog/kl-approx.html)."""
+        return total(off.expm1() - off)
+
+    off = torch.zeros_like(logprobs) if sampled is None else logprobs - sampled.double()
+    away = torch.zeros_like(logprobs) if ref is None else ref.double() - logprobs
+    loss = out.loss.detach().double()
+    return torch.stack([loss, trained.sum().double(), total(out.entropy), total(off.abs()), k3(off), k3(away)])
+
+
+def step_metrics(groups: Sequence[RolloutGroup], rewards: RewardBatch, advantage: GroupAdvantage) -> dict[str, Any]:
+    """Of ``metrics.jsonl``, over a step's answers."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    kinds = np.array([group.problem.kind for group in groups for _ in group.rollouts])
+    return {
+        "reward": float(rewards.score.mean()),
+        "accuracy": float(rewards.correct.mean()),
+        "accuracy_by_kind": {str(kind): float(rewards.correct[kinds == kind].mean()) for kind in np.unique(kinds)},
+        "format_valid": float(rewards.format_valid.mean()),
+        "equal_groups": float(advantage.degenerate.float().mean()),
+        "response_length": float(np.mean([len(rollout.token_ids) for rollout in rollouts])),
+        "truncated": float(np.mean([rollout.finish_reason == "length" for rollout in rollouts])),
+        "rollout_tokens": sum(len(rollout.token_ids) for rollout in rollouts),
+    }
