@@ -300,6 +300,8 @@ def check_refusals() -> None:
         (lambda: ops.row_statistics(logits, targets * 0, 1.0, torch.ones(2), None), "temperatures must be"),
         (lambda: ops.product_(logits, torch.ones(3, 2), torch.ones(3, 8), False), "cannot be a"),
         (lambda: ops.product_(logits, torch.ones(3, 4)[:, ::2], torch.ones(2, 8), False), "a must have rows"),
+        (lambda: ops.product_(torch.ones(3, 0), torch.ones(3, 2), torch.ones(2, 0), False), "cannot be a"),
+        (lambda: ops.product_(torch.ones(8, 3).t(), torch.ones(3, 2), torch.ones(2, 8), False), "rows of stride 1"),
         (lambda: ops.product_(logits.bfloat16(), torch.ones(3, 2), torch.ones(2, 8), False), "out must be float32"),
         (lambda: ops.add_norm_(torch.ones(2, 24), None, torch.ones(24), 0.0), "a multiple of 16"),
         (lambda: ops.add_norm_(torch.ones(2, 32), None, torch.ones(16), 0.0), "weight must be contiguous"),

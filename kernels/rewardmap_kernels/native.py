@@ -60,7 +60,7 @@ def sources() -> Path:
 
 def cpu_units() -> list[Unit]:
     """The files of the CPU library for this machine's architecture."""
-    units = [Unit(f"cpu/{name}.cpp", ("-O1",)) for name in ("operators", "decode_operators")]
+    units = [Unit(f"cpu/{name}.cpp", ("-O1",)) for name in ("operators", "product_operators", "decode_operators")]
     units += [Unit("cpu/rows_scalar.cpp"), Unit("cpu/advantage.cpp")]
     if platform.machine() in ("x86_64", "AMD64"):
         units.append(Unit("cpu/rows_avx2.cpp", ("-O3", "-mavx2", "-mfma")))
