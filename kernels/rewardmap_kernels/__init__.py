@@ -6,7 +6,8 @@ from .linear_logprob import linear_logprobs
 from .linear_loss import LinearPolicyLoss, contributing_rows, linear_policy_loss
 from .logits_loss import LogitsPolicyLoss, logits_policy_loss, selective_log_softmax
 from .normalizer import loss_normalizer
-from .policy_loss import PolicyLossOutput, PolicyObjective, policy_loss
+from .objective import PolicyObjective
+from .policy_loss import PolicyLossOutput, policy_loss
 
 __all__ = [
     "GroupAdvantage",

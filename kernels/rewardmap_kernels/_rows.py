@@ -13,7 +13,7 @@ from torch import Tensor
 from . import torch_rows
 from ._checks import check_normalizer, check_range, check_rows, check_temperature, number_on
 from .dispatch import choose
-from .policy_loss import require_inputs
+from .objective import require_inputs
 
 
 def implementation(operation: str, tensor: Tensor) -> ModuleType:

@@ -21,7 +21,8 @@ from ._checks import check_linear, check_range, compute_dtype
 from ._head import Head, chunk_size, full_weight, operand_dtype
 from ._scale import scaled, taken
 from ._shard import VocabShard
-from .policy_loss import PolicyObjective, from_key, metric_names, policy_loss
+from .objective import PolicyObjective, from_key
+from .policy_loss import metric_names, policy_loss
 from .torch_rows import RowStatistics
 
 OPERATION = "linear_policy_loss"

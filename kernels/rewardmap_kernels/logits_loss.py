@@ -11,7 +11,8 @@ from torch import Tensor
 from . import _rows
 from ._checks import check_floating, check_targets, check_temperature, compute_dtype
 from ._scale import scale_, taken
-from .policy_loss import PolicyObjective, from_key, metric_names, policy_loss
+from .objective import PolicyObjective, from_key
+from .policy_loss import metric_names, policy_loss
 from .torch_rows import RowStatistics
 
 

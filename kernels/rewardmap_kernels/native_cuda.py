@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import native
 from ._checks import number_on
-from .policy_loss import CLIPPED, PolicyObjective
+from .objective import CLIPPED, PolicyObjective
 from .torch_rows import FusedRows
 
 STAGES = 3

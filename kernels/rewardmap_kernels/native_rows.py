@@ -13,7 +13,7 @@ from torch import Tensor
 from . import native
 from ._checks import number_on
 from .dispatch import launched
-from .policy_loss import CLIPPED, PolicyObjective
+from .objective import CLIPPED, PolicyObjective
 from .torch_rows import NATS_PER_UNIT, Exponentials, FusedRows, RowStatistics, over, scale_
 
 __all__ = [

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ._checks import check_range, check_rows, number_on
-from .policy_loss import PolicyObjective, sequence_counts
+from .objective import PolicyObjective
+from .policy_loss import sequence_counts
 
 
 def loss_normalizer(

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .policy_loss import CLIPPED, LOG_RATIO_BOUND, PolicyObjective
+from .objective import CLIPPED, PolicyObjective
+from .policy_loss import LOG_RATIO_BOUND
 
 
 def selective_log_softmax(logits: Tensor, targets: Tensor, temperature: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:

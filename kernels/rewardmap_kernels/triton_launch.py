@@ -15,7 +15,7 @@ from . import native_cuda
 from . import triton_rows as kernels
 from ._checks import number_on
 from .dispatch import launched, on_device_of
-from .policy_loss import CLIPPED, PolicyObjective
+from .objective import CLIPPED, PolicyObjective
 from .torch_rows import PRODUCT, Exponentials, FusedRows, RowStatistics, empty_matrix, over
 
 # (values of a row that a program holds at a time, warps). docs/kernels.md says why; the bench's "tune" tries others.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..linear_logprob import linear_logprobs
 from ..linear_loss import linear_policy_loss
-from ..policy_loss import PolicyObjective
+from ..objective import PolicyObjective
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
 

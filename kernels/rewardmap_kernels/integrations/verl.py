@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..linear_logprob import linear_logprobs
-from ..policy_loss import PolicyObjective, policy_loss
+from ..objective import PolicyObjective
+from ..policy_loss import policy_loss
 
 
 def linear_cross_entropy(
