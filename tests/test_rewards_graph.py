@@ -195,6 +195,8 @@ def test_dense_detail_of_short_answers() -> None:
     assert short("Counting1", 1, every, stops)[0] == pytest.approx(5.0 * 8 / 44)
     lines = {"Alpha": ["Red Line", "Blue Line"]}
     assert short("TorF2", 1, "Lines: [red, blue]\n\\boxed{no}", lines)[0] == 5.0
+    assert short("TorF2", 1, "Lines: [red]\n\\boxed{no}", {"Alpha": "Red Line"})[0] == 5.0  # the paper's spelling
+    assert short("TorF2", 1, "Lines: [red]\n\\boxed{no}", {"Alpha": 1})[0] == 0.0
     assert short("TorF2", 1, "\\boxed{no}", lines)[0] == 0.0
 
 

@@ -224,7 +224,7 @@ def gold_keys(problem: Problem) -> frozenset[str]:
     """Keys of the stops or lines that a full answer lists; empty where the problem does not carry them."""
     gold = problem.fine_grained_answer
     if isinstance(gold, dict):
-        gold = [entry for entries in gold.values() for entry in entries]
+        gold = [entry for named in gold.values() for entry in (named if isinstance(named, list) else [named])]
     if not isinstance(gold, list) or not all(isinstance(entry, str) for entry in gold):
         return frozenset()
     return frozenset(map(list_key(problem.kind), gold)) - {""}
