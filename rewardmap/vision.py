@@ -139,7 +139,12 @@ class ImageStore:
         return image
 
     def _read(self, source: str | bytes) -> EncodedImage:
-        out = self._processor(images=[read_image(source)], return_tensors="pt")
+        picture = read_image(source)
+        try:
+            out = self._processor(images=[picture], return_tensors="pt")
+        except ValueError as error:  # such as sides more than 200 to 1
+            size = f"{picture.width} x {picture.height} pixels"
+            raise DataError(f"{_name(source)}: the image processor refuses {size} ({error})") from None
         pixels, grid = out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
         digest = hashlib.blake2b(pixels.numpy().data, digest_size=16, key=repr((grid, pixels.shape)).encode()[:64])
         return EncodedImage(pixels, grid, digest.digest())
@@ -196,8 +201,11 @@ def read_image(source: str | bytes) -> Image.Image:
         with open_picture(source) as picture:
             return picture.convert("RGB")
     except OSError as error:
-        name = "picture given as bytes" if isinstance(source, bytes) else source
-        raise DataError(f"{name}: cannot be read as an image ({error})") from None
+        raise DataError(f"{_name(source)}: cannot be read as an image ({error})") from None
+
+
+def _name(source: str | bytes) -> str:
+    return "picture given as bytes" if isinstance(source, bytes) else source
 
 
 def _identity(source: str | bytes) -> object:

@@ -195,3 +195,12 @@ def test_an_unreadable_picture_raises_each_time_it_is_asked_for(policy, tmp_path
             policy.image(str(path))
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(path)
     assert policy.image(str(path)).grid_thw
+
+
+def test_a_picture_that_the_processor_refuses_is_named(policy, tmp_path):
+    path = tmp_path / "thin.png"
+    Image.fromarray(np.zeros((1, 2000, 3), np.uint8)).save(path)
+    with pytest.raises(DataError, match=r"thin\.png: the image processor refuses 2000 x 1 pixels"):
+        policy.image(str(path))
+    with pytest.raises(DataError, match="picture given as bytes: the image processor refuses"):
+        policy.image(path.read_bytes())
