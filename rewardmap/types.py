@@ -17,6 +17,17 @@ TorF1: are two stops on one line. TorF2: is a stop on a line. Counting1: stops b
 Counting2: lines through a stop. Counting3: lines on the map. planning: an optimal route.
 """
 
+ANSWERS = {
+    "TorF1": range(2),
+    "TorF2": range(2),
+    "Counting1": range(4),
+    "Counting2": range(10_000),
+    "Counting3": range(10_000),
+}
+"""What a gold answer may be, by kind; planning questions have none."""
+TRANSFERS = range(100)
+"""What the fewest transfers of a planning question may be."""
+
 LEVELS = ("easy", "middle", "hard")
 """Difficulty labels of maps (``difficulty_city``) and of planning questions (``difficulty_question``)."""
 

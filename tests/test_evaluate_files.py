@@ -264,6 +264,7 @@ def broken(lines: list[dict[str, Any]], how: str) -> list[Any]:
         "twice": [*lines, first],
         "no text": [{**first, "response": 3}, second, *rest],
         "tokens": [{**first, "num_tokens": -1}, second, *rest],
+        "huge": [{**first, "num_tokens": 10**400}, second, *rest],
         "no uid": [{"response": "x"}, second, *rest],
         "list": [[1], *lines],
     }[how]
@@ -280,6 +281,7 @@ def broken(lines: list[dict[str, Any]], how: str) -> list[Any]:
         ("twice", r"1 uids appear more than once: {0}"),
         ("no text", r"line 1, field 'response': 3 is not text"),
         ("tokens", r"line 1, field 'num_tokens': -1"),
+        ("huge", r"line 1, field 'num_tokens': 1000.* is not a number of tokens"),
         ("no uid", r"line 1, field 'uid': None"),
         ("list", r"line 1: list, not an object"),
     ],
@@ -292,6 +294,13 @@ def test_a_file_that_does_not_match_is_named(
     with pytest.raises(DataError, match=message.format(lines[0]["uid"], lines[1]["uid"])):
         evaluate(data, file)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_a_line_that_json_gives_up_on_is_named(data: Path, tmp_path: Path) -> None:
+    for line in ("[" * 5000, "9" * 5000):
+        (tmp_path / "a.jsonl").write_text(line)
+        with pytest.raises(DataError, match=r"a\.jsonl, line 1: not a line of JSON"):
+            evaluate(data, tmp_path / "a.jsonl")
 
 
 def test_odd_line_separators_inside_an_answer_break_no_line(

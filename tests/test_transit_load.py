@@ -183,6 +183,9 @@ def test_image_feature_of_datasets(root: Path) -> None:
         ({"json": '{"Red', "city": "n"}, "the network is not JSON"),
         ({"json": '{"L": ["A", "B"]}'}, "x/y has another network in an earlier row"),
         ({"fine_grained_answer": "{'A': 1}"}, "row 1: field 'fine_grained_answer' is not JSON"),
+        ({"fine_grained_answer": "[" * 5000}, "row 1: field 'fine_grained_answer' is not JSON"),
+        ({"fine_grained_answer": "9" * 5000}, "row 1: field 'fine_grained_answer' is not JSON"),
+        ({"json": '{"L": ' + "[" * 5000, "city": "n"}, "row 1: field 'json': the network is not JSON"),
     ],
 )
 def test_a_bad_row_is_named_or_skipped_and_counted(root: Path, changes: dict[str, Any], message: str) -> None:
@@ -218,6 +221,17 @@ def test_repeated_uid_is_refused(root: Path) -> None:
     write_rows(root, [row(uid="a"), row(uid="a")])
     with pytest.raises(DataError, match="row 1: field 'uid' repeats 'a'"):
         load_dataset(root)
+
+
+def test_pictures_too_narrow_for_the_processor_are_named(root: Path) -> None:
+    for size in ((1, 2000), (401, 2)):
+        (root / "maps/x/y.png").write_bytes(png(size))
+        shutil.rmtree(root / "data", ignore_errors=True)
+        write_rows(root, [row()])
+        with pytest.raises(DataError, match=rf"row 0: field 'figure': .*y\.png' has {size[0]} x {size[1]} pixels"):
+            load_dataset(root)
+    (root / "maps/x/y.png").write_bytes(png((400, 2)))
+    assert load_dataset(root).problems
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])

@@ -49,7 +49,7 @@ class AnswerStore:
                 try:
                     row = json.loads(line)
                     self._kept[row["key"]] = Answer(row["text"], row["num_tokens"])
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, RecursionError):
                     raise DataError(f"{path}, line {number}: not a kept answer; remove the file to ask anew") from None
             if lines[-1]:  # cut off by a kill
                 write_text(path, "".join(f"{line}\n" for line in lines[:-1]))
@@ -176,7 +176,7 @@ def read_responses(path: Path, problems: Sequence[Problem]) -> list[Answer]:
 def _response(line: str, where: str) -> tuple[str, Answer]:
     try:
         row: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a line of JSON ({error})") from None
     if not isinstance(row, dict):
         raise DataError(f"{where}: {type(row).__name__}, not an object with 'uid' and 'response'")
@@ -184,7 +184,7 @@ def _response(line: str, where: str) -> tuple[str, Answer]:
         if not isinstance(row.get(name), str):
             raise DataError(f"{where}, field {name!r}: {row.get(name)!r} is not text")
     tokens = row.get("num_tokens")
-    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0):
-        raise DataError(f"{where}, field 'num_tokens': {tokens!r} is not a number of tokens")
+    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens < 1 << 31):
+        raise DataError(f"{where}, field 'num_tokens': {tokens!r:.80} is not a number of tokens")
     # Half a surrogate pair, which JSON can hold, is no character and could not be written again.
     return row["uid"], Answer(row["response"].encode("utf-8", "replace").decode(), tokens)

@@ -190,7 +190,7 @@ class Evaluation:
         for number, line in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
             try:
                 records.append(Record(**json.loads(line)))
-            except (json.JSONDecodeError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not an evaluation record: {error}") from None
         if not records:
             raise DataError(f"{path}: holds no evaluation record")

@@ -13,6 +13,8 @@ from rewardmap.files import open_picture
 from rewardmap.types import DataError, MetroData
 
 _LONGEST_PATH = 1024
+_LONGEST_SIDE = 200
+"""Times the shorter one, at most: Qwen's image processors take no longer pictures."""
 
 
 class Assets:
@@ -64,6 +66,11 @@ class Assets:
                     raise DataError(
                         f"{name} has {picture.width} x {picture.height} pixels, more than the limit of "
                         f"{self._max_pixels}; raise max_image_pixels if you trust it"
+                    )
+                if max(picture.size) > _LONGEST_SIDE * min(picture.size):
+                    raise DataError(
+                        f"{name} has {picture.width} x {picture.height} pixels; no side may be more than "
+                        f"{_LONGEST_SIDE} times the other"
                     )
                 # verify() walks a PNG's chunks and checksums without decoding; other formats must be decoded.
                 if picture.format == "PNG":
@@ -118,7 +125,7 @@ class Assets:
         if isinstance(source, str):
             try:
                 source = json.loads(source)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{name} is not JSON ({error})") from error
         return check_metro_data(source, name)
 

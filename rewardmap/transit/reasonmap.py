@@ -27,11 +27,10 @@ from rewardmap.transit.assets import Assets
 from rewardmap.transit.export import DATA_FOLDER, write_dataset, write_rows
 from rewardmap.transit.graph import Network
 from rewardmap.transit.topology import read_network
-from rewardmap.types import KINDS, LEVELS, DataError, MetroData, Problem
+from rewardmap.types import ANSWERS, KINDS, LEVELS, TRANSFERS, DataError, MetroData, Problem
 
 __all__ = ["MapData", "load_dataset", "write_dataset", "write_rows"]
 
-_ANSWERS = {"TorF1": range(2), "TorF2": range(2), "Counting1": range(4)}
 _SPLIT_NAMES = ("train", "test", "validation")
 _BATCH_ROWS = 64
 _HUB = "hf://datasets/"
@@ -180,7 +179,7 @@ def _arrow_table(data: Path) -> tuple[Path, pa.Table]:
 def _saved_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}); save the data set again") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: expected a JSON object, got {type(content).__name__}; save the data set again")
@@ -242,12 +241,12 @@ def _problem(row: _Row, assets: Assets, planning_question: str, default_uid: str
         image=assets.image(row.value("figure"), f"{row.where}: field 'figure'"),
         question=question,
         kind=kind,
-        answer=-1 if planning else row.integer("answer", _ANSWERS.get(kind, range(10_000))),
+        answer=-1 if planning else row.integer("answer", ANSWERS[kind]),
         station_1=row.text("station_1") if planning else row.optional_text("station_1"),
         station_2=row.text("station_2") if planning else row.optional_text("station_2"),
         network_id=assets.network(network_id, row.value("json"), f"{row.where}: field 'json'"),
         map_difficulty=row.choice("difficulty_city", LEVELS),
-        transfers_required=row.integer("question_transfer_count", range(100)) if planning else 0,
+        transfers_required=row.integer("question_transfer_count", TRANSFERS) if planning else 0,
         question_difficulty=row.choice("difficulty_question", LEVELS) if "difficulty_question" in row else None,
         fine_grained_answer=_details(row, released_planning),
     )
@@ -260,7 +259,7 @@ def _details(row: _Row, released_planning: bool) -> Any:
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{row.where}: field {name!r} is not JSON ({error}): {value[:80]!r}") from error
     if released_planning and isinstance(value, dict):
         return [plan for plan in value.values() if plan]

@@ -153,5 +153,5 @@ def read_network(root: Path, network_id: str, lists: MetroData) -> Network:
         return network_from_lists(network_id, lists)
     try:
         return network_from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a network as this package writes it ({error!r}); remove the file") from error
