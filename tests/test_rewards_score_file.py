@@ -116,6 +116,13 @@ BAD: list[tuple[Any, str]] = [
     (row(question_transfer_count=-1), "'question_transfer_count'"),
     (row(question_transfer_count=None), "'question_transfer_count'"),
     (row(station_1="Atlantis"), "'station_1'"),
+    (row(station_2="bravvo"), "'bravvo' is no station of ./stations/made/up.json; the nearest name there is 'Bravo"),
+    (row(type="TorF1", answer=2), "'answer': 2 is not an integer from 0 to 1"),
+    (row(type="TorF2", answer="maybe"), "'answer': 'maybe' is not an integer from 0 to 1"),
+    (row(type="Counting1", answer=4), "'answer': 4 is not an integer from 0 to 3"),
+    (row(type="Counting2", answer="abc"), "'answer': 'abc' is not an integer from 0 to 9999"),
+    (row(type="Counting3", answer=-1), "'answer': -1 is not an integer from 0 to 9999"),
+    (row(question_transfer_count=10**30), "'question_transfer_count'"),
     (row(station_2=None), "'station_2'"),
     (row(response=None), "'response'"),
     (row(json="./stations/made/off.json"), "'json'"),
@@ -141,7 +148,9 @@ def test_missing_fields_are_named(folder: Path, name: str) -> None:
         score_file(path)
 
 
-@pytest.mark.parametrize("line", [b"{", b'{"type": "\xff"}', b"\xff\xfe", b"nonsense", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "line", [b"{", b'{"type": "\xff"}', b"\xff\xfe", b"nonsense", b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"]
+)
 def test_broken_lines(folder: Path, line: bytes) -> None:
     path = folder / "in.jsonl"
     path.write_bytes(b"\n" + line + b"\n")
@@ -160,4 +169,45 @@ def test_broken_stations_files(folder: Path) -> None:
 def test_no_file(folder: Path) -> None:
     with pytest.raises(DataError, match=r"absent\.jsonl"):
         score_file(folder / "absent.jsonl")
-    assert score_file(write(folder, [])).rows == 0
+    with pytest.raises(DataError, match=r"in\.jsonl: no rows, so that nothing was scored"):
+        score_file(write(folder, []), folder / "out.jsonl")
+    assert {one.name for one in folder.iterdir()} == {"stations", "in.jsonl"}
+
+
+def test_only_a_file_is_written_over(folder: Path) -> None:
+    path = write(folder, [row()])
+    (folder / "out").mkdir()
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(DataError, match="out: not a file"):
+        score_file(path, folder / "out")
+    assert sorted(folder.rglob("*")) == before
+    score_file(path, folder / "new" / "out.jsonl")
+    assert [one.name for one in (folder / "new").iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.parametrize("field", ["extra", "group", "fine_grained_answer"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_deep_rows_are_scored_or_named(folder: Path, field: str, as_text: bool) -> None:
+    """Reading and writing JSON give up at different depths, near 1,000."""
+    ends = set()
+    for depth in (900, *range(970, 1002)):
+        deep = "[" * depth + "]" * depth
+        value = json.dumps(deep) if as_text else deep
+        (folder / "in.jsonl").write_text(json.dumps(row())[:-1] + f', "{field}": {value}}}\n')
+        try:
+            ends.add(score_file(folder / "in.jsonl", folder / "out.jsonl").rows)
+        except DataError as error:
+            assert "row 1" in str(error)
+            ends.add(0)
+    assert ends == ({1} if as_text and field != "fine_grained_answer" else {0, 1})
+
+
+def test_names_that_any_mode_knows_are_no_error(folder: Path) -> None:
+    """The published normaliser never finds the released ``东管头南站 `` again: it keeps the 站 before the space."""
+    (folder / "stations" / "made" / "up.json").write_text(json.dumps({"Line 16": ["东管头南站 ", "国家图书馆站"]}))
+    plan = "Route Name: Line 16\nDeparture Stop: 东管头南站\nArrival Stop: 国家图书馆站"
+    for mode, right in (("reference", False), ("graph", True)):
+        for name in ("东管头南站", "东管头南站 （换乘站）"):
+            path = write(folder, [row(station_1=name, station_2="国家图书馆", response=plan)])
+            score_file(path, folder / "out.jsonl", mode=mode)  # type: ignore[arg-type]
+            assert json.loads((folder / "out.jsonl").read_text("utf-8"))["correct"] is right

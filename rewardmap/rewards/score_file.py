@@ -7,18 +7,19 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rewardmap.rewards.parse import clean, strip_markers
+from rewardmap.files import replacing
 from rewardmap.rewards.rubric import Mode, RewardBatch, Rubric
 from rewardmap.rewards.score import FAILURES
 from rewardmap.rewards.scorer import AnyNetwork
-from rewardmap.rewards.topology import station_key
+from rewardmap.rewards.stations import Stations
 from rewardmap.transit.graph import Network
 from rewardmap.transit.topology import read_network
-from rewardmap.types import KINDS, LEVELS, DataError, MetroData, Problem
+from rewardmap.types import ANSWERS, KINDS, LEVELS, TRANSFERS, DataError, MetroData, Problem
 
 ADDED = ("score", "correct", "detail", "weight", "format_valid", "failure")
 """Fields that each row gains."""
@@ -80,30 +81,26 @@ def score_file(
     ``response``, and for planning ``station_1``, ``station_2`` and ``question_transfer_count``. A relative
     ``json`` is looked for under ``stations_root`` if given, then beside the input file, then in the current
     folder. The output is complete or absent: it is moved into place after the last row. Raises DataError
-    naming file, row (from 1) and field of the first bad row.
+    naming file, row (from 1) and field of the first bad row, or where there is no row at all, or no file can be put
+    at ``out_path``.
     """
     in_path = Path(in_path)
+    if out_path is not None and os.path.exists(out_path) and not os.path.isfile(out_path):
+        raise DataError(f"{out_path}: not a file, which the scored rows need; name one, such as scored.jsonl")
     began = time.perf_counter()
     rubric = Rubric(mode=mode)
     stations = _Stations(in_path, Path(stations_root) if stations_root is not None else None, exact=mode == "graph")
     totals: dict[str, KindTotals] = defaultdict(KindTotals)
     groups: dict[Any, tuple[int, float, float]] = {}
-    partial = None if out_path is None else Path(f"{out_path}.partial")
-    out = None if partial is None else partial.open("wb")
-    try:
-        for rows, problems in _chunks(in_path, stations):
-            batch = rubric.score(problems, [row["response"] for row in rows], stations.networks)
-            _add(rows, batch, totals, groups)
-            if out is not None:
-                out.writelines(map(_line, rows))
-    except BaseException:
-        if out is not None and partial is not None:
-            out.close()
-            partial.unlink()
-        raise
-    if out is not None and partial is not None and out_path is not None:
-        out.close()
-        os.replace(partial, out_path)
+    with nullcontext() if out_path is None else replacing(Path(out_path)) as partial:
+        with nullcontext() if partial is None else partial.open("wb") as out:
+            for rows, problems in _chunks(in_path, stations):
+                batch = rubric.score(problems, [row["response"] for row in rows], stations.networks)
+                _add(rows, batch, totals, groups)
+                if out is not None:
+                    out.writelines(map(_line, rows, problems))
+        if not totals:
+            raise DataError(f"{in_path}: no rows, so that nothing was scored; give one JSON object a line")
     shared = [(low, high) for count, low, high in groups.values() if count > 1]
     return ScoreSummary(
         mode=mode,
@@ -114,12 +111,14 @@ def score_file(
     )
 
 
-def _line(row: dict[str, Any]) -> bytes:
+def _line(row: dict[str, Any], problem: Problem) -> bytes:
     """UTF-8; a lone surrogate, which has none, makes the row all ASCII escapes."""
     try:
         return json.dumps(row, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
         return json.dumps(row).encode() + b"\n"
+    except RecursionError as error:  # a few levels less are written than read
+        raise DataError(f"{problem.uid}: nested too deeply ({error})") from error
 
 
 def _add(
@@ -178,34 +177,36 @@ def _problem(row: dict[str, Any], where: str, stations: _Stations) -> Problem:
     ends = []
     for name in ("station_1", "station_2"):
         station = _text(row, name, where) if planning else row.get(name)
-        if planning and not stations.has(network_id, str(station)):
-            raise DataError(f"{where}, field {name!r}: {station!r} is no station of {network_id}")
+        if planning and (wrong := stations.names[network_id].complaint(str(station))):
+            raise DataError(f"{where}, field {name!r}: {wrong}")
         ends.append(station if isinstance(station, str) else "")
     _text(row, "response", where)
-    fine = row.get("fine_grained_answer", row.get("fine-grained answer"))
     return Problem(
         uid=where,
         image=b"",
         question="",
         kind=kind,
-        answer=_integer(row, "answer", where),
+        answer=_integer(row, "answer", where, ANSWERS.get(kind)),
         station_1=ends[0],
         station_2=ends[1],
         network_id=network_id,
         map_difficulty=_choice(row, "difficulty_city", LEVELS, where),
-        transfers_required=_integer(row, "question_transfer_count", where, least=0) if planning else 0,
-        fine_grained_answer=_steps(fine),
+        transfers_required=_integer(row, "question_transfer_count", where, TRANSFERS) if planning else 0,
+        fine_grained_answer=_steps(row, where),
     )
 
 
-def _steps(fine: Any) -> Any:
-    """The steps to the answer; data sets keep them as JSON text."""
+def _steps(row: dict[str, Any], where: str) -> Any:
+    """The steps to the answer; data sets keep them as JSON text. Other text is none."""
+    fine = row.get("fine_grained_answer", row.get("fine-grained answer"))
     if not isinstance(fine, str):
         return fine
     try:
         return json.loads(fine)
     except ValueError:
         return None
+    except RecursionError as error:
+        raise DataError(f"{where}, field 'fine_grained_answer': nested too deeply ({error})") from error
 
 
 def _field(row: dict[str, Any], name: str, where: str) -> Any:
@@ -228,11 +229,11 @@ def _choice(row: dict[str, Any], name: str, known: tuple[str, ...], where: str) 
     return value
 
 
-def _integer(row: dict[str, Any], name: str, where: str, least: int | None = None) -> int:
+def _integer(row: dict[str, Any], name: str, where: str, allowed: range | None = None) -> int:
     value = _field(row, name, where)
-    if isinstance(value, bool) or not isinstance(value, int) or (least is not None and value < least):
-        kind = "an integer" if least is None else f"an integer of at least {least}"
-        raise DataError(f"{where}, field {name!r}: {value!r} is not {kind}")
+    if isinstance(value, bool) or not isinstance(value, int) or (allowed is not None and value not in allowed):
+        kind = "an integer" if allowed is None else f"an integer from {allowed[0]} to {allowed[-1]}"
+        raise DataError(f"{where}, field {name!r}: {value!r:.80} is not {kind}")
     return value
 
 
@@ -244,9 +245,7 @@ class _Stations:
         self._exact = exact
         self.networks: dict[str, AnyNetwork] = {}
         """As published or, if ``exact``, with branches and rings, which training takes for ``graph`` too."""
-        self._names: dict[str, frozenset[str]] = {}
-        self._seen: set[tuple[str, str]] = set()
-        """(network, station) that rows have named before."""
+        self.names: dict[str, Stations] = {}
 
     def read(self, path: str, where: str) -> str:
         """The network's id, which is the path as the row gives it."""
@@ -264,16 +263,8 @@ class _Stations:
             if not isinstance(metro, dict) or not all(_is_list_of_text(names) for names in metro.values()):
                 raise DataError(f"{where}, field 'json': {found} is not an object of line -> list of stations")
             self.networks[path] = _exact(found, metro, where) if self._exact else metro
-            spelled = {station for stations in metro.values() for station in stations}
-            self._names[path] = frozenset(key for station in spelled for key in _keys(station))
+            self.names[path] = Stations(path, self.networks[path], graph=self._exact)
         return path
-
-    def has(self, network_id: str, station: str) -> bool:
-        """Whether the network has a station of that name, in the sense of any mode."""
-        known = (network_id, station) in self._seen or not self._names[network_id].isdisjoint(_keys(station))
-        if known:
-            self._seen.add((network_id, station))
-        return known
 
 
 def _exact(path: Path, metro: MetroData, where: str) -> Network:
@@ -282,11 +273,6 @@ def _exact(path: Path, metro: MetroData, where: str) -> Network:
         return read_network(path.parents[min(2, len(path.parents) - 1)], f"{path.parent.name}/{path.stem}", metro)
     except DataError as error:
         raise DataError(f"{where}, field 'json': {error}") from error
-
-
-def _keys(station: str) -> tuple[str, str]:
-    # Marked, for the keys of the two sorts must not meet.
-    return "published " + clean(strip_markers(station)), "folded " + station_key(station)
 
 
 def _is_list_of_text(names: Any) -> bool:
