@@ -1,19 +1,49 @@
 """What a run begins with: its data, its policy and its device, or one error that names what is wrong."""
 
+import re
+import shutil
+
 import pytest
 import torch
+from datasets import load_from_disk
 from rich.console import Console
 
 from rewardmap.config import Config, ConfigError, PolicyConfig
 from rewardmap.config_file import load_config
 from rewardmap.policy import pick_device
 from rewardmap.train import run, start
+from rewardmap.train.ranks import ALONE
+from rewardmap.transit.reasonmap import DATA_FOLDER, write_dataset, write_rows
 from rewardmap.types import DataError
 
 
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match=r"data\.path='nowhere': no such folder"):
         run.train(load_config("tiny", ["data.path=nowhere"]), tmp_path / "run", console=Console(quiet=True))
+    assert not (tmp_path / "run").exists()
+
+
+def test_questions_about_stations_off_their_maps_are_refused_or_skipped(tmp_path):
+    folder, console = tmp_path / "maps", Console(quiet=True)
+    write_dataset(folder, maps={"train": 2, "test": 2}, seed=1)
+    rows = [dict(row) for row in load_from_disk(str(folder / DATA_FOLDER))["train"]]
+    train = [{**row, "station_2": row["station_2"].upper()} if row["type"] == "planning" else row for row in rows]
+    at = next(index for index, row in enumerate(rows) if row["type"] == "planning")
+    shutil.rmtree(folder / DATA_FOLDER / "train")
+    for mode in ("reference", "graph"):
+        settings = [f"data.path={folder}", f"reward.mode={mode}", "data.on_bad_row=skip"]
+        for name, known in ((rows[at]["station_1"].lower(), True), (rows[at]["station_1"] + "xq", False)):
+            train[at] = {**rows[at], "station_1": name}
+            write_rows(folder, train, "train")
+            training, _ = start._load_data(load_config("tiny", settings), tmp_path / "run", ALONE, console)
+            assert len(training.problems) == len(rows) - (not known)
+            assert all("'station_1'" in line and rows[at]["uid"] in line for line in training.skipped)
+            if not known:
+                row = rows[at]
+                found = rf"{re.escape(str(folder))}, .*{row['uid']}.*xq' is no station of .*'{row['station_1']}'"
+                with pytest.raises(DataError, match=found):
+                    run.train(load_config("tiny", settings[:2]), tmp_path / "run", console=console)
+            shutil.rmtree(folder / DATA_FOLDER / "train")
     assert not (tmp_path / "run").exists()
 
 

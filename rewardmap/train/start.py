@@ -20,6 +20,7 @@ from rewardmap.files import write_text
 from rewardmap.policy import Policy, cast_weights, load_policy, pick_device
 from rewardmap.profiling import PhaseTimer
 from rewardmap.rewards import Networks
+from rewardmap.rewards.stations import off_the_map
 from rewardmap.train.ahead import OneStepOff
 from rewardmap.train.checkpoint import load_training_state, newest_intact
 from rewardmap.train.engines import make_engine
@@ -38,7 +39,7 @@ from rewardmap.train.reference import make_reference
 from rewardmap.train.shared_pictures import SharedPictures
 from rewardmap.train.trainer import Trainer
 from rewardmap.transit.reasonmap import MapData, load_dataset, write_dataset
-from rewardmap.types import Problem
+from rewardmap.types import DataError, Problem
 
 FAULTS = "faults"
 
@@ -92,11 +93,34 @@ def set_up(
 def _load_data(config: Config, run_dir: Path, ranks: Ranks, console: Console) -> tuple[MapData, MapData]:
     ranks.first(lambda: _prepare_data(config, run_dir, console))
     folder = data_folder(config, run_dir)
-    training = load_dataset(folder, config.data.train_split, on_bad_row=config.data.on_bad_row)
+    training = _on_their_maps(config, load_dataset(folder, config.data.train_split, on_bad_row=config.data.on_bad_row))
     testing = load_dataset(folder, config.data.test_split, on_bad_row=config.data.on_bad_row)
     for skipped in (*training.skipped, *testing.skipped):
         console.print(f"skipped: {skipped}", style="yellow", highlight=False)
     return training, testing
+
+
+def _on_their_maps(config: Config, data: MapData) -> MapData:
+    """The data without planning questions whose stations their maps do not have: no answer to them could be right.
+
+    Raises DataError for the first, unless bad rows are skipped.
+    """
+    graph = "graph" in _modes(config)
+    bad = {}
+    for problem, wrong in off_the_map(data.problems, networks_for("graph" if graph else "reference", data), graph):
+        where = f"{data.root}, split {config.data.train_split!r}, row {problem.uid!r}, {wrong}"
+        if config.data.on_bad_row == "raise":
+            raise DataError(f"{where}; correct it, or leave such rows out with data.on_bad_row=skip")
+        bad[problem.uid] = where
+    kept = [problem for problem in data.problems if problem.uid not in bad]
+    if not kept:
+        raise DataError(f"{data.root}: nothing to train on: all rows are bad; the first: {next(iter(bad.values()))}")
+    return replace(data, problems=kept, skipped=(*data.skipped, *bad.values()))
+
+
+def _modes(config: Config) -> set[str]:
+    """Of the rewards that the stages use."""
+    return {config.reward.mode, *(stage_reward(config.reward, stage).mode for stage in config.train.stages)}
 
 
 def _make_trainer(
@@ -114,8 +138,7 @@ def _make_trainer(
     """Policy, engine and trainer over the ranks, with the weights of the newest checkpoint if there is one."""
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    modes = {config.reward.mode, *(stage_reward(config.reward, stage).mode for stage in config.train.stages)}
-    networks: dict[str, Networks] = {mode: networks_for(mode, training, testing) for mode in modes}
+    networks: dict[str, Networks] = {mode: networks_for(mode, training, testing) for mode in _modes(config)}
     curriculum = Curriculum(training.problems, config.train.stages, config.train.prompts_per_step, config.train.seed)
     sharded = needs_sharding(config.parallel, ranks, config.policy.dtype)
     settings = replace(config.policy, device="cpu") if sharded else config.policy  # split before they go to the GPU
