@@ -129,6 +129,27 @@ def test_long_answers_need_a_line_after_the_arrival() -> None:
     assert stated_legs("route name: A\nDeparture Stop: x\nArrival Stop: y", "short") == []
 
 
+@pytest.mark.parametrize("digits", [19, 400, 5000])
+def test_a_model_that_repeats_a_digit_is_wrong_and_no_crash(digits: int) -> None:
+    """float ends at 308 digits, int at 4,300."""
+    network = {"italy/city": {"A": ["x Station", "y Station"]}}
+    problem = asked("count", [leg("A", "x", "y", "w")])
+    answer = Answer(said(("A", "x Station", "y Station", "Number of Via Stops: " + "9" * digits)), None)
+    record = Judge(normaliser="evaluation").evaluation([problem], [answer], network).records[0]
+    assert (record.correct, record.map_score, record.map_score_paper) == (True, 3 + 20, 5 + 20)
+    assert lenient_answer("Counting2", f"{'9' * digits} or 3") is None
+
+
+@pytest.mark.parametrize("plans", [[5], [[]], [[3]], [[leg("A", "x", "y") | {"num_via_stops": "many"}]],
+                                   [[leg("A", "x", "y") | {"num_via_stops": -1}]],
+                                   [[leg("A", "x", "y") | {"num_via_stops": 10**400}]],
+                                   [[leg("A", "x", "y") | {"via_stops": 5}]]])  # fmt: skip
+def test_reference_routes_of_another_form_are_named(plans: Any) -> None:
+    problem = dataclasses.replace(asked("count", ROME), fine_grained_answer=plans)
+    with pytest.raises(DataError, match="1 planning questions cannot get a map score, the first: p: a "):
+        Judge().check([problem], {"italy/city": {"A": ["x Station", "y Station"]}})
+
+
 def test_thinking_is_no_part_of_a_route() -> None:
     """Draft legs inside the thinking would be read as legs; behind the tag stands the answer."""
     network = {"italy/city": {"A": ["x Station", "y Station"]}}

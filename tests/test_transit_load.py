@@ -24,6 +24,8 @@ from rewardmap.types import DataError
 REAL = Path(__file__).parents[2] / "shared" / "data"
 NETWORK = {"Red Line": ["A Station", "B Station (Transfer Station)"], "Blue Line": ["B Station", "C Station"]}
 
+LEG = {"route_name": "Red Line", "departure_stop": "A Station", "arrival_stop": "B Station"}
+
 
 def png(size: tuple[int, int] = (60, 40)) -> bytes:
     buffer = io.BytesIO()
@@ -90,7 +92,6 @@ def test_splits_are_kept_apart(root: Path) -> None:
 
 
 def test_parquet_with_pictures_and_networks_inside_as_reasonmap_ships_them(root: Path) -> None:
-    leg = {"route_name": "Red Line", "departure_stop": "A Station", "arrival_stop": "B Station"}
     released = row(
         figure=base64.b64encode(png()).decode(),
         json=NETWORK,
@@ -99,7 +100,7 @@ def test_parquet_with_pictures_and_networks_inside_as_reasonmap_ships_them(root:
         type=...,
         question_short="short?",
         question_long="long?",
-        routes={"1": [{**leg, "via_stops": [], "num_via_stops": 0}], "2": None},
+        routes={"1": [{**LEG, "via_stops": [], "num_via_stops": 0}], "2": None},
         difficulty_question="easy",
     )
     other = {**released, "city": "z", "json": {"Green Line": ["D Station", "E Station"]}}
@@ -205,6 +206,18 @@ def test_a_bad_row_is_named_or_skipped_and_counted(root: Path, changes: dict[str
     else:
         with pytest.raises(DataError, match="all 2 rows are bad"):
             load_dataset(root, on_bad_row="skip")
+
+
+@pytest.mark.parametrize(
+    "routes",
+    [{"A": 1}, [5], [[]], [["A"]], [[{"route_name": "Red Line"}]], [LEG], [[LEG | {"route_name": 1}]]],
+)
+def test_routes_of_another_form_are_named(root: Path, routes: Any) -> None:
+    planning = row(type="planning", answer=-1, uid="a", fine_grained_answer=json.dumps([[LEG]]))
+    write_rows(root, [planning, planning | {"uid": "b", "fine_grained_answer": json.dumps(routes)}])
+    with pytest.raises(DataError, match="row 1: field 'fine_grained_answer' must hold routes, each a list of legs"):
+        load_dataset(root)
+    assert load_dataset(root, on_bad_row="skip").problems[0].fine_grained_answer == [[LEG]]
 
 
 def test_wrong_column_types_are_named(root: Path) -> None:

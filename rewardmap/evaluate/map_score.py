@@ -46,6 +46,8 @@ def reference_plans(problem: Problem) -> list[list[PlanLeg]]:
     plans = problem.fine_grained_answer
     if not plans or not isinstance(plans, list):
         raise DataError(f"{problem.uid}: no reference routes")
+    if not all(isinstance(plan, list) and plan for plan in plans):
+        raise DataError(f"{problem.uid}: a reference route is no list of legs")
     return [[_plan_leg(problem, leg) for leg in plan] for plan in plans]
 
 
@@ -55,15 +57,21 @@ def _plan_leg(problem: Problem, leg: Mapping[str, Any]) -> PlanLeg:
     missing = [name for name in needed if not isinstance(leg, Mapping) or leg.get(name) is None]
     if missing:
         raise DataError(f"{problem.uid}: a leg of a reference route lacks {', '.join(map(repr, missing))}")
-    via = leg.get("via_stops") or ()
-    stops = tuple(stop.strip() for stop in via.split(",")) if isinstance(via, str) else tuple(via)
-    count = leg.get("num_via_stops")
+    via, count = leg.get("via_stops") or (), leg.get("num_via_stops")
+    try:
+        stops = tuple(stop.strip() for stop in via.split(",")) if isinstance(via, str) else tuple(map(str, via))
+        via_count = len(stops) if count is None else int(count)
+        if via_count not in range(10_000):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        wrong = f"via_stops {via!r:.80} and num_via_stops {count!r:.80}"
+        raise DataError(f"{problem.uid}: a leg of a reference route has {wrong}, not names and their number") from None
     return PlanLeg(
         line=str(leg["route_name"]),
         departure=str(leg["departure_stop"]),
         arrival=str(leg["arrival_stop"]),
         via_stops=stops,
-        via_count=len(stops) if count is None else int(count),
+        via_count=via_count,
     )
 
 

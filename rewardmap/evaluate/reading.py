@@ -72,11 +72,16 @@ def stated_legs(response: str, form: Form) -> list[StatedLeg]:
                 line=_found(_LINE, piece),
                 departure=_found(_DEPARTURE, piece),
                 arrival=arrival,
-                via_count=int(count.group(1)) if count else None,
+                via_count=_whole(count.group(1)) if count else None,
                 via_stops=stops.group(1) if stops else None,
             )
         )
     return legs
+
+
+def _whole(digits: str) -> int | None:
+    """None for more digits than a count has: models repeat them until neither ``float`` nor ``int`` can follow."""
+    return int(digits) if len(digits) <= 18 else None
 
 
 def _found(pattern: re.Pattern[str], piece: str) -> str:
@@ -147,4 +152,4 @@ def lenient_answer(kind: str, response: str) -> int | None:
         letter = re.search(r"(?<![A-Za-z])([A-Da-d])(?![A-Za-z])", text)
         return CHOICES[letter.group(1).lower()] if letter else None
     number = re.search(r"-?\d+", text)
-    return int(number.group()) if number else None
+    return _whole(number.group()) if number else None

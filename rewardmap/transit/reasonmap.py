@@ -31,6 +31,7 @@ from rewardmap.types import ANSWERS, KINDS, LEVELS, TRANSFERS, DataError, MetroD
 
 __all__ = ["MapData", "load_dataset", "write_dataset", "write_rows"]
 
+_LEG = ("route_name", "departure_stop", "arrival_stop")
 _SPLIT_NAMES = ("train", "test", "validation")
 _BATCH_ROWS = 64
 _HUB = "hf://datasets/"
@@ -248,11 +249,11 @@ def _problem(row: _Row, assets: Assets, planning_question: str, default_uid: str
         map_difficulty=row.choice("difficulty_city", LEVELS),
         transfers_required=row.integer("question_transfer_count", TRANSFERS) if planning else 0,
         question_difficulty=row.choice("difficulty_question", LEVELS) if "difficulty_question" in row else None,
-        fine_grained_answer=_details(row, released_planning),
+        fine_grained_answer=_details(row, planning, released_planning),
     )
 
 
-def _details(row: _Row, released_planning: bool) -> Any:
+def _details(row: _Row, planning: bool, released_planning: bool) -> Any:
     """The steps to the answer; ReasonMap's ``routes`` (a dictionary of plans) become the list of its plans."""
     name = "routes" if released_planning else "fine_grained_answer"
     value = row.row.get(name)
@@ -262,5 +263,17 @@ def _details(row: _Row, released_planning: bool) -> Any:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{row.where}: field {name!r} is not JSON ({error}): {value[:80]!r}") from error
     if released_planning and isinstance(value, dict):
-        return [plan for plan in value.values() if plan]
+        value = [plan for plan in value.values() if plan]
+    if planning and value and not (isinstance(value, list) and all(map(_is_plan, value))):
+        # Reports and controls read the routes when a run is over: they must not fail then.
+        want = f"routes, each a list of legs with {', '.join(_LEG)}"
+        raise DataError(f"{row.where}: field {name!r} must hold {want}, got {value!r:.80}")
     return None if value == "" else value
+
+
+def _is_plan(plan: Any) -> bool:
+    return bool(plan) and isinstance(plan, list) and all(isinstance(leg, dict) and _is_leg(leg) for leg in plan)
+
+
+def _is_leg(leg: Mapping[str, Any]) -> bool:
+    return all(isinstance(leg.get(name), str) for name in _LEG)
