@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from rewardmap.evaluate import Answer, AnswerStore, Judge, ask, digest_folder, map_score
 from rewardmap.evaluate.reading import form_of, lenient_answer, stated_legs, strict, without_thinking
+from rewardmap.rewards.parse import clean
 from rewardmap.transit.wording import planning_text
 from rewardmap.types import DataError, Problem, Rollout, RolloutGroup, SamplingParams
 
@@ -166,6 +168,15 @@ def test_thinking_is_no_part_of_a_route() -> None:
 def test_the_strict_normaliser() -> None:
     assert strict("Metro Center, *St.-George's* (Transfer Station) Station") == "centerst.george'sstation"
     assert strict("西单站（换乘站）") == "西单站"
+    assert strict("a(b)c(d") == "ac(d"
+
+
+@pytest.mark.parametrize("normalise", [strict, clean])
+def test_brackets_that_nobody_closes_take_no_time(normalise: Callable[[str], str]) -> None:
+    """A model that repeats one; 20 s when each was followed to the end."""
+    began = time.process_time()
+    assert normalise("(b)" + "(" * 40_000) == "(" * 40_000
+    assert time.process_time() - began < 3
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,7 @@ def test_weights_and_where_they_act() -> None:
         ({"answer": "2"}, "'answer'"),
         ({"answer": True}, "'answer'"),
         ({"transfers_required": -1}, "'transfers_required'"),
+        ({"transfers_required": 10**30}, "'transfers_required'"),
         ({"station_1": None}, "'station_1'"),
         ({"network_id": "atlantis"}, "'network_id'"),
     ],

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rewardmap.evaluate.reading import Form, StatedLeg, form_of, strict
+from rewardmap.rewards.parse import unbracketed
 from rewardmap.rewards.topology import line_key, station_key
 from rewardmap.types import DataError, Problem
 
@@ -163,6 +164,6 @@ def _converted(leg: PlanLeg, chinese: bool, form: Form) -> PlanLeg:
     line = ""
     if chinese:
         number = re.search(r"\d+", leg.line)
-        line = f"Line {number.group()}" if number else re.sub(r"[(（][^)）]*[)）]", "", leg.line).replace("地铁", "")
+        line = f"Line {number.group()}" if number else unbracketed(leg.line).replace("地铁", "")
     via = tuple(stop if stop.endswith(suffix) else stop + suffix for stop in leg.via_stops)
     return PlanLeg(line, departure, arrival, via, leg.via_count)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rewardmap.rewards.parse import MISSING, PHRASES, clean, strip_markers
+from rewardmap.rewards.parse import MISSING, PHRASES, SPACE_OR_HYPHEN, clean, strip_markers, unbracketed
 from rewardmap.rewards.score import CHOICES, line_key
 from rewardmap.types import MetroData, Problem
 
@@ -26,8 +26,6 @@ _DEPARTURE = re.compile(r"Departure Stop: (.*?)\n")
 _ARRIVAL = re.compile(r"Arrival Stop: (.*?)\n")
 _COUNT = re.compile(r"Number of Via Stops: *(\d+)")
 _LIST = re.compile(r"(?<!Number of )Via Stops: *(.*)")
-_BRACKETED = re.compile(r"[(（][^)）]*[)）]")
-_SPACE_OR_HYPHEN = re.compile(r"[\s\-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +91,7 @@ def strict(name: str) -> str:
     """The evaluation's normaliser: a stop's name must keep its "Station", 站 and apostrophes."""
     for gone in ("Metro", "metro", ",", "*", "\n"):
         name = name.replace(gone, "")
-    return _SPACE_OR_HYPHEN.sub("", _BRACKETED.sub("", name)).lower()
+    return SPACE_OR_HYPHEN.sub("", unbracketed(name)).lower()
 
 
 def route_is_right(problem: Problem, legs: Sequence[StatedLeg], network: MetroData, normaliser: Normaliser) -> bool:

@@ -33,7 +33,7 @@ _REWRITES = (
     ("Asian Games Village", "yayuncun"),
 )
 _BRACKETED = re.compile(r"[(（][^)）]*[)）]")
-_SPACE_OR_HYPHEN = re.compile(r"[\s\-]+")
+SPACE_OR_HYPHEN = re.compile(r"[\s\-]+")
 _LINE = re.compile(r"Route Name: (.*?)\n")
 _DEPARTURE = re.compile(r"Departure Stop: (.*?)\n")
 _LABELS = ("Route Name:", "Departure Stop:", "Arrival Stop:")
@@ -85,7 +85,9 @@ def strip_markers(name: str) -> str:
 
 def unbracketed(name: str) -> str:
     """The name without bracketed text, ASCII or full-width."""
-    return _BRACKETED.sub("", name)
+    # Behind the last closing bracket each opening one would be followed to the end: thousands take minutes.
+    end = max(name.rfind(")"), name.rfind("）")) + 1
+    return _BRACKETED.sub("", name[:end]) + name[end:]
 
 
 def clean(name: str) -> str:
@@ -93,8 +95,7 @@ def clean(name: str) -> str:
     for old, new in _REWRITES:
         name = name.replace(old, new)
     name = name.removesuffix("站")
-    name = _BRACKETED.sub("", name)
-    return _SPACE_OR_HYPHEN.sub("", name).lower()
+    return SPACE_OR_HYPHEN.sub("", unbracketed(name)).lower()
 
 
 def clean_network(network_id: str, metro: MetroData) -> dict[str, frozenset[str]]:

@@ -16,7 +16,7 @@ from rewardmap.rewards.graph import DETAIL
 from rewardmap.rewards.graph_intern import Verified
 from rewardmap.rewards.intern import Published
 from rewardmap.rewards.scorer import Networks, Reader, Results
-from rewardmap.types import KINDS, LEVELS, DataError, Problem
+from rewardmap.types import KINDS, LEVELS, TRANSFERS, DataError, Problem
 
 Mode = Literal["reference", "paper", "graph"]
 MODES: tuple[Mode, ...] = ("reference", "paper", "graph")
@@ -161,8 +161,8 @@ def check_problems(problems: Sequence[Problem]) -> None:
         if not plan:
             continue
         transfers = problem.transfers_required
-        if (type(transfers) is not int and not _is_int(transfers)) or transfers < 0:
-            raise _bad(problem, "transfers_required", transfers, "an integer of at least 0")
+        if (type(transfers) is not int and not _is_int(transfers)) or transfers not in TRANSFERS:
+            raise _bad(problem, "transfers_required", transfers, f"an integer from 0 to {TRANSFERS[-1]}")
         if not isinstance(problem.station_1, str):
             raise _bad(problem, "station_1", problem.station_1, "a station's name")
         if not isinstance(problem.station_2, str):
