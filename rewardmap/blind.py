@@ -1,9 +1,9 @@
 """Answers that ignore the picture: how much of a test split the words of its questions give away.
 
 All kinds but planning: the majority answer; the majority among questions naming the same first stop, or the
-same second (for TorF2 the line). Counting1 also: the offered number that was right most often when offered;
-the rank among the offered numbers that was right most often. planning: one leg on the line, or two legs
-changing at the stop, that most training routes accept.
+same second (for TorF2 the line). Counting1 also, where every question offers four numbers: the offered number
+that was right most often when offered; the rank among the offered numbers that was right most often. planning:
+one leg on the line, or two legs changing at the stop, that most training routes accept.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rewardmap.rewards import Networks, Rubric
 from rewardmap.transit.graph import Network
-from rewardmap.types import DataError, MetroData, Problem
+from rewardmap.types import MetroData, Problem
 
 MAX_ROUTES = 20
 """Candidates of each form of route, the most frequent ones of the training questions."""
@@ -42,11 +42,13 @@ def blind_policies(
         return _planning_policies(seen, asked, networks, rubric)
     return {
         name: np.array([answer(problem) == problem.answer for problem in asked])
-        for name, answer in _answer_policies(kind, seen).items()
+        for name, answer in _answer_policies(kind, seen, asked).items()
     }
 
 
-def _answer_policies(kind: str, seen: Sequence[Problem]) -> dict[str, Callable[[Problem], int]]:
+def _answer_policies(
+    kind: str, seen: Sequence[Problem], asked: Sequence[Problem]
+) -> dict[str, Callable[[Problem], int]]:
     majority = Counter(problem.answer for problem in seen).most_common(1)[0][0]
     policies: dict[str, Callable[[Problem], int]] = {f"always {majority}": lambda problem: majority}
     for name in ("station_1", "station_2"):
@@ -56,7 +58,8 @@ def _answer_policies(kind: str, seen: Sequence[Problem]) -> dict[str, Callable[[
         best = {key: counts.most_common(1)[0][0] for key, counts in by_name.items()}
         if len(best) > 1:
             policies[f"most frequent for {name}"] = partial(_look_up, best, name, majority)
-    if kind == "Counting1":
+    # Read when a run is over: questions that offer something else must not fail then.
+    if kind == "Counting1" and all(len(_choices(problem)) == 4 for problem in (*seen, *asked)):
         offered = [_choices(problem) for problem in seen]
         right, shown, ranks = Counter[int](), Counter[int](), Counter[int]()
         for problem, choices in zip(seen, offered, strict=True):
@@ -79,10 +82,8 @@ def _look_up(best: Mapping[str, int], name: str, otherwise: int, problem: Proble
 
 
 def _choices(problem: Problem) -> list[int]:
-    numbers = [int(number) for number in re.findall(r"^\s*[ABCD]\) *(-?\d+)", problem.question, re.MULTILINE)]
-    if len(numbers) != 4:
-        raise DataError(f"{problem.uid}: field 'question': Counting1 offers four numbers, A) to D)")
-    return numbers
+    """The numbers offered behind A) to D): four in the published form."""
+    return [int(number) for number in re.findall(r"^\s*[ABCD]\) *(-?\d{1,9})\b", problem.question, re.MULTILINE)]
 
 
 def _planning_policies(

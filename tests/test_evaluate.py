@@ -300,7 +300,8 @@ def test_text_prior_of_two_legs() -> None:
     assert prior.policies == {"planning": "two legs, Red Line / B Station / Blue Line"}
 
 
-def test_a_question_without_choices_is_named() -> None:
-    asked = problem("Counting1", uid="row-7", question="How many?")
-    with pytest.raises(DataError, match=r"row-7.*question"):
-        text_prior([asked], [asked], {asked.network_id: NETWORK}, Rubric())
+def test_a_question_without_choices_is_no_error_when_the_run_is_over() -> None:
+    for question in ("How many?", "How many?\nA) 1\nB) 2\nC) 3\nD) " + "9" * 5000):
+        asked = problem("Counting1", question=question)
+        prior = text_prior([asked], [asked], {asked.network_id: NETWORK}, Rubric())
+        assert prior.policies == {"Counting1": f"always {asked.answer}"}
