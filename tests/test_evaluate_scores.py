@@ -12,7 +12,7 @@ import pytest
 
 from rewardmap.evaluate import Answer, AnswerStore, Judge, ask, digest_folder, map_score
 from rewardmap.evaluate.reading import form_of, lenient_answer, stated_legs, strict, without_thinking
-from rewardmap.rewards.parse import clean
+from rewardmap.rewards.parse import clean, split_legs
 from rewardmap.transit.wording import planning_text
 from rewardmap.types import DataError, Problem, Rollout, RolloutGroup, SamplingParams
 
@@ -119,6 +119,14 @@ def test_the_best_plan_counts_and_what_is_stated_is_capped() -> None:
     legs = stated_legs(answer, "short")
     assert map_score(problem, legs, False, "paper") == 10  # 1 + 3 · 4, capped
     assert map_score(problem, legs, True, "paper") == 20
+
+
+@pytest.mark.parametrize("label", ["Route Name: ", "Departure Stop: ", "Arrival Stop: "])
+def test_labels_in_a_line_that_never_ends_take_no_time(label: str) -> None:
+    text = "Route Name:Departure Stop:Arrival Stop:" + label * 10_000
+    began = time.process_time()
+    assert stated_legs(text, "count")[0].line == split_legs(text)[0][0].line == "Wrong"
+    assert time.process_time() - began < 3
 
 
 def test_long_answers_need_a_line_after_the_arrival() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rewardmap.rewards.parse import MISSING, PHRASES, SPACE_OR_HYPHEN, clean, strip_markers, unbracketed
+from rewardmap.rewards.parse import MISSING, PHRASES, SPACE_OR_HYPHEN, clean, line_after, strip_markers, unbracketed
 from rewardmap.rewards.score import CHOICES, line_key
 from rewardmap.types import MetroData, Problem
 
@@ -21,9 +21,6 @@ Normaliser = Literal["training", "evaluation"]
 
 THINKING_ENDS = ("</think>", "◁/think▷")
 _LABELS = ("Route Name:", "Departure Stop:", "Arrival Stop:")
-_LINE = re.compile(r"Route Name: (.*?)\n")
-_DEPARTURE = re.compile(r"Departure Stop: (.*?)\n")
-_ARRIVAL = re.compile(r"Arrival Stop: (.*?)\n")
 _COUNT = re.compile(r"Number of Via Stops: *(\d+)")
 _LIST = re.compile(r"(?<!Number of )Via Stops: *(.*)")
 
@@ -63,12 +60,12 @@ def stated_legs(response: str, form: Form) -> list[StatedLeg]:
     for piece in response.split("--"):
         if not all(label in piece for label in _LABELS):
             continue
-        arrival = _found(_ARRIVAL, piece) if form != "short" else piece.split("Arrival Stop:")[-1].strip()
+        arrival = _found("Arrival Stop: ", piece) if form != "short" else piece.split("Arrival Stop:")[-1].strip()
         count, stops = _COUNT.search(piece), _LIST.search(piece)
         legs.append(
             StatedLeg(
-                line=_found(_LINE, piece),
-                departure=_found(_DEPARTURE, piece),
+                line=_found("Route Name: ", piece),
+                departure=_found("Departure Stop: ", piece),
                 arrival=arrival,
                 via_count=_whole(count.group(1)) if count else None,
                 via_stops=stops.group(1) if stops else None,
@@ -82,9 +79,9 @@ def _whole(digits: str) -> int | None:
     return int(digits) if len(digits) <= 18 else None
 
 
-def _found(pattern: re.Pattern[str], piece: str) -> str:
-    match = pattern.search(piece)
-    return match.group(1).strip() if match else MISSING
+def _found(label: str, piece: str) -> str:
+    value = line_after(label, piece)
+    return MISSING if value is None else value.strip()
 
 
 def strict(name: str) -> str:

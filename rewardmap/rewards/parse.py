@@ -34,8 +34,6 @@ _REWRITES = (
 )
 _BRACKETED = re.compile(r"[(（][^)）]*[)）]")
 SPACE_OR_HYPHEN = re.compile(r"[\s\-]+")
-_LINE = re.compile(r"Route Name: (.*?)\n")
-_DEPARTURE = re.compile(r"Departure Stop: (.*?)\n")
 _LABELS = ("Route Name:", "Departure Stop:", "Arrival Stop:")
 _LOWER_LABELS = tuple(label.lower() for label in _LABELS)
 PHRASES = tuple(
@@ -125,19 +123,26 @@ def split_legs(response: str) -> tuple[list[Leg], bool]:
             torn |= found > 0
             continue
         exact = all(label in piece for label in _LABELS)
-        line = _LINE.search(piece)
-        departure = _DEPARTURE.search(piece)
+        line, departure = line_after("Route Name: ", piece), line_after("Departure Stop: ", piece)
         arrival = clean(clean(piece.split("Arrival Stop:")[-1].strip()))
         legs.append(
             Leg(
-                line=line.group(1).strip() if line else MISSING,
-                departure=clean(clean(departure.group(1) if departure else MISSING)),
+                line=MISSING if line is None else line.strip(),
+                departure=clean(clean(MISSING if departure is None else departure)),
                 arrival=arrival,
                 exact_labels=exact,
-                complete=bool(exact and line and departure and arrival),
+                complete=exact and line is not None and departure is not None and arrival != "",
             )
         )
     return legs, torn
+
+
+def line_after(label: str, piece: str) -> str | None:
+    """What follows the first such label up to the end of its line; None where either is missing."""
+    # Not a pattern: that would try each of many labels in a line that never ends, which takes minutes.
+    start = piece.find(label)
+    end = piece.find("\n", start) if start >= 0 else -1
+    return piece[start + len(label) : end] if end >= 0 else None
 
 
 def extract_answer(response: str) -> str:
