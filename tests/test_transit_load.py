@@ -171,6 +171,8 @@ def test_image_feature_of_datasets(root: Path) -> None:
             {"figure": "../outside.png"},
             "row 1: field 'figure': '../outside.png' lies outside the data folder",
         ),
+        ({"figure": "\0"}, "row 1: field 'figure': '\\x00' is no path"),
+        ({"json": "\0", "city": "n"}, "row 1: field 'json': '\\x00' is no path"),
         ({"figure": "/etc/hostname"}, "row 1: field 'figure': '/etc/hostname' lies outside"),
         ({"figure": "@" * 2000}, "row 1: field 'figure': neither a path nor base64"),
         ({"figure": "AAAA" * 600}, "row 1: field 'figure': the 1800 bytes of the picture is not a complete"),
@@ -218,6 +220,12 @@ def test_routes_of_another_form_are_named(root: Path, routes: Any) -> None:
     with pytest.raises(DataError, match="row 1: field 'fine_grained_answer' must hold routes, each a list of legs"):
         load_dataset(root)
     assert load_dataset(root, on_bad_row="skip").problems[0].fine_grained_answer == [[LEG]]
+
+
+def test_a_city_whose_name_no_file_can_have_has_no_geometry_file(root: Path) -> None:
+    write_rows(root, [row(city="y" * 300)])
+    data = load_dataset(root)
+    assert len(data.topology(data.problems[0].network_id).lines) == 2
 
 
 def test_wrong_column_types_are_named(root: Path) -> None:

@@ -87,7 +87,11 @@ class Assets:
 
     def _inside(self, name: str) -> Path:
         path = self.root / name
-        if not path.resolve().is_relative_to(self._store):
+        try:
+            inside = path.resolve().is_relative_to(self._store)
+        except (OSError, ValueError, RuntimeError) as error:  # a null character, links in a circle
+            raise DataError(f"{name!r} is no path ({error})") from error
+        if not inside:
             raise DataError(f"{name!r} lies outside the data folder {self.root}; only files inside are read")
         return path
 

@@ -22,6 +22,7 @@ the order of the list.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def read_network(root: Path, network_id: str, lists: MetroData) -> Network:
     Raises DataError for a geometry file that cannot be read.
     """
     path = root / "geometry" / f"{network_id}.json"
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         return network_from_lists(network_id, lists)
     try:
         return network_from_json(json.loads(path.read_text(encoding="utf-8")))
