@@ -53,12 +53,13 @@ def reference_plans(problem: Problem) -> list[list[PlanLeg]]:
 
 
 def _plan_leg(problem: Problem, leg: Mapping[str, Any]) -> PlanLeg:
-    via_field = {"short": [], "count": ["num_via_stops"], "list": ["via_stops"]}[form_of(problem)]
+    form = form_of(problem)
+    via_field = {"short": [], "count": ["num_via_stops"], "list": ["via_stops"]}[form]
     needed = ["route_name", "departure_stop", "arrival_stop", *via_field]
     missing = [name for name in needed if not isinstance(leg, Mapping) or leg.get(name) is None]
     if missing:
         raise DataError(f"{problem.uid}: a leg of a reference route lacks {', '.join(map(repr, missing))}")
-    via, count = leg.get("via_stops") or (), leg.get("num_via_stops")
+    via, count = ((), 0) if form == "short" else (leg.get("via_stops") or (), leg.get("num_via_stops"))
     try:
         stops = tuple(stop.strip() for stop in via.split(",")) if isinstance(via, str) else tuple(map(str, via))
         via_count = len(stops) if count is None else int(count)
