@@ -69,6 +69,7 @@ class FakeServer(Threaded):
         self.version, self.weights = "default", dict[str, Any]()
         self.paused, self.session, self.asleep = False, False, set[str]()
         self.calls, self.bodies, self.keys = list[str](), list[Any](), Counter[str]()
+        self.flushed, self.group, self.queued_s, self.receiving = True, None, 0.0, set[Any]()
         self.running_now, self.most_running, self.delay = 0, 0, 0.0
         self.info: dict[str, Any] = {"version": "0.5.23", "max_total_num_tokens": 4096}
         self.model_info: dict[str, Any] = {"model_type": "qwen2_5_vl", "model_path": "/elsewhere"}
@@ -92,6 +93,7 @@ class FakeServer(Threaded):
         for path, handler in routes.items():
             self.app.router.add_post(path, self._handled(handler))
         self.app.router.add_get("/health", self._health)
+        self.app.router.add_get("/health_generate", self._health_generate)
         self.app.router.add_get("/server_info", self._server_info)
         self.app.router.add_get("/model_info", self._model_info)
         self.app.router.add_get("/v1/models", self._models)
@@ -102,6 +104,9 @@ class FakeServer(Threaded):
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()
+
+    async def _health_generate(self, request: web.Request) -> web.Response:
+        return web.Response(status=500 if self.asleep else 200, text="without its memory the real one ends")
 
     async def _server_info(self, request: web.Request) -> web.Response:
         return web.json_response(self.info)
@@ -126,6 +131,7 @@ class FakeServer(Threaded):
 
     async def _generate(self, body: Any) -> Any:
         self.bodies.append(body)
+        self.flushed = False
         if body.get("lora_path") is not None and body["lora_path"] not in self.adapters:
             return web.Response(status=400, text="an adapter that has never been loaded")
         self.running_now += 1
@@ -203,9 +209,12 @@ class FakeServer(Threaded):
         return {"success": True}
 
     def _flush(self, body: Any) -> Any:
+        self.flushed = True
         return web.Response(text="Cache flushed.\n")
 
     def _release(self, body: Any) -> Any:
+        if not self.flushed:
+            return web.Response(status=500, text="the real one ends if anything runs, and only a flush waits for that")
         self.asleep.update(body["tags"])
         return None
 

@@ -150,10 +150,12 @@ def test_a_colocated_server_keeps_its_weights_while_it_sleeps(tmp_path):
 
 def test_a_server_is_no_rank_of_the_job_that_starts_it(tmp_path, monkeypatch):
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "ROLE_NAME", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
-    for name in (*launcher, "PYTHONPATH", "LOCAL_SETTING"):
+    ours = {*launcher, "PYTHONPATH", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+    for name in (*ours, "LOCAL_SETTING"):
         monkeypatch.setenv(name, "1")
     environment = server_of(ServerConfig(), tmp_path, Keys())._environment()
-    assert not environment.keys() & {*launcher, "PYTHONPATH"} and environment["LOCAL_SETTING"] == "1"
+    assert not environment.keys() & ours and environment["LOCAL_SETTING"] == "1"
+    assert environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "false"  # a router asks one that sleeps too
 
 
 def test_keys_are_private_and_on_no_command_line(make, tmp_path):

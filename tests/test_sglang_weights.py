@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -169,6 +170,27 @@ def test_a_push_that_breaks_off_is_made_again_from_its_beginning(path, fault, po
     assert proxy.spoiled == (not never)
     assert server.version == "3" and not server.paused and not server.session
     assert all(torch.equal(server.weights[name], weight) for name, weight in collected(policy.model).items())
+
+
+def test_a_server_without_its_memory_is_not_asked_to_compute(sync, server, proxy):
+    """It would end. One that the first attempt could not even pause sleeps still."""
+    [replica] = sync._engine.replicas
+    replica.server = SimpleNamespace(ended=False, answers=lambda: pytest.fail("it sleeps"))
+    sync._engine.sleep()
+    proxy.break_next("/pause_generation", "400")
+    sync.push(3)
+    assert server.version == "3" and not server.asleep
+    replica.server = None
+
+
+def test_a_server_that_ended_is_quoted(sync, proxy):
+    [replica] = sync._engine.replicas
+    replica.server = SimpleNamespace(ended=True, answers=lambda: True, index=1, last_lines=lambda: "CUDA error")
+    for _ in range(2):
+        proxy.break_next("/update_weights_from_tensor", "reset")
+    with pytest.raises(RolloutError, match=r"did not reach the servers: .*\. Server 1 ended; CUDA error"):
+        sync.push(3)
+    replica.server = None
 
 
 def test_a_server_that_keeps_ending_is_given_up(sync, proxy):

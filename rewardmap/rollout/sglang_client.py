@@ -21,6 +21,7 @@ TRIES = 5
 """Attempts to reach a server that refuses or drops connections, about seven seconds in all."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
 _BUSY = (429, 502, 503, 504)
+_FLUSH_S = 30
 
 
 class UnreachableError(RolloutError):
@@ -110,10 +111,16 @@ class SGLangClient:
         status, _ = await self._within(timeout_s or self._timeout_s, "GET", path, None, admin=False)
         return status == 405
 
+    async def flush(self, timeout_s: float | None = None) -> None:
+        """Forget all prompts. Raises RolloutError while anything runs, once ``_FLUSH_S`` have passed."""
+        await self.call(f"/flush_cache?timeout={_FLUSH_S}", {}, timeout_s=timeout_s)
+
     async def sleep(self, kinds: Sequence[str]) -> None:
         """The server gives up these kinds of its GPU memory, ``weights`` or ``kv_cache``. Raises RolloutError."""
         due = [kind for kind in kinds if kind not in self.asleep]
         if due:
+            # Waits until nothing runs, as what was sent again after a broken connection may: then its scheduler ends.
+            await self.flush()
             await self.call("/release_memory_occupation", {"tags": due})
             self.asleep.update(due)
 

@@ -39,6 +39,8 @@ _LAUNCHERS = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} | {
     f"{prefix}_{name}" for prefix in ("LOCAL", "GROUP", "ROLE") for name in ("RANK", "WORLD_SIZE", "NAME")
 }
 """Environment variables that say who one of several ranks is."""
+_ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+"""How the trainer keeps its GPU memory. SGLang's memory saver does not start with expandable segments."""
 _PORT_TRIES = 3
 
 Progress = Callable[[str], None]
@@ -105,8 +107,8 @@ class SGLangServer:
         return f"http://{host}:{self._port}"
 
     def answers(self) -> bool:
-        """Whether it is there and well, waiting a few seconds for it."""
-        return not self.ended and answers(f"{self.url}/health")
+        """Whether it computes a token, waiting a few seconds for it. Not while it sleeps: its scheduler would end."""
+        return not self.ended and answers(f"{self.url}/health_generate")
 
     @property
     def ended(self) -> bool:
@@ -193,7 +195,8 @@ class SGLangServer:
         return [*options, *config.args]
 
     def _environment(self) -> dict[str, str]:
-        environment = _foreign_environment()
+        # Else /health computes a token too, and the router asks for it every minute, also of a server that sleeps.
+        environment = _foreign_environment() | {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false"}
         if self.frozen_vision:
             environment.setdefault("SGLANG_VLM_CACHE_SIZE_MB", VISION_CACHE_MB)
         else:
@@ -257,7 +260,8 @@ class Router:
 def _foreign_environment() -> dict[str, str]:
     """For a process with packages of its own. PYTHONPATH is ours, and what launched our ranks did not launch it: with
     torchrun's variables a server's processes would look for each other at torchrun's store."""
-    ours = {name for name in os.environ if name == "PYTHONPATH" or name.startswith("TORCHELASTIC_")} | _LAUNCHERS
+    ours = {name for name in os.environ if name == "PYTHONPATH" or name.startswith("TORCHELASTIC_")}
+    ours |= _LAUNCHERS | _ALLOCATOR
     return {name: value for name, value in os.environ.items() if name not in ours} | {"PYTHONSAFEPATH": "1"}
 
 

@@ -44,7 +44,6 @@ from rewardmap.train.weights import Bucket, buckets, whole_weights
 Tensor = torch.Tensor
 Json = dict[str, Any]
 _BEGIN = "/begin_weight_update"
-_FLUSH_S = 30
 
 
 class WeightSync:
@@ -95,7 +94,9 @@ class WeightSync:
             self._ranks.patiently(lambda: self._revive(chosen))
             cause, error = self._attempt(version, chosen), None
             if cause is not None:
-                error = RolloutError(f"weights version {version} did not reach the servers: {cause}")
+                ended = [replica.server for replica in chosen if replica.server is not None and replica.server.ended]
+                last = "".join(f". Server {server.index} ended; {server.last_lines()}" for server in ended)
+                error = RolloutError(f"weights version {version} did not reach the servers: {cause}{last}")
                 error.__cause__ = cause
             self._ranks.agree(error)
         self.seconds = time.perf_counter() - begin
@@ -114,6 +115,7 @@ class WeightSync:
         """None on success. Takes every weight also after a failure, and without servers: other ranks gather it too."""
         if not replicas:
             deque(whole_weights(self._policy.model, self._dtype, self._policy.device, merged=self.merged), maxlen=0)
+            self._make_room()
             return None
         limit = self._config.bucket_mb << 20
         pieces = buckets(self._policy.model, self._dtype, limit, self._policy.device, merged=self.merged)
@@ -121,12 +123,18 @@ class WeightSync:
         try:
             self._do(replicas, self._open)
             send(version, replicas, pieces)
+            self._make_room()
             self._do(replicas, lambda client: self._finish(client, version))
         except Exception as error:
             deque(pieces, maxlen=0)
             self._do(replicas, self._abandon)
             return error
         return None
+
+    def _make_room(self) -> None:
+        """For the rest of what colocated servers take back: no memory is kept that the weights lay in."""
+        if self._config.colocated:
+            torch.cuda.empty_cache()
 
     async def _pause(self, client: SGLangClient) -> None:
         """Nothing runs, and memory is there."""
@@ -148,7 +156,7 @@ class WeightSync:
         """It samples again, with nothing kept from before."""
         await client.wake(["kv_cache"], self._limit)
         # Refused (HTTP 400) while anything runs: then old keys and values would serve new weights.
-        await self._call(client, f"/flush_cache?timeout={_FLUSH_S}", {})
+        await client.flush(self._limit)
         await self._call(client, "/continue_generation", {})
         found = (await self._call(client, "/model_info", method="GET", admin=False))["weight_version"]
         if str(found) != str(version):
@@ -219,7 +227,9 @@ class WeightSync:
 
     def _revive(self, replicas: Sequence[Replica]) -> None:
         for replica in replicas:
-            if replica.server is not None and not replica.server.answers():
+            server = replica.server
+            # One without its memory would end if it were asked to compute.
+            if server is not None and (server.ended if replica.client.asleep else not server.answers()):
                 self._engine.restart(replica)
 
     def _forget_group(self) -> None:
