@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
+import itertools
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import reductions
 
 from rewardmap.config import ConfigError, PolicyConfig, ServerConfig
 from rewardmap.policy import load_policy
@@ -22,7 +27,7 @@ from rewardmap.rollout.sglang_server import Keys
 from rewardmap.tiny import WARM_START
 from rewardmap.train.synced import SyncedEngine
 from rewardmap.train.weight_sync import WeightSync, check_here
-from rewardmap.train.weights import buckets, whole_weights
+from rewardmap.train.weights import Bucket, Entry, buckets, payloads, whole_weights
 from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.generate import generate_network
 from rewardmap.types import Problem, SamplingParams
@@ -83,16 +88,74 @@ def test_buckets_keep_to_their_limit_whatever_it_is(policy):
     whole = collected(policy.model)
     largest = max(weight.nbytes for weight in whole.values())
     for limit in (1, 100_000, largest, 1 << 30):
-        sizes, found = [], {}
-        for bucket in buckets(policy.model, torch.float32, limit):
-            sizes.append(len(bucket.flat))
-            assert len(bucket.entries) == 1 or len(bucket.flat) <= limit
-            found |= {name: weight.clone() for name, weight in bucket.tensors().items()}
+        held = list(buckets(policy.model, torch.float32, limit))  # a server may still read one when the next is filled
+        sizes = [len(bucket.flat) for bucket in held]
+        assert all(len(bucket.entries) == 1 or len(bucket.flat) <= limit for bucket in held)
+        found = {name: weight for bucket in held for name, weight in bucket.tensors().items()}
         assert all(torch.equal(found[name], weight) for name, weight in whole.items()) and len(found) == len(whole)
         assert max(sizes) <= max(limit, largest)
         assert limit > 1 or len(sizes) == len(whole)
     half = collected(policy.model, torch.bfloat16)
     assert all(torch.equal(half[name], weight.bfloat16()) for name, weight in whole.items())
+
+
+class OnGPU(torch.Tensor):
+    is_cuda, device = True, torch.device("cuda", 1)
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """What torch says of GPU memory that it shares: its version and a letter before CUDA's handle, which differ."""
+    counters = itertools.count()
+
+    def reduce(tensor):
+        args = [torch.Tensor, tensor.size(), tensor.stride(), 0, torch.storage.TypedStorage, tensor.dtype]
+        args += [1, shared.version + shared.kind + bytes(range(64)), len(tensor), 0, False, b"file", next(counters)]
+        return reductions.rebuild_cuda_tensor, (*args, b"event", True)
+
+    shared = SimpleNamespace(version=b"\x03", kind=b"c")
+    monkeypatch.setattr("rewardmap.train.weights.reduce_tensor", reduce)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: SimpleNamespace(uuid=f"uuid-{number}"))
+    return shared
+
+
+def opened(text):
+    """A payload as a server reads it, but for the memory: the arguments that say where it is."""
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module, name):
+            if name == "rebuild_cuda_tensor":
+                return lambda *arguments: arguments
+            # Of SGLang's list, in each of its versions.
+            assert module in ("torch", "torch.storage", "types") and name != "_utils", (module, name)
+            return super().find_class(module, name)
+
+    return Reader(io.BytesIO(base64.b64decode(text))).load()
+
+
+def test_gpu_memory_is_handed_to_each_process_by_a_handle_of_its_own(shared):
+    bucket = Bucket(torch.zeros(8, dtype=torch.uint8).as_subclass(OnGPU), (Entry("w", torch.bfloat16, (2, 2), 0, 8),))
+    for shared.version in (b"\x02", b"\x03"):
+        seen = [opened(text) for text in payloads(bucket, 4)]
+        assert {one["metadata"][0].name for one in seen} == {"w"}
+        assert {one["flattened_tensor"][6] for one in seen} == {"uuid-1"}
+        assert {one["flattened_tensor"][7] for one in seen} == {bytes(range(64))}  # whatever torch the server has
+        assert len({one["flattened_tensor"][12] for one in seen}) == 4  # counters of who still reads
+    shared.kind = b"e"
+    with pytest.raises(ConfigError, match=r"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; leave that out"):
+        payloads(bucket, 1)
+
+
+def test_each_gpu_of_each_server_gets_a_payload(policy, tmp_path, monkeypatch):
+    urls, seen = ("http://one", "http://two"), []
+    engine = SGLangEngine(policy, ServerConfig(urls=urls, tensor_parallel=2), [], Keys())
+    sync = WeightSync(policy, engine, tmp_path)
+    monkeypatch.setattr("rewardmap.train.weight_sync.payloads", lambda bucket, count: [str(n) for n in range(count)])
+    monkeypatch.setattr(sync, "_post", lambda replicas, path, body: seen.extend(body(r.client) for r in replicas))
+    sync._by_tensor(3, engine.replicas, buckets(policy.model, torch.float32, 1 << 30))
+    assert [body["serialized_named_tensors"] for body in seen] == [["0", "1"], ["2", "3"]]
+    engine.close()
 
 
 def test_a_tied_head_is_sent_once():

@@ -20,7 +20,7 @@ from rewardmap.rollout.sglang_adapters import PREFIX, Adapters
 from rewardmap.rollout.sglang_client import SGLangClient
 from rewardmap.rollout.sglang_engine import Replica, SGLangEngine
 from rewardmap.train.ranks import ALONE, Ranks
-from rewardmap.train.weight_sync import WeightSync, serialize
+from rewardmap.train.weight_sync import WeightSync
 from rewardmap.train.weights import Bucket, adapter_bucket
 
 _BASE = "without adapter"
@@ -90,13 +90,8 @@ class AdapterSync(WeightSync):
         return bare, None
 
     def _load(self, name: str, replicas: Sequence[Replica], bucket: Bucket) -> None:
-        body = {
-            "lora_name": name,
-            # A payload for each GPU of a server: a CUDA IPC handle is opened once.
-            "serialized_named_tensors": [serialize(bucket) for _ in range(self._config.tensor_parallel)],
-            "load_format": "flattened_bucket",
-            "config_dict": self._peft,
-        }
+        body = {"lora_name": name, "load_format": "flattened_bucket", "config_dict": self._peft}
+        body_of = self._with_payloads(body, bucket, replicas)
 
         async def load(client: SGLangClient) -> None:
             await self._pause(client)
@@ -104,7 +99,7 @@ class AdapterSync(WeightSync):
             for model in known["data"]:
                 if model["id"].startswith(PREFIX):  # the one before; this one, after a failure; a run's that was killed
                     await self._call(client, "/unload_lora_adapter", {"lora_name": model["id"]})
-            await self._call(client, "/load_lora_adapter_from_tensors", body)
+            await self._call(client, "/load_lora_adapter_from_tensors", body_of(client))
             await self._call(client, "/update_weight_version", {"new_version": name, "abort_all_requests": False})
             await self._go_on(client, name)
 

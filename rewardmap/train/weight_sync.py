@@ -10,10 +10,7 @@ Under several ranks all gather each weight together, and those that have servers
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import ipaddress
-import pickle
 import shutil
 import socket
 import time
@@ -23,14 +20,12 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.multiprocessing.reductions import reduce_tensor
 
 from rewardmap.config import ConfigError
 from rewardmap.policy import Policy
@@ -39,7 +34,7 @@ from rewardmap.rollout.process import free_port
 from rewardmap.rollout.sglang_client import SGLangClient
 from rewardmap.rollout.sglang_engine import Replica, SGLangEngine
 from rewardmap.train.ranks import ALONE, Ranks
-from rewardmap.train.weights import Bucket, buckets, whole_weights
+from rewardmap.train.weights import Bucket, buckets, payloads, whole_weights
 
 Tensor = torch.Tensor
 Json = dict[str, Any]
@@ -170,14 +165,13 @@ class WeightSync:
 
     def _by_tensor(self, version: int | str, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
         for bucket in pieces:
-            # A payload for each GPU of a server: a CUDA IPC handle is opened once.
             body = {
-                "serialized_named_tensors": [serialize(bucket) for _ in range(self._config.tensor_parallel)],
                 "load_format": "flattened_bucket",
                 "flush_cache": False,
                 "weight_version": str(version),
             }
-            self._post(replicas, "/update_weights_from_tensor", body)
+            self._post(replicas, "/update_weights_from_tensor", self._with_payloads(body, bucket, replicas))
+            del bucket  # or it lives while the next one is filled
 
     def _by_group(self, version: int | str, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
         if self._group is None:
@@ -197,6 +191,7 @@ class WeightSync:
             calls = self._engine.loop.start(_all(replicas, lambda c, b=body: self._call(c, _DISTRIBUTED, b)))  # type: ignore[misc]
             self._group.broadcast(bucket.flat, calls.done, self._limit or self._config.request_timeout_s)
             calls.result()
+            del bucket
 
     def _by_disk(self, version: int | str, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
         folder = self._folder / f"weights-{version}-{uuid.uuid4().hex[:6]}"
@@ -205,19 +200,29 @@ class WeightSync:
         for number, bucket in enumerate(pieces):
             weights = {name: weight.cpu() for name, weight in bucket.tensors().items()}
             save_file(weights, folder / f"part-{number:05d}.safetensors")
+            del bucket, weights
         body = {
             "model_path": str(folder.absolute()),
             "load_format": "auto",
             "flush_cache": False,
             "weight_version": str(version),
         }
-        self._post(replicas, "/update_weights_from_disk", body)
+        self._post(replicas, "/update_weights_from_disk", lambda client: body)
         for old in self._folder.glob("weights-*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def _post(self, replicas: Sequence[Replica], path: str, body: Json) -> None:
-        self._do(replicas, lambda client: self._call(client, path, body))
+    def _with_payloads(
+        self, body: Json, bucket: Bucket, replicas: Sequence[Replica]
+    ) -> Callable[[SGLangClient], Json]:
+        """Each server's body, with one payload for each of its GPUs, whose processes read them."""
+        each = self._config.tensor_parallel
+        texts = payloads(bucket, each * len(replicas))
+        parts = {replica.client: texts[each * n : each * (n + 1)] for n, replica in enumerate(replicas)}
+        return lambda client: body | {"serialized_named_tensors": parts[client]}
+
+    def _post(self, replicas: Sequence[Replica], path: str, body: Callable[[SGLangClient], Json]) -> None:
+        self._do(replicas, lambda client: self._call(client, path, body(client)))
 
     async def _call(self, client: SGLangClient, path: str, body: Json | None = None, **named: Any) -> Any:
         return await client.call(path, body, timeout_s=self._limit, **named)
@@ -322,34 +327,6 @@ def process_group(body: Json, rank: int, timeout_s: float) -> Any:
     )
     _world.pg_group_ranks[group] = {number: number for number in range(body["world_size"])}  # for its destruction
     return group
-
-
-def serialize(bucket: Bucket) -> str:
-    """What ``/update_weights_from_tensor`` takes as ``flattened_bucket``, base64.
-
-    The format is a pickle by SGLang's protocol, which its server reads with a list of allowed names; we only write.
-    """
-    flat = bucket.flat if bucket.flat.is_cuda else bucket.flat.clone()  # a CPU storage travels whole
-    described = [
-        SimpleNamespace(
-            name=e.name, shape=e.shape, dtype=e.dtype, start_idx=e.start, end_idx=e.end, numel=e.end - e.start
-        )
-        for e in bucket.entries
-    ]
-    file = io.BytesIO()
-    _Pickler(file).dump({"flattened_tensor": flat, "metadata": described})
-    return base64.b64encode(file.getvalue()).decode()
-
-
-class _Pickler(pickle.Pickler):
-    def reducer_override(self, value: Any) -> Any:
-        if not (isinstance(value, Tensor) and value.is_cuda):
-            return NotImplemented
-        torch.cuda.synchronize(value.device)
-        rebuild, arguments = reduce_tensor(value)
-        # Argument 6 is the device's number here; its UUID means the same to the server, whatever GPUs it sees.
-        name = str(torch.cuda.get_device_properties(arguments[6]).uuid)
-        return rebuild, (*arguments[:6], name, *arguments[7:])
 
 
 def own_address(url: str) -> str:

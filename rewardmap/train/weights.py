@@ -1,14 +1,21 @@
 """The trainer's weights as a server wants them: whole, merged, in its dtype, in buckets of bounded size; or the
-adapters alone."""
+adapters alone. And such a bucket as its memory is handed over."""
 
 from __future__ import annotations
 
+import base64
+import io
+import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import reduce_tensor
+
+from rewardmap.config import ConfigError
 
 Tensor = torch.Tensor
 _RENAMED = {
@@ -21,6 +28,7 @@ _RENAMED = {
 }
 """Parts of names in the trainer's memory, and what stands there in a published Qwen checkpoint, whose names every
 version of SGLang loads."""
+_CUDA_HANDLE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +46,7 @@ class Entry:
 @dataclass(frozen=True, slots=True)
 class Bucket:
     flat: Tensor
-    """[bytes] uint8: the weights one after the other. Overwritten by the next bucket."""
+    """[bytes] uint8: the weights one after the other."""
     entries: tuple[Entry, ...]
 
     def tensors(self) -> dict[str, Tensor]:
@@ -52,8 +60,8 @@ def buckets(
     """All weights of ``model`` in ``dtype``, one after the other in buckets of at most ``limit`` bytes; a larger
     weight has one for itself.
 
-    One buffer serves all buckets, so besides the model there are never more than one bucket and one whole weight in
-    memory. With a sharded model every rank must take every bucket: each weight is gathered as it is reached.
+    Each has memory of its own: a server's GPUs may still read from it when the next one is filled. With a sharded
+    model every rank must take every bucket: each weight is gathered as it is reached.
 
     Args:
         device: of the buckets, wherever the weights rest; None: theirs.
@@ -86,8 +94,8 @@ def _packed(
         if entries and end + size > limit:
             assert flat is not None
             yield Bucket(flat[:end], tuple(entries))
-            entries, end = [], 0
-        if flat is None or size > len(flat):
+            entries, flat, end = [], None, 0
+        if flat is None:
             flat = torch.empty(max(size, limit), dtype=torch.uint8, device=device or weight.device)
         flat[end : end + size].view(dtype).copy_(weight.detach().reshape(-1))
         entries.append(Entry(name, dtype, tuple(weight.shape), end, end + size))
@@ -96,6 +104,57 @@ def _packed(
     if entries:
         assert flat is not None
         yield Bucket(flat[:end], tuple(entries))
+
+
+def payloads(bucket: Bucket, count: int) -> list[str]:
+    """What ``/update_weights_from_tensor`` takes as ``flattened_bucket``, base64: by value from a CPU, else a handle to
+    GPU memory for each of ``count`` processes. Torch counts the readers of a handle down from one, and keeps memory for
+    ever whose count a second one took below zero.
+
+    The format is a pickle by SGLang's protocol, which its server reads with a list of allowed names; we only write.
+
+    Raises:
+        ConfigError: memory that cannot be handed over.
+    """
+    described = [
+        SimpleNamespace(
+            name=e.name, shape=e.shape, dtype=e.dtype, start_idx=e.start, end_idx=e.end, numel=e.end - e.start
+        )
+        for e in bucket.entries
+    ]
+
+    def pickled(flat: Tensor) -> str:
+        file = io.BytesIO()
+        _Pickler(file).dump({"flattened_tensor": flat, "metadata": described})
+        return base64.b64encode(file.getvalue()).decode()
+
+    if bucket.flat.is_cuda:
+        return [pickled(bucket.flat) for _ in range(count)]
+    return [pickled(bucket.flat.clone())] * count  # a CPU storage travels whole
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.is_cuda):
+            return NotImplemented
+        torch.cuda.synchronize(value.device)
+        rebuild, arguments = reduce_tensor(value)
+        # Argument 6 is the device's number here; its UUID means the same to the server, whatever GPUs it sees.
+        name = str(torch.cuda.get_device_properties(arguments[6]).uuid)
+        return rebuild, (*arguments[:6], name, _bare(arguments[7]), *arguments[8:])
+
+
+def _bare(handle: bytes) -> bytes:
+    """CUDA's own handle. Torch writes its version and a letter before it, and refuses those of a newer torch; one
+    without them every version reads."""
+    if len(handle) == _CUDA_HANDLE_BYTES:
+        return handle
+    if handle[1:2] != b"c" or len(handle) != 2 + _CUDA_HANDLE_BYTES:
+        raise ConfigError(
+            "rollout.server.sync='tensor' hands over GPU memory, which another process cannot open with "
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; leave that out, or set sync to 'distributed' or 'disk'"
+        )
+    return handle[2:]
 
 
 def whole_weights(
