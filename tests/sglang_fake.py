@@ -10,6 +10,7 @@ import base64
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import sys
@@ -17,10 +18,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import torch
+import torch.distributed as dist
 from aiohttp import web
 
 ANSWER = [287, 289, 92, 256]
@@ -81,6 +85,9 @@ class FakeServer(Threaded):
             "/continue_generation": self._continue,
             "/flush_cache": self._flush,
             "/update_weights_from_tensor": self._update,
+            "/init_weights_update_group": self._join,
+            "/update_weights_from_distributed": self._receive,
+            "/destroy_weights_update_group": self._leave,
             "/load_lora_adapter_from_tensors": self._load_adapter,
             "/unload_lora_adapter": self._unload_adapter,
             "/update_weight_version": self._update_version,
@@ -189,6 +196,43 @@ class FakeServer(Threaded):
             return {"success": False, "message": "must run between begin_weight_update() and end_weight_update()"}
         self.weights |= unpacked(body)
         self.version = body["weight_version"]
+        return {"success": True}
+
+    async def _join(self, body: Any) -> Any:
+        def join() -> Any:
+            timeout, name = timedelta(seconds=20), body["group_name"]
+            store: Any = dist.TCPStore(
+                body["master_address"], body["master_port"], body["world_size"], False, timeout, wait_for_workers=False
+            )
+            for prefix in (name, f"{name}/", "cpu/"):  # those of torch's process groups
+                store = dist.PrefixStore(prefix, store)
+            return dist.ProcessGroupGloo(store, body["rank_offset"], body["world_size"], timeout)
+
+        self.group = await asyncio.to_thread(join)
+        return {"success": True}
+
+    async def _receive(self, body: Any) -> Any:
+        """As over NCCL where ``queued_s``: it answers at once, and has the weights so much later."""
+        entries, end = list[Any](), 0
+        for name, dtype, shape in zip(body["names"], body["dtypes"], body["shapes"], strict=True):
+            start, end = end, end + math.prod(shape) * getattr(torch, dtype).itemsize
+            entries.append((name, getattr(torch, dtype), shape, start, end))
+        flat, group = torch.empty(end, dtype=torch.uint8), self.group
+
+        async def receive() -> None:
+            await asyncio.sleep(self.queued_s)
+            await asyncio.to_thread(lambda: group.broadcast(flat, 0).wait())
+            self.weights |= {n: flat[a:b].view(dtype).reshape(shape).clone() for n, dtype, shape, a, b in entries}
+
+        task = asyncio.create_task(receive())
+        self.receiving.add(task)
+        if not self.queued_s:
+            await task
+        self.version = body["weight_version"]
+        return {"success": True}
+
+    def _leave(self, body: Any) -> Any:
+        self.group = None
         return {"success": True}
 
     def _load_adapter(self, body: Any) -> Any:

@@ -8,6 +8,7 @@ import io
 import itertools
 import pickle
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ from rewardmap.rollout.sglang_engine import SGLangEngine
 from rewardmap.rollout.sglang_server import Keys
 from rewardmap.tiny import WARM_START
 from rewardmap.train.synced import SyncedEngine
-from rewardmap.train.weight_sync import WeightSync, check_here
+from rewardmap.train.weight_sync import WeightSync, check_here, check_nccl
 from rewardmap.train.weights import Bucket, Entry, buckets, payloads, whole_weights
 from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.generate import generate_network
@@ -235,6 +236,23 @@ def test_a_push_that_breaks_off_is_made_again_from_its_beginning(path, fault, po
     assert all(torch.equal(server.weights[name], weight) for name, weight in collected(policy.model).items())
 
 
+@pytest.mark.parametrize("queued_s", [0.0, 0.6], ids=["gloo", "as-nccl"])
+@pytest.mark.parametrize("fault", [None, "400"])
+def test_a_broadcast_is_complete_when_it_is_not_when_a_server_answers(queued_s, fault, policy, server, proxy, tmp_path):
+    config = ServerConfig(urls=(proxy.url,), request_timeout_s=20.0, sync="distributed", bucket_mb=64)
+    engine = SGLangEngine(policy, config, [], Keys())
+    sync = WeightSync(policy, engine, tmp_path)
+    server.queued_s = queued_s
+    if fault:
+        proxy.break_next("/update_weights_from_distributed", fault)
+    for version in (3, 4):
+        sync.push(version)
+    sync.close()
+    engine.close()
+    assert server.version == "4" and not server.paused and not server.session
+    assert all(torch.equal(server.weights[name], weight) for name, weight in collected(policy.model).items())
+
+
 def test_a_server_without_its_memory_is_not_asked_to_compute(sync, server, proxy):
     """It would end. One that the first attempt could not even pause sleeps still."""
     [replica] = sync._engine.replicas
@@ -254,6 +272,17 @@ def test_a_server_that_ended_is_quoted(sync, proxy):
     with pytest.raises(RolloutError, match=r"did not reach the servers: .*\. Server 1 ended; CUDA error"):
         sync.push(3)
     replica.server = None
+
+
+def test_one_nccl_on_both_sides(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.nccl.version", lambda: (2, 28, 9))
+    python = tmp_path / "python"
+    for says, fits in (("echo 2.28.9", True), ("echo 2.30.7", False), ("echo no torch >&2; exit 1", False)):
+        python.write_text(f"#!/bin/sh\n{says}\n")
+        python.chmod(0o755)
+        refused = pytest.raises(ConfigError, match=r"trainer has 2.28.9, .* has (2.30.7|no torch); choose versions")
+        with nullcontext() if fits else refused:
+            check_nccl(str(python))
 
 
 def test_a_server_that_keeps_ending_is_given_up(sync, proxy):

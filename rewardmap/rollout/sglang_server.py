@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -255,6 +256,13 @@ class Router:
         """A second call does nothing."""
         if self._process is not None:
             self._process.stop()
+
+
+def nccl_of(python: str | None) -> str:
+    """The version of NCCL in the environment of an interpreter; what went wrong where it has none."""
+    ask = [python or sys.executable, "-c", "import torch; print(*torch.cuda.nccl.version(), sep='.')"]
+    said = subprocess.run(ask, env=_foreign_environment(), capture_output=True, text=True, check=False)
+    return (said.stdout or said.stderr).strip().rpartition("\n")[2]
 
 
 def _foreign_environment() -> dict[str, str]:

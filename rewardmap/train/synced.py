@@ -24,7 +24,7 @@ from rewardmap.train.forest import Answers, pack_forest
 from rewardmap.train.forward import Vision, response_hidden
 from rewardmap.train.parallel import Forward, split_again
 from rewardmap.train.ranks import ALONE, Ranks, gather_groups
-from rewardmap.train.weight_sync import WeightSync, check_here
+from rewardmap.train.weight_sync import WeightSync, check_here, check_nccl
 from rewardmap.types import Problem, RolloutGroup, SamplingParams
 from rewardmap_kernels import linear_logprobs
 
@@ -239,6 +239,8 @@ class SyncedEngine:
             if config.sync == "tensor" and self._policy.device.type == "cuda":
                 check_here(config.urls)
             return Keys.read(config.keys_file) if config.keys_file else Keys()
+        if config.sync == "distributed" and self._policy.device.type == "cuda":
+            check_nccl(config.python)
         self._servers, keys = start_servers(
             self._policy, config, folder, progress, load_weights=False, dtype=dtype, adapters=adapters
         )

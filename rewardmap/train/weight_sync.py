@@ -17,6 +17,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch.distributed.distributed_c10d import Backend, _abort_process_group, _new_process_group_helper, _world
 
 from rewardmap.config import ConfigError
 from rewardmap.policy import Policy
@@ -33,6 +35,7 @@ from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.process import free_port
 from rewardmap.rollout.sglang_client import SGLangClient
 from rewardmap.rollout.sglang_engine import Replica, SGLangEngine
+from rewardmap.rollout.sglang_server import nccl_of
 from rewardmap.train.ranks import ALONE, Ranks
 from rewardmap.train.weights import Bucket, buckets, payloads, whole_weights
 
@@ -175,7 +178,9 @@ class WeightSync:
 
     def _by_group(self, version: int | str, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
         if self._group is None:
-            self._group = _Group(self._engine, replicas, self._config.tensor_parallel, self._policy.device.type)
+            limit = min(60.0, self._limit or self._config.request_timeout_s)
+            device = self._policy.device.type
+            self._group = _Group(self._engine, replicas, self._config.tensor_parallel, device, limit)
         elif self._group.replicas != replicas:
             raise RolloutError("a server joined late: the process group is made again")
         for bucket in pieces:
@@ -189,7 +194,7 @@ class WeightSync:
                 "weight_version": str(version),
             }
             calls = self._engine.loop.start(_all(replicas, lambda c, b=body: self._call(c, _DISTRIBUTED, b)))  # type: ignore[misc]
-            self._group.broadcast(bucket.flat, calls.done, self._limit or self._config.request_timeout_s)
+            self._group.broadcast(bucket.flat, calls)
             calls.result()
             del bucket
 
@@ -249,9 +254,18 @@ _DISTRIBUTED = "/update_weights_from_distributed"
 class _Group:
     """A process group of the trainer, rank 0, and every GPU of the servers."""
 
-    def __init__(self, engine: SGLangEngine, replicas: Sequence[Replica], tensor_parallel: int, device: str) -> None:
-        """Raises RolloutError."""
+    def __init__(
+        self, engine: SGLangEngine, replicas: Sequence[Replica], tensor_parallel: int, device: str, limit: float
+    ) -> None:
+        """
+        Args:
+            limit: seconds that joining takes at most, or one broadcast.
+
+        Raises:
+            RolloutError: not every server joins.
+        """
         self.name, self.replicas, self._engine = f"rewardmap-{uuid.uuid4().hex[:8]}", list(replicas), engine
+        self._limit = limit
         host = own_address(replicas[0].client.url)
         body = {
             "master_address": host,
@@ -260,7 +274,6 @@ class _Group:
             "group_name": self.name,
             "backend": "nccl" if device == "cuda" else "gloo",
         }
-        limit = min(60.0, engine.config.request_timeout_s)
 
         async def join(client: SGLangClient) -> None:
             number = next(i for i, replica in enumerate(replicas) if replica.client is client)
@@ -276,25 +289,26 @@ class _Group:
             raise RolloutError(f"weight sync: no process group with {urls}: {error}") from None
         calls.result()
 
-    def broadcast(self, flat: Tensor, failed: Callable[[], bool], limit: float) -> None:
-        """To all servers. Gives up when their calls end before they have received it."""
+    def broadcast(self, flat: Tensor, calls: Future[None]) -> None:
+        """To all servers. Gives up when one of their calls fails; one that succeeds says nothing, because over NCCL a
+        server answers once the transfer is queued."""
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        deadline = time.monotonic() + limit
+        deadline = time.monotonic() + self._limit
         try:
             work = self._group.broadcast([flat], options)
             while not work.is_completed():
-                if failed() or time.monotonic() > deadline:
-                    time.sleep(0.2)  # a success is reported through both ways; let the slower one catch up
-                    if not work.is_completed():
-                        raise RolloutError("weight sync: a server left the broadcast")
+                if calls.done():
+                    calls.result()
+                if time.monotonic() > deadline:
+                    raise RolloutError(f"weight sync: a broadcast is not complete within {self._limit:g} s")
                 time.sleep(0.0005)
             work.wait()
         except RuntimeError as error:
             if isinstance(error, RolloutError):
                 raise
             hint = ""
-            if "NCCL" in str(error) and torch.cuda.is_available():
+            if "NCCL" in str(error) and torch.cuda.is_available():  # of servers that others run, see check_nccl
                 ours = ".".join(map(str, torch.cuda.nccl.version()))
                 hint = f"; servers must have the trainer's NCCL, {ours}, or take rollout.server.sync='tensor' or 'disk'"
             raise RolloutError(f"weight sync: the broadcast broke off ({error}){hint}") from None
@@ -306,8 +320,13 @@ class _Group:
             with suppress(RolloutError):
                 await client.call("/destroy_weights_update_group", {"group_name": self.name}, timeout_s=5)
 
-        self._engine.loop.run(_all(self.replicas, part))
-        dist.destroy_process_group(self._group)
+        # At once: on one machine NCCL's sides wait for each other.
+        calls = self._engine.loop.start(_all(self.replicas, part))
+        if dist.get_backend(self._group) == "nccl":
+            _abort_process_group(self._group)  # its destruction would wait for a broadcast that a server left
+        else:
+            dist.destroy_process_group(self._group)
+        calls.result()
 
 
 def process_group(body: Json, rank: int, timeout_s: float) -> Any:
@@ -315,13 +334,13 @@ def process_group(body: Json, rank: int, timeout_s: float) -> Any:
 
     torch offers no public way to a second world; its own helper gives both sides the same keys in the store.
     """
-    from torch.distributed.distributed_c10d import Backend, _new_process_group_helper, _world
-
     timeout = timedelta(seconds=timeout_s)
     store = dist.TCPStore(
         body["master_address"], body["master_port"], body["world_size"], rank == 0, timeout, wait_for_workers=False
     )
     prefixed = dist.PrefixStore(body["group_name"], store)
+    if body["backend"] == "nccl":
+        timeout *= 2  # at its own one NCCL's watchdog ends the process; ours must come first
     group, _ = _new_process_group_helper(
         body["world_size"], rank, [], Backend(body["backend"]), prefixed, group_name=body["group_name"], timeout=timeout
     )
@@ -347,6 +366,18 @@ def check_here(urls: Sequence[str]) -> None:
                 f"rollout.server.sync='tensor' hands over memory of this machine's GPUs, and {url} is on another; "
                 "set rollout.server.sync to 'distributed' or 'disk'"
             )
+
+
+def check_nccl(python: str | None) -> None:
+    """Raises ConfigError where servers would run with another NCCL than the trainer: the two do not join, and may wait
+    for each other for ever."""
+    ours, theirs = ".".join(map(str, torch.cuda.nccl.version())), nccl_of(python)
+    if theirs != ours:
+        raise ConfigError(
+            f"rollout.server.sync='distributed' needs one NCCL on both sides: the trainer has {ours}, "
+            f"rollout.server.python='{python}' has {theirs}; choose versions of torch and SGLang that bring the same, "
+            "or sync='tensor' or 'disk'"
+        )
 
 
 async def _all(replicas: Sequence[Replica], call: Callable[[SGLangClient], Coroutine[Any, Any, Any]]) -> None:
