@@ -72,7 +72,7 @@ class FakeServer(Threaded):
         self.tokenizer, self.image_token, self.image_tokens = tokenizer, image_token, image_tokens
         self.version, self.weights = "default", dict[str, Any]()
         self.paused, self.session, self.asleep = False, False, set[str]()
-        self.calls, self.bodies, self.keys = list[str](), list[Any](), Counter[str]()
+        self.calls, self.bodies, self.keys, self.peers = list[str](), list[Any](), Counter[str](), list[int | None]()
         self.flushed, self.group, self.queued_s, self.receiving = True, None, 0.0, set[Any]()
         self.running_now, self.most_running, self.delay = 0, 0, 0.0
         self.info: dict[str, Any] = {"version": "0.5.23", "max_total_num_tokens": 4096}
@@ -128,6 +128,7 @@ class FakeServer(Threaded):
         async def handle(request: web.Request) -> web.Response:
             body = await request.json()
             self.calls.append(request.path)
+            self.peers.append(request.transport.get_extra_info("peername")[1] if request.transport else None)
             self.keys[request.headers.get("Authorization", "")] += 1
             reply = handler(body)
             if asyncio.iscoroutine(reply):

@@ -262,6 +262,17 @@ def test_an_unreachable_url_is_named_at_once(make):
     assert time.monotonic() - begin < 5
 
 
+def test_a_connection_that_was_idle_is_not_used_again(server, make, monkeypatch):
+    """SGLang closes it after five seconds, perhaps while the next call is on its way."""
+    monkeypatch.setattr("rewardmap.rollout.sglang_client._IDLE_S", 0.5)
+    engine = make(server.url)
+    for pause in (0.0, 0.0, 1.0):
+        time.sleep(pause)
+        engine.control("/flush_cache", {})
+    first, second, third = server.peers
+    assert first == second != third
+
+
 def test_a_running_server_answers_with_the_weights_it_has(problems, server, tmp_path):
     (tmp_path / "keys.json").write_text('{"api_key": "sample-key", "admin_key": "admin-key"}')
     config = load_config(None, [f"rollout.server.keys_file='{tmp_path / 'keys.json'}'", "rollout.max_new_tokens=24"])

@@ -22,6 +22,7 @@ TRIES = 5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 8.0
 _BUSY = (429, 502, 503, 504)
 _FLUSH_S = 30
+_IDLE_S = 2.0
 
 
 class UnreachableError(RolloutError):
@@ -169,7 +170,8 @@ class SGLangClient:
 
     async def _once(self, method: str, path: str, body: Json, key: str | None) -> tuple[int, str]:
         if self._session is None:
-            connector = aiohttp.TCPConnector(limit=0)
+            # Idle connections are closed from here: SGLang closes them after 5 s, and a POST that meets that breaks.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
             self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         async with self._session.request(method, self.url + path, json=body, headers=headers) as reply:
