@@ -261,7 +261,10 @@ class Router:
 def nccl_of(python: str | None) -> str:
     """The version of NCCL in the environment of an interpreter; what went wrong where it has none."""
     ask = [python or sys.executable, "-c", "import torch; print(*torch.cuda.nccl.version(), sep='.')"]
-    said = subprocess.run(ask, env=_foreign_environment(), capture_output=True, text=True, check=False)
+    try:
+        said = subprocess.run(ask, env=_foreign_environment(), capture_output=True, text=True, check=False)
+    except OSError as error:
+        return str(error)
     return (said.stdout or said.stderr).strip().rpartition("\n")[2]
 
 
