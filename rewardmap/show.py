@@ -11,7 +11,7 @@ from PIL import Image
 from rewardmap.rewards.parse import clean, split_legs
 from rewardmap.transit import Leg, Network, load_dataset
 from rewardmap.transit.draw import draw_map
-from rewardmap.transit.overlay import draw_route, draw_stops, with_caption
+from rewardmap.transit.overlay import draw_ride, draw_route, draw_stops, with_caption
 from rewardmap.transit.topology import read_network
 from rewardmap.types import DataError, Problem
 
@@ -93,13 +93,13 @@ def question_on_map(network: Network, problem: Problem) -> Image.Image:
             Leg(leg["route_name"], leg["departure_stop"], leg["arrival_stop"], tuple(leg["via_stops"]))
             for leg in steps[0]
         ]
-        asked = text.split(". The format")[0]
+        asked = text.split("?")[0] + "?"  # without how to write the answer
         return with_caption(draw_route(network, plan), "\n".join([asked, *map(_told, plan)]))
     if problem.kind == "Counting1":
-        picture = draw_stops(network, [problem.station_1, *steps, problem.station_2])
+        picture = draw_ride(network, [problem.station_1, *steps, problem.station_2])
         answer = f"{'ABCD'[problem.answer]} ({len(steps)} stops between)"
     elif problem.kind == "Counting3":
-        picture, answer = draw_map(network), f"{problem.answer}: {', '.join(steps)}"
+        picture, answer = draw_stops(network, [], steps), f"{problem.answer}: {', '.join(steps)}"
     else:
         stops = [name for name in (problem.station_1, problem.station_2) if name in network.positions]
         lines = list(dict.fromkeys(line for through in steps.values() for line in through))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 from rewardmap.transit.draw import draw_map, font
 from rewardmap.transit.fonts import map_font
@@ -15,12 +16,16 @@ from rewardmap.transit.graph import Leg, Network
 from rewardmap.transit.grid_floor import LANE_PX
 from rewardmap.transit.styles import STYLES
 
+TINY_ZOOM = 3
+"""A tiny map is laid over enlarged, or its numbers could not be read."""
 _FADE = 0.72
+_PIN_PX = 15.0
+_TINY_STATION_PX = 10.5 * TINY_ZOOM
 _ON_TRACK_PX = 16.0
 
 
 def draw_route(network: Network, legs: Sequence[Leg]) -> Image.Image:
-    """The map with a route laid over it, RGB, ``network.size`` pixels.
+    """The map with a route laid over it, RGB, ``network.size`` pixels; tiny maps ``TINY_ZOOM`` times as large.
 
     Legs are drawn as given, right or wrong: over stops that are not neighbours on the line a leg runs straight,
     dashed in red. Raises ValueError for a network without a picture, and for an unknown line or station.
@@ -39,9 +44,18 @@ def draw_stops(network: Network, stops: Sequence[str], lines: Sequence[str] = ()
     return _laid_over(network, [*tracks, *(("", (stop,)) for stop in stops)], stops)
 
 
+def draw_ride(network: Network, stops: Sequence[str]) -> Image.Image:
+    """The map with neighbouring stops of one line marked by numbered pins, and the track between them left in colour;
+    else as ``draw_route``. Without such a line the stops alone."""
+    for line in network.lines:
+        if all(_neighbours(network, line.name, a, b) for a, b in pairwise(stops)):
+            return _laid_over(network, [(line.name, stops)], stops)
+    return draw_stops(network, stops)
+
+
 def with_caption(picture: Image.Image, text: str) -> Image.Image:
     """The picture with lines of text on a strip below it, broken to the picture's width."""
-    size = 12 if picture.width < 600 else 22
+    size = 15 if picture.width < 600 else 22
     family = "han" if any(character > "\u2e80" for character in text) else "inter"
     face, gap = map_font(size, family=family), size // 2
     rows: list[str] = []
@@ -71,13 +85,20 @@ def _laid_over(network: Network, tracks: Sequence[tuple[str, Sequence[str]]], pi
         if stop not in network.positions:
             raise ValueError(f"{network.network_id}: no station {stop!r}")
     picture = draw_map(network)
-    veil = Image.new("RGB", picture.size, cast(tuple[int, int, int], picture.getpixel((1, 1))))
-    faded = Image.blend(picture, veil, _FADE)
     tiny = not _geometry(network)
-    width = 10.0 if tiny else LANE_PX if network.style == "grid" else STYLES[network.style].stroke + 5.0
+    if tiny:
+        picture = picture.resize((TINY_ZOOM * picture.width, TINY_ZOOM * picture.height), Image.Resampling.LANCZOS)
+        places = {stop: (TINY_ZOOM * x, TINY_ZOOM * y) for stop, (x, y) in network.positions.items()}
+        network = replace(network, positions=places)
+    width = 10.0 * TINY_ZOOM if tiny else LANE_PX if network.style == "grid" else STYLES[network.style].stroke + 5.0
+    radius = 11.5 * TINY_ZOOM if tiny else 13.0
     wrong: list[tuple[np.ndarray, float]] = []
-    shown = Image.new("L", picture.size)
-    pen = ImageDraw.Draw(shown)
+    shown, names = Image.new("L", picture.size), Image.new("L", picture.size)
+    pen, name_pen = ImageDraw.Draw(shown), ImageDraw.Draw(names)
+    for label in _labels(network):
+        name_pen.polygon([tuple(corner) for corner in label["corners"]], fill=255)
+    for place in network.positions.values() if tiny else ():  # there a station holds its name
+        name_pen.ellipse(_around(place, _TINY_STATION_PX), fill=255)
     for line, stops in tracks:
         for a, b in pairwise(stops):
             if not _neighbours(network, line, a, b):
@@ -85,24 +106,28 @@ def _laid_over(network: Network, tracks: Sequence[tuple[str, Sequence[str]]], pi
                 continue
             pen.line([tuple(point) for point in track(network, line, a, b)], fill=255, width=round(width))
         for stop in stops:
-            x, y = network.positions[stop]
-            r = 11.5 if tiny else 13.0
-            pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
+            pen.ellipse(_around(network.positions[stop], radius), fill=255)
         for label in _labels(network):
             if label["station"] in stops:
-                pen.polygon([tuple(corner) for corner in label["corners"]], fill=255)
-    faded.paste(picture, (0, 0), shown)
-    pen = ImageDraw.Draw(faded)
+                corners = [tuple(corner) for corner in label["corners"]]
+                pen.polygon(corners, fill=255)
+                pen.line([*corners, corners[0]], fill=255, width=5)  # g and y reach below
+    veil = Image.new("RGB", picture.size, cast(tuple[int, int, int], picture.getpixel((1, 1))))
+    marked = Image.composite(picture, Image.blend(picture, veil, _FADE), shown)
+    pen = ImageDraw.Draw(marked)
     for ends, thickness in wrong:
         _dashed(pen, ends, thickness)
+    taken = ImageChops.lighter(names, shown.point(lambda value: value // 8))  # a name is worse hidden than a track
+    short = _TINY_STATION_PX if tiny else 0.0
     for number, stop in enumerate(pins, start=1):
-        x, y = network.positions[stop]
-        if tiny:  # a small number in the corner of the station's cell
-            pen.ellipse((x - 14, y - 14, x - 5, y - 5), fill="#111111")
-            pen.text((x - 9.5, y - 9.5), str(number), fill="#ffffff", font=font(8), anchor="mm")
-        else:
-            _pin(pen, (x, y), str(number), 15.0)
-    return faded
+        at = np.array(network.positions[stop])
+        head = _free_place(taken, at, short + 2.4 * _PIN_PX)
+        tip = at + (head - at) * short / (short + 2.4 * _PIN_PX)
+        ImageDraw.Draw(taken).ellipse(_around(head, _PIN_PX), fill=255)
+        _pin(pen, head, tip, "#ffffff", 1.5)  # a rim, for maps at night
+        _pin(pen, head, tip, "#111111", 0.0)
+        pen.text(tuple(head), str(number), fill="#ffffff", font=font(19), anchor="mm")
+    return marked
 
 
 def _neighbours(network: Network, line: str, a: str, b: str) -> bool:
@@ -148,8 +173,27 @@ def track(network: Network, line: str, a: str, b: str) -> np.ndarray:
     return best
 
 
-def _pin(pen: ImageDraw.ImageDraw, at: tuple[float, float], text: str, r: float) -> None:
-    x, y = at[0], at[1] - 2.6 * r
-    pen.polygon([(x - 0.75 * r, y + 0.5 * r), (x + 0.75 * r, y + 0.5 * r), at], fill="#111111")
-    pen.ellipse((x - r, y - r, x + r, y + r), fill="#111111")
-    pen.text((x, y), text, fill="#ffffff", font=font(round(1.25 * r)), anchor="mm")
+def _free_place(taken: Image.Image, at: np.ndarray, distance: float) -> np.ndarray:
+    """Where a pin's head hides least of what is shown and of any name: above its station if it can be."""
+
+    def hidden(head: np.ndarray) -> float:
+        boxes = [_around(head, _PIN_PX), _around((head + at) / 2, _PIN_PX / 2)]
+        if min(boxes[0][:2]) < 0 or boxes[0][2] > taken.width or boxes[0][3] > taken.height:
+            return np.inf
+        return sum(float(np.asarray(taken.crop(box)).sum(dtype=float)) for box in boxes)
+
+    turns = np.arange(8) * np.pi / 4
+    return min((at + distance * np.array([np.sin(turn), -np.cos(turn)]) for turn in turns), key=hidden)
+
+
+def _pin(pen: ImageDraw.ImageDraw, head: np.ndarray, tip: np.ndarray, colour: str, rim: float) -> None:
+    along = (tip - head) / np.hypot(*(tip - head))
+    across = (0.8 * _PIN_PX + rim) * np.array([-along[1], along[0]])
+    pen.polygon([tuple(head + across), tuple(head - across), tuple(tip)], fill=colour)
+    pen.ellipse(_around(head, _PIN_PX + rim), fill=colour)
+
+
+def _around(at: Sequence[float] | np.ndarray, r: float) -> tuple[int, int, int, int]:
+    """The box of a disc, in whole pixels."""
+    x, y = at
+    return round(x - r), round(y - r), round(x + r), round(y + r)
