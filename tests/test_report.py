@@ -13,11 +13,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from rewardmap.evaluate import Evaluation, Record, TextPrior
+from rewardmap.evaluate import TRANSFER, Evaluation, Record, TextPrior
 from rewardmap.files import replacing
 from rewardmap.report import MetricsLog, draw_curves, draw_samples, read_metrics, write_report
 from rewardmap.report.curves import smooth, stage_spans
 from rewardmap.report.samples import choose, gold_text, short_answer, short_question
+from rewardmap.report.table import NAMES, _rich
 from rewardmap.transit.questions import question_text
 from rewardmap.types import KINDS, Problem
 
@@ -266,6 +267,18 @@ def test_the_table_fits_a_narrow_screen_and_agrees_with_the_file(tmp_path: Path)
             found = [float(value) for value in re.findall(r"[-+]?\d+\.\d(?= \[)", line)]
             assert found[:2] == [round(100 * numbers["before"], 1), round(100 * numbers["after"], 1)]
         assert "99 sampled tokens/s" in text and "train 9.0 s" in text
+
+
+def test_no_number_of_the_table_is_cut() -> None:
+    widest = ("100.0 [100…100]", "100.0 [100…100]", "-100.0 [-100…-100]", "100.0", "100.0", "1950")
+    for width in (80, 60):
+        screen = Console(width=width, file=StringIO(), color_system=None)
+        screen.print(_rich([(NAMES[TRANSFER], *widest)] * 3))
+        lines = screen.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert max(map(len, lines)) <= width
+        cells = " ".join(widest) if width == 80 else "1950"
+        assert sum(cells in " ".join(line.split()) for line in lines) == 3
+        assert "".join("".join(lines).split()).count("…") == 9  # those of the intervals alone
 
 
 def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path: Path) -> None:

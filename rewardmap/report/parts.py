@@ -37,11 +37,11 @@ def parts_report(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
 
 
 def parts_table(evaluation: Evaluation) -> Table:
-    """The benchmarks' own parts for the screen; fits 80 columns."""
+    """The benchmarks' own parts for the screen; fits 80 columns, on a narrower screen cells take two lines."""
     head = ("", "n", "Σw", "weighted %", "map score", "paper", "tokens")
-    table = Table(*head, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(*head, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for column in table.columns:
-        column.no_wrap = True
+        column.overflow = "fold"
         column.justify = "left" if column is table.columns[0] else "right"
     for name, part in evaluation.parts()["benchmark"].items():
         cells = dict(_cells(part))

@@ -100,8 +100,8 @@ def write_report(
     rows = closing_rows(after, before, text_only, prior)
     write_text(run_dir / "report.md", _markdown(rows, footer) + "\n" + parts_markdown(after))
     if console is not None:
-        console.print(_rich(closing_rows(after, before, text_only, prior, digits=0)))
-        console.print(parts_table(after))
+        for table in (_rich(closing_rows(after, before, text_only, prior, digits=0)), parts_table(after)):
+            console.print("\n", table, "\n", sep="")
         for line in footer:
             console.print(line, style="dim", highlight=False)
     return report
@@ -193,6 +193,7 @@ def footer_lines(report: Mapping[str, Any]) -> list[str]:
     lines = [" · ".join(facts)]
     if gain is not None:
         lines.append(f"weighted accuracy above the larger of before and prior: {100 * gain:+.1f} points")
+    phases = [(name, seconds) for name, seconds in phases if seconds >= 0.05]
     if phases:
         lines.append("time by phase: " + " · ".join(f"{name} {seconds:.1f} s" for name, seconds in phases))
     lines.append(
@@ -210,10 +211,10 @@ def _markdown(rows: list[tuple[str, ...]], footer: list[str]) -> str:
 
 
 def _rich(rows: list[tuple[str, ...]]) -> Table:
-    """Fits 80 columns."""
-    table = Table(*HEAD, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    """Fits 80 columns; on a narrower screen cells take two lines."""
+    table = Table(*HEAD, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for column in table.columns:
-        column.no_wrap = True
+        column.overflow = "fold"
         column.justify = "left" if column is table.columns[0] else "right"
     for number, row in enumerate(rows):
         table.add_row(*row, style="bold" if number == 0 else "", end_section=number in (0, len(rows) - 2))
