@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from rewardmap.config import ConfigError, ServerConfig
 from rewardmap.config_file import load_config
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.process import GUARD
-from rewardmap.rollout.sglang_server import VISION_CACHE_MB, Keys, Router, SGLangServer
+from rewardmap.rollout.sglang_server import VISION_CACHE_MB, Keys, Router, SGLangServer, need_sglang
 from rewardmap.train.serve import serve
 
 STAND_IN = """
@@ -200,6 +201,29 @@ def test_a_server_that_does_not_get_ready_is_ended(make, tmp_path):
     with pytest.raises(RolloutError, match=r"was not ready within rollout.server.start_timeout_s=1.5"):
         server.wait_ready()
     assert gone(pids(tmp_path))
+
+
+def test_an_interpreter_without_sglang_is_told_what_to_do(tmp_path):
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "$@"\n')  # no site-packages
+    bare.chmod(0o755)
+    config = ServerConfig(python=str(bare))
+    remedy = r"^/.*/bare has no SGLang: install it .* rollout.server.python="
+    with pytest.raises(ConfigError, match=remedy):
+        need_sglang(config)
+    server = server_of(config, tmp_path, Keys.create(tmp_path))
+    server.start()
+    with pytest.raises(ConfigError, match=remedy):
+        server.wait_ready()
+
+
+def test_a_relative_interpreter_is_found_from_the_servers_folder(make, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    server = make("serve")
+    server.config = replace(server.config, python=f"{tmp_path.name}/python")
+    server.start()
+    server.wait_ready()
+    assert server.answers()
 
 
 def test_an_interpreter_that_does_not_exist_is_named(tmp_path):

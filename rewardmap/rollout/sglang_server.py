@@ -120,9 +120,7 @@ class SGLangServer:
         """Start the process on a free port; does not wait. Raises ConfigError: no such interpreter."""
         self.stop()
         self._port = free_port(self.config.host)
-        python = shutil.which(self.config.python or sys.executable)
-        if python is None:
-            raise ConfigError(f"rollout.server.python='{self.config.python}': no such program")
+        python = interpreter(self.config)
         settings = self.folder / f"server-{self.index}.yaml"
         # Keys on a command line would be seen by every user of the machine.
         _write_private(settings, f"api-key: {self.keys.api}\nadmin-api-key: {self.keys.admin}\n")
@@ -133,6 +131,7 @@ class SGLangServer:
         """Until the server answers. A port that something else took meanwhile is changed for another.
 
         Raises:
+            ConfigError: its interpreter has no SGLang.
             RolloutError: it ended, or is not ready in time; with its own last lines.
         """
         for _ in range(_PORT_TRIES - 1):
@@ -142,6 +141,8 @@ class SGLangServer:
             self.start()
         else:
             ended = self._wait_ready(progress)
+        if ended is not None and "No module named 'sglang'" in ended:
+            raise ConfigError(_no_sglang(interpreter(self.config)))
         if ended is not None:
             raise RolloutError(f"SGLang server {self.index} {ended}")
 
@@ -239,7 +240,7 @@ class Router:
         """Start it and wait until it serves. Raises RolloutError."""
         port = free_port("127.0.0.1")
         self.url = f"http://127.0.0.1:{port}"
-        command = [self.config.python or sys.executable, "-c", _ROUTER]
+        command = [interpreter(self.config), "-c", _ROUTER]
         command += ["--worker-urls", *self.urls, "--host", "127.0.0.1", "--port", str(port)]
         command += ["--policy", "cache_aware", "--prometheus-port", str(free_port("127.0.0.1")), "--disable-retries"]
         environment = _foreign_environment() | {"ROUTER_KEY": self.keys.api or ""}
@@ -266,6 +267,29 @@ def nccl_of(python: str | None) -> str:
     except OSError as error:
         return str(error)
     return (said.stdout or said.stderr).strip().rpartition("\n")[2]
+
+
+def need_sglang(config: ServerConfig) -> None:
+    """Raises ConfigError where the interpreter of our own servers has no SGLang."""
+    python = interpreter(config)
+    code = "import importlib.util, sys; sys.exit(3 if importlib.util.find_spec('sglang') is None else 0)"
+    if subprocess.run([python, "-c", code], env=_foreign_environment(), check=False).returncode == 3:
+        raise ConfigError(_no_sglang(python))
+
+
+def interpreter(config: ServerConfig) -> str:
+    """The servers' interpreter, absolute, for they run in another folder. Raises ConfigError: no such program."""
+    python = shutil.which(config.python or sys.executable)
+    if python is None:
+        raise ConfigError(f"rollout.server.python='{config.python}': no such program")
+    return os.path.abspath(python)
+
+
+def _no_sglang(python: str) -> str:
+    return (
+        f"{python} has no SGLang: install it in an environment of its own (python3 -m venv sglang-env && "
+        "sglang-env/bin/pip install sglang) and name it with rollout.server.python=sglang-env/bin/python"
+    )
 
 
 def _foreign_environment() -> dict[str, str]:
