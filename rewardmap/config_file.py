@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import tomllib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,30 @@ def to_dict(config: Config) -> dict[str, Any]:
 def dump_toml(config: Config) -> str:
     """The resolved configuration as TOML; ``load_config`` reads it back to an equal ``Config``."""
     return tomli_w.dumps(to_dict(config))
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Paths from the working directory made absolute, so that a run goes on from any other."""
+    server = config.rollout.server
+    changed = replace(
+        server,
+        keys_file=server.keys_file and os.path.abspath(server.keys_file),
+        # A bare name is looked for in PATH. Links stay: they tell an interpreter its environment.
+        python=os.path.abspath(server.python) if server.python and os.sep in server.python else server.python,
+    )
+    stages = tuple(replace(stage, checkpoint=_folder(stage.checkpoint)) for stage in config.train.stages)
+    return replace(
+        config,
+        data=replace(config.data, path=config.data.path and os.path.abspath(config.data.path)),
+        policy=replace(config.policy, model=_folder(config.policy.model) or "tiny"),
+        rollout=replace(config.rollout, server=changed),
+        train=replace(config.train, stages=stages),
+    )
+
+
+def _folder(name: str | None) -> str | None:
+    """Absolute where it is a folder, and not a name in the package or on the hub."""
+    return os.path.abspath(name) if name and os.path.isdir(name) else name
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -317,7 +317,8 @@ def data_folder(config: Config, run_dir: Path | None) -> Path:
     folder = Path(config.data.path)
     if not folder.is_dir():
         raise DataError(
-            f"data.path='{folder}': no such folder; give a ReasonMap-Train folder, or leave it out to generate one"
+            f"data.path='{folder}': no such folder ({folder.absolute()}); give a ReasonMap-Train folder, from the "
+            "working directory, or leave it out to generate one"
         )
     return folder
 
