@@ -1,25 +1,19 @@
 """The command line: ``rewardmap train | plan | profile | eval | serve | generate | show | score``.
 
-Heavy imports wait until a command runs, so that ``--help`` is quick. A user's mistake ends in one line on
-stderr and exit code 2, a failure in exit code 1, Ctrl-C in 130, SIGTERM in 143; ``--debug`` shows the traceback.
+Heavy imports wait until a command runs, so that ``--help`` is quick. Mistakes and failures end as ``rewardmap.exits``
+says; ``--debug`` shows the traceback.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 import rewardmap
-
-USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+from rewardmap.exits import errors
 
 app = typer.Typer(
     help="Teach vision-language models to read maps by reinforcement learning.",
@@ -69,7 +63,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a policy, evaluate it before and after, and write a run folder."""
-    with _errors(debug):
+    with errors(debug):
         from rich.console import Console
 
         from rewardmap.config import ConfigError
@@ -105,7 +99,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what a configuration needs per GPU and about how long a step takes; an error where it cannot fit."""
-    with _errors(debug):
+    with errors(debug):
         from rewardmap.config import ConfigError
         from rewardmap.config_file import load_config
         from rewardmap.train import plan as planning
@@ -130,7 +124,7 @@ def profile(
     debug: Debug = False,
 ) -> None:
     """Record the first steps of a run: a trace, a table of where their time goes, a roofline picture."""
-    with _errors(debug):
+    with errors(debug):
         from rich.console import Console
 
         from rewardmap.config_file import load_config
@@ -180,7 +174,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Evaluate a run, weights, a server or a file of answers as ReasonMap and ReasonMap-Plus do."""
-    with _errors(debug):
+    with errors(debug):
         from rich.console import Console
 
         if target is not None and "=" in target and not Path(target).exists():
@@ -225,7 +219,7 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Start a configuration's SGLang servers alone, until Ctrl-C."""
-    with _errors(debug):
+    with errors(debug):
         from rich.console import Console
 
         from rewardmap.config_file import load_config
@@ -233,6 +227,10 @@ def serve(
 
         config = load_config(*_source(settings or []))
         need_client()
+
+        from rewardmap.rollout.sglang_server import need_sglang
+
+        need_sglang(config.rollout.server)
 
         from rewardmap.train.serve import serve as start
 
@@ -257,7 +255,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Draw maps and write a data set in ReasonMap's, ReasonMap-Plus's or ReasonMap-Train's form."""
-    with _errors(debug, user_errors=(ValueError,)):
+    with errors(debug, user_errors=(ValueError,)):
         from rich.progress import Progress
 
         from rewardmap.transit import write_dataset
@@ -295,7 +293,7 @@ def show(
     debug: Debug = False,
 ) -> None:
     """Draw a map with a route, a question or an answer laid over it."""
-    with _errors(debug):
+    with errors(debug):
         from rewardmap import show as shown
         from rewardmap.config import ConfigError
         from rewardmap.files import replacing
@@ -319,7 +317,7 @@ def score(
     debug: Debug = False,
 ) -> None:
     """Score answers in a file and print a summary by kind."""
-    with _errors(debug):
+    with errors(debug):
         from typing import get_args
 
         from rewardmap.config import ConfigError
@@ -351,59 +349,6 @@ def _quiet() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-@contextmanager
-def _errors(debug: bool, user_errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turns what a command raises into one line and an exit code."""
-    try:
-        yield
-    except (typer.Exit, typer.BadParameter):
-        raise
-    except KeyboardInterrupt as stop:
-        # A run that a signal stopped brings that signal's own code.
-        code = getattr(stop, "exit_code", INTERRUPTED)
-        _fail(code, f"interrupted; {stop}" if str(stop) else "interrupted")
-    except Exception as error:
-        if debug:
-            raise
-        from rewardmap.config import ConfigError
-        from rewardmap.rollout.engine import RolloutError
-        from rewardmap.types import DataError
-
-        if isinstance(error, (ConfigError, DataError, *user_errors)):
-            _fail(USER_ERROR, f"error: {error}")
-        if isinstance(error, RolloutError):
-            _fail(FAILURE, f"error: {error}")
-        _fail(FAILURE, f"error: {explain(error)}")
-
-
-def explain(error: BaseException) -> str:
-    """One line about a failure: the path and the remedy where the disk is the cause."""
-    if _disk_is_full(error):
-        place = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
-        return (
-            f"no space left on device{place}; free some and run the command again, or write to another folder (a "
-            "run goes on with --resume, or begins elsewhere with --run-dir)"
-        )
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return f"{type(error).__name__}: {error} (--debug shows where)"
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    # Writers in other languages report the same as text.
-    return "No space left on device" in str(error) or "StorageFull" in str(error)
-
-
-def _fail(code: int, line: str) -> NoReturn:
-    sys.stdout.flush()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        line = f"rank {os.environ.get('RANK')}: {line}"
-    typer.echo(" ".join(line.split()), err=True)
-    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

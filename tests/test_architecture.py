@@ -36,6 +36,7 @@ FLOORS = {
     "rewardmap.evaluate": 4,
     "rewardmap.report": 4,
     "rewardmap.show": 4,
+    "rewardmap.exits": 4,
     "rewardmap.train": 5,
     "rewardmap.cli": 6,
 }

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import rewardmap
-from rewardmap.cli import app, explain
+from rewardmap.cli import app
 from rewardmap.config import Config
+from rewardmap.exits import explain
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.train import examine
 from rewardmap.train import run as runs
@@ -193,6 +196,24 @@ def test_help_is_quick_and_names_the_commands() -> None:
     result = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert all(command in result.stdout for command in ("train", "eval", "serve", "generate", "score"))
+
+
+def test_a_signal_while_maps_are_drawn_is_said_and_leaves_nothing_half_made(tmp_path: Path) -> None:
+    code = "from rewardmap.cli import main; main()"
+    settings = ["data.train_maps=100000", "--run-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-P", "-c", code, "train", *settings]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("run/.data.partial-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert told.splitlines() == [
+        "SIGTERM: leaving",
+        f"interrupted; go on with: rewardmap train --resume {tmp_path / 'run'}",
+    ]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
 
 
 def test_version() -> None:

@@ -12,13 +12,16 @@ from rewardmap.config import Config, ConfigError, PolicyConfig
 from rewardmap.config_file import load_config
 from rewardmap.policy import pick_device
 from rewardmap.train import run, start
+from rewardmap.train.examine import data_folder
 from rewardmap.train.ranks import ALONE
 from rewardmap.transit.reasonmap import DATA_FOLDER, write_dataset, write_rows
 from rewardmap.types import DataError
 
 
 def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(DataError, match=r"data\.path='nowhere': no such folder"):
+    with pytest.raises(DataError, match=r"data\.path='nowhere': no such folder \(/.*/nowhere\)"):
+        data_folder(load_config("tiny", ["data.path=nowhere"]), None)
+    with pytest.raises(DataError, match="no such folder"):
         run.train(load_config("tiny", ["data.path=nowhere"]), tmp_path / "run", console=Console(quiet=True))
     assert not (tmp_path / "run").exists()
 
@@ -45,6 +48,26 @@ def test_questions_about_stations_off_their_maps_are_refused_or_skipped(tmp_path
                     run.train(load_config("tiny", settings[:2]), tmp_path / "run", console=console)
             shutil.rmtree(folder / DATA_FOLDER / "train")
     assert not (tmp_path / "run").exists()
+
+
+def test_relative_paths_are_those_of_the_folder_where_the_run_began(tmp_path, monkeypatch):
+    (tmp_path / "weights").mkdir()
+    begun = []
+    monkeypatch.setattr(run, "_run", lambda config, *_, **__: begun.append(config))
+    monkeypatch.chdir(tmp_path)
+    server = ["rollout.server.python=env/bin/python", "rollout.server.keys_file=keys.json"]
+    stage = "train.stages=[{name='a', kind='sft', checkpoint='shipped'}, {name='b'}]"
+    config = load_config(None, ["data.path=maps", "policy.model=weights", *server, stage])
+    run.train(config, tmp_path / "a", console=None)
+    run.train(load_config("tiny", ["rollout.server.python=python3"]), tmp_path / "b", console=None)
+    monkeypatch.chdir("/")
+    run.resume(tmp_path / "a", console=None)
+    first, plain, resumed = begun
+    assert first == resumed and first.data.path == str(tmp_path / "maps")
+    assert first.policy.model == str(tmp_path / "weights") and first.train.stages[0].checkpoint == "shipped"
+    assert first.rollout.server.python == str(tmp_path / "env/bin/python")
+    assert first.rollout.server.keys_file == str(tmp_path / "keys.json")
+    assert (plain.data.path, plain.policy.model, plain.rollout.server.python) == (None, "tiny", "python3")
 
 
 def test_a_model_that_another_checkpoint_would_replace_is_refused(tmp_path):

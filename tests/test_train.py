@@ -19,11 +19,12 @@ from transformers import AutoModelForImageTextToText
 from rewardmap.config import Config, ConfigError
 from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
+from rewardmap.evaluate import ask
 from rewardmap.policy import load_policy
 from rewardmap.report import read_metrics
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import WARM_START
-from rewardmap.train import checkpoint, run
+from rewardmap.train import checkpoint, examine, run
 from rewardmap.train.examine import EvalRequest, evaluate_target
 from rewardmap.train.faults import RefusedUpdatesError, Stopped
 from rewardmap.train.trainer import Trainer
@@ -184,7 +185,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, config, console, mon
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)], ids=str
 )
-def test_a_signal_saves_and_stops(tmp_path, config, console, monkeypatch, number, code):
+def test_a_signal_saves_and_stops(tmp_path, config, console, monkeypatch, capfd, number, code):
     train_step = Trainer.train_step
 
     def interrupted(self):
@@ -197,7 +198,24 @@ def test_a_signal_saves_and_stops(tmp_path, config, console, monkeypatch, number
         with pytest.raises(Stopped, match=r"saved after step 3; go on with: rewardmap train --resume") as stopped:
             run.train(config, tmp_path / "run", console=console)
     assert stopped.value.exit_code == code
+    assert f"{number.name}: stopping after the step in progress; a second signal" in capfd.readouterr().err
     assert checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000003"
+    run.resume(tmp_path / "run", console=console)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
+def test_a_signal_leaves_an_evaluation_at_once_and_its_answers_are_kept(tmp_path, config, console, monkeypatch):
+    def interrupted(engine, problems, sampling, store, progress):
+        ask(engine, problems[:3], sampling, store)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("left already")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(examine, "ask", interrupted)
+        with pytest.raises(Stopped, match=r"^go on with: rewardmap train --resume .*/run$") as stopped:
+            run.train(config, tmp_path / "run", console=console)
+    assert stopped.value.exit_code == 143
+    assert len((tmp_path / "run/evaluation/answers.jsonl").read_text().splitlines()) == 3
     run.resume(tmp_path / "run", console=console)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
 

@@ -57,10 +57,8 @@ def test_a_ride_is_track_from_its_first_stop_to_its_last(level: str) -> None:
     network = generate_network(level, np.random.default_rng(3), "a/b")
     line = network.lines[0]
     stops = line.services()[0][:4]
-    ride, route = (
-        np.asarray(image).astype(int)
-        for image in (draw_ride(network, stops), draw_route(network, [Leg(line.name, stops[0], stops[-1], stops[1:-1])]))
-    )
+    leg = Leg(line.name, stops[0], stops[-1], stops[1:-1])
+    ride, route = (np.asarray(image).astype(int) for image in (draw_ride(network, stops), draw_route(network, [leg])))
     pins = 2 * 1400 * 2  # the pins of the stops between, and what the others moved aside for them
     assert (np.abs(ride - route).max(axis=2) > 60).sum() < pins
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -90,6 +91,8 @@ class StopRequest:
     """Which signal asked for a stop; 0 for none."""
 
     number: int = 0
+    at_once: bool = False
+    """Whether the first signal raises, too: there is nothing to save."""
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -97,14 +100,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextmanager
-def stop_request() -> Iterator[StopRequest]:
-    """Signals ask for a stop after the step in progress; a second one stops at once."""
+def stop_request(then: str) -> Iterator[StopRequest]:
+    """A signal asks for a stop, which is said at once together with what happens ``then``; a second one raises."""
     stop = StopRequest()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.number:
-            raise Stopped("stopped at once; what came after the newest checkpoint is lost; --resume goes on", number)
+        if stop.number or stop.at_once:
+            raise Stopped("", number)
         stop.number = number
+        line = f"{signal.Signals(number).name}: {then}; a second signal stops at once\n"
+        os.write(2, line.encode())  # past Python's buffer, which may be in use just now
 
     previous = {number: signal.signal(number, ask) for number in SIGNALS}
     try:

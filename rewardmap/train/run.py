@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from rewardmap.config import Config, ConfigError, StageConfig
-from rewardmap.config_file import load_config, to_dict
+from rewardmap.config_file import load_config, to_dict, with_absolute_paths
 from rewardmap.evaluate import Evaluation
 from rewardmap.profiling import device_peak_flops, peak_rss_bytes, speed
 from rewardmap.report import MetricsLog, draw_curriculum, draw_curves, draw_samples, read_metrics, write_report
@@ -44,6 +44,7 @@ def train(config: Config, run_dir: Path, *, console: Console) -> Path:
         Stopped: a signal asked for it; a checkpoint was saved.
         RefusedUpdatesError: too many updates in a row were refused.
     """
+    config = with_absolute_paths(config)
     with join(config) as ranks:
         run_dir = Path(ranks.gather(str(run_dir))[0])
         if restarted() and (run_dir / "config.toml").exists():
@@ -65,7 +66,8 @@ def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console, new: boo
     """From where the newest intact checkpoint left it to the report. ``new``: the folder was made for this run."""
     if not ranks.is_first:
         console = Console(quiet=True)
-    with _alone_in(run_dir, ranks), share_pictures(ranks, config.policy.image_cache_bytes) as pictures:
+    shared = share_pictures(ranks, config.policy.image_cache_bytes)
+    with _told_how_to_go_on(run_dir), _alone_in(run_dir, ranks), shared as pictures:
         try:
             trainer, examiner, itself = set_up(config, run_dir, console, ranks, pictures)
         except (ConfigError, DataError):
@@ -75,6 +77,20 @@ def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console, new: boo
         _train_and_close(trainer, examiner, itself, run_dir, ranks, console)
     console.print(f"run folder: {run_dir}", highlight=False)
     return run_dir
+
+
+@contextmanager
+def _told_how_to_go_on(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not str(stop):
+            stop.args = (f"go on with: {_resume_command(run_dir)}",)
+        raise
+
+
+def _resume_command(run_dir: Path) -> str:
+    return f"rewardmap train --resume {run_dir}"
 
 
 @contextmanager
@@ -133,12 +149,16 @@ def _train_loop(job: _Job) -> None:
     trainer, config, curriculum = job.trainer, job.trainer.config, job.trainer.curriculum
     first_rl = sum(stage.steps for stage in _leading_sft(config))
     accuracy: list[float] = []
-    with stop_request() as stop, progress_bar(job.console) as bar:
+    then = "stopping after the step in progress"
+    with stop_request(then) as stop, progress_bar(job.console) as bar:
         task = bar.add_task("train", total=curriculum.total_steps, completed=trainer.step)
         while trainer.step < curriculum.total_steps:
             if trainer.step == first_rl and config.eval.before:
+                # Answers are kept as they come; several ranks leave together, after a step.
+                stop.at_once = trainer.ranks.size == 1
                 with trainer.timer.phase("evaluate"):
                     _examine(trainer, job.examiner, "before", job.out, bar)
+                stop.at_once = False
             row = trainer.train_step()
             accuracy += [row["accuracy"]] if "accuracy" in row else []
             seconds = trainer.timer.end_step()
@@ -153,7 +173,7 @@ def _train_loop(job: _Job) -> None:
                     accuracy.clear()
                 if signal:
                     job.checkpoints.wait()
-                    go_on = f"go on with: rewardmap train --resume {job.run_dir}"
+                    go_on = f"go on with: {_resume_command(job.run_dir)}"
                     raise Stopped(f"saved after step {trainer.step}; {go_on}", signal)
 
 

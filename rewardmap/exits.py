@@ -1,0 +1,93 @@
+"""How a command ends: one line on stderr and an exit code, for mistakes, failures and signals.
+
+A user's mistake has exit code 2, a failure 1, SIGINT (Ctrl-C) 130, SIGTERM 143, SIGUSR1 138.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def errors(debug: bool, user_errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turns what a command raises, and signals, into one line and an exit code."""
+    code = INTERRUPTED
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        nonlocal code
+        code = 128 + number
+        os.write(2, f"{signal.Signals(number).name}: leaving\n".encode())
+        raise KeyboardInterrupt
+
+    # A rank that waits for others in a collective could not leave by an exception: signals end it as they are.
+    caught = SIGNALS if _alone() and threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, leave) for number in caught}
+    try:
+        yield
+    except (typer.Exit, typer.BadParameter):
+        raise
+    except KeyboardInterrupt as stop:
+        # A run that a signal stopped brings that signal's own code.
+        code = getattr(stop, "exit_code", code)
+        _fail(code, f"interrupted; {stop}" if str(stop) else "interrupted")
+    except Exception as error:
+        if debug:
+            raise
+        from rewardmap.config import ConfigError
+        from rewardmap.rollout.engine import RolloutError
+        from rewardmap.types import DataError
+
+        if isinstance(error, (ConfigError, DataError, *user_errors)):
+            _fail(USER_ERROR, f"error: {error}")
+        if isinstance(error, RolloutError):
+            _fail(FAILURE, f"error: {error}")
+        _fail(FAILURE, f"error: {explain(error)}")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _alone() -> bool:
+    """Whether this process is not one of several ranks."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def explain(error: BaseException) -> str:
+    """One line about a failure: the path and the remedy where the disk is the cause."""
+    if _disk_is_full(error):
+        place = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        return (
+            f"no space left on device{place}; free some and run the command again, or write to another folder (a "
+            "run goes on with --resume, or begins elsewhere with --run-dir)"
+        )
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return f"{type(error).__name__}: {error} (--debug shows where)"
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # Writers in other languages report the same as text.
+    return "No space left on device" in str(error) or "StorageFull" in str(error)
+
+
+def _fail(code: int, line: str) -> NoReturn:
+    sys.stdout.flush()
+    if not _alone():
+        line = f"rank {os.environ.get('RANK')}: {line}"
+    typer.echo(" ".join(line.split()), err=True)
+    raise typer.Exit(code)
