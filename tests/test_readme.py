@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from rewardmap.cli import app
 from rewardmap.config_file import load_config
-from rewardmap.transit import write_dataset
+from rewardmap.rewards import Rubric
+from rewardmap.transit import gold_response, load_dataset, reasonmap, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +28,25 @@ def test_python_blocks_run(block: str, tmp_path: Path, monkeypatch: pytest.Monke
     exec(compile(block, "README.md", "exec"), names)
     parameter = names["policy"].model.lm_head.weight if "policy" in names else names["weight"]  # type: ignore[attr-defined]
     assert parameter.grad is not None and parameter.grad.abs().sum() > 0  # type: ignore[attr-defined]
+
+
+def test_the_data_that_the_docs_write_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for city in ("oslo", "bergen"):
+        (tmp_path / "own/maps/norway").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (56, 56)).save(f"own/maps/norway/{city}.png")
+    exec(compile(block, "data.md", "exec"), {})
+    for split in ("train", "test"):
+        data = load_dataset("own", split)
+        gold = [gold_response(problem) for problem in data.problems]
+        assert Rubric().score(data.problems, gold, data.networks).correct.all()
+    source = inspect.getsource(reasonmap).replace("'", '"')
+    read = set(re.findall(r"row\.\w+\(\"(\w+)\"|\"(\w+)\" in row", source))
+    columns = {name for pair in read for name in pair if name} - {"question_short"}
+    named = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE))))
+    assert columns | {"question", "fine_grained_answer"} == named
 
 
 def test_commands_exist() -> None:
