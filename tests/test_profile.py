@@ -12,7 +12,7 @@ from PIL import Image
 from torch.profiler import ProfilerActivity
 from typer.testing import CliRunner
 
-from rewardmap import cli
+from rewardmap import cli, exits
 from rewardmap.config_file import load_config
 from rewardmap.train.profile import Product, ceilings, draw_roofline, matrix_products
 
@@ -38,7 +38,7 @@ def test_a_profile_holds_trace_table_and_picture(tmp_path):
     with Image.open(out / "roofline.png") as picture:
         assert picture.size == (1080, 648) and len(picture.getcolors(1 << 20)) > 50
     again = CliRunner().invoke(cli.app, ["profile", *SETTINGS, "--out", str(out)])
-    assert again.exit_code == cli.USER_ERROR and "already holds a run" in again.output
+    assert again.exit_code == exits.USER_ERROR and "already holds a run" in again.output
 
 
 def test_work_of_a_known_matrix_product():

@@ -101,7 +101,9 @@ def write_report(
     write_text(run_dir / "report.md", _markdown(rows, footer) + "\n" + parts_markdown(after))
     if console is not None:
         for table in (_rich(closing_rows(after, before, text_only, prior, digits=0)), parts_table(after)):
-            console.print("\n", table, "\n", sep="")
+            console.print()
+            console.print(table)
+        console.print()
         for line in footer:
             console.print(line, style="dim", highlight=False)
     return report

@@ -97,8 +97,8 @@ def _laid_over(network: Network, tracks: Sequence[tuple[str, Sequence[str]]], pi
     pen, name_pen = ImageDraw.Draw(shown), ImageDraw.Draw(names)
     for label in _labels(network):
         name_pen.polygon([tuple(corner) for corner in label["corners"]], fill=255)
-    for place in network.positions.values() if tiny else ():  # there a station holds its name
-        name_pen.ellipse(_around(place, _TINY_STATION_PX), fill=255)
+    for place in network.positions.values():
+        name_pen.ellipse(_around(place, _TINY_STATION_PX if tiny else 8.0), fill=255)
     for line, stops in tracks:
         for a, b in pairwise(stops):
             if not _neighbours(network, line, a, b):
@@ -118,7 +118,7 @@ def _laid_over(network: Network, tracks: Sequence[tuple[str, Sequence[str]]], pi
     for ends, thickness in wrong:
         _dashed(pen, ends, thickness)
     taken = ImageChops.lighter(names, shown.point(lambda value: value // 8))  # a name is worse hidden than a track
-    short = _TINY_STATION_PX if tiny else 0.0
+    short = _TINY_STATION_PX if tiny else 0.0  # there the name stands in the station
     for number, stop in enumerate(pins, start=1):
         at = np.array(network.positions[stop])
         head = _free_place(taken, at, short + 2.4 * _PIN_PX)
