@@ -263,7 +263,7 @@ def generate(
         held_out = test_maps or max(1, 3 * round(maps * 2 / 15))  # the levels take turns: a multiple of three
         if held_out >= maps:
             raise ValueError(f"--test-maps {held_out} leaves no maps to train on; draw more than --maps {maps}")
-        with Progress() as bar:
+        with Progress(transient=True) as bar:
             task = bar.add_task("draw maps", total=maps)
             write_dataset(
                 out,

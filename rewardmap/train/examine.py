@@ -251,7 +251,7 @@ def evaluate_target(request: EvalRequest, console: Console) -> Path:
         console=console,
     )
     examiner.write_page(out, f"rewardmap: {out.name}", report, after, before, text_only)
-    console.print(f"report: {out / 'report.html'}", highlight=False)
+    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
     return out
 
 
@@ -340,7 +340,7 @@ def _engine(
     if _is_url(request):
         return attach(config, str(request.target), examiner.problems)
     policy = load_policy(checkpoint, config.policy)
-    show = partial(examiner.console.print, highlight=False)
+    show = partial(examiner.console.print, highlight=False, soft_wrap=True)
     return make_engine(config, policy, out, examiner.problems, show), digest_folder(checkpoint)
 
 

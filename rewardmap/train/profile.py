@@ -81,7 +81,8 @@ def profile(config: Config, out: Path, *, steps: int, console: Console) -> Path:
             write_text(out / "profile.md", text)
             draw_roofline(products, flops, bandwidth, out / "roofline.png")
             console.print(text, highlight=False, markup=False, soft_wrap=True)
-            console.print(f"folder: {out} (open the trace in chrome://tracing or ui.perfetto.dev)", highlight=False)
+            where = f"folder: {out} (open the trace in chrome://tracing or ui.perfetto.dev)"
+            console.print(where, highlight=False, soft_wrap=True)
         ranks.wait()
     return out
 

@@ -75,7 +75,7 @@ def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console, new: boo
                 shutil.rmtree(run_dir, ignore_errors=True)  # nothing of a run that could not begin stays behind
             raise
         _train_and_close(trainer, examiner, itself, run_dir, ranks, console)
-    console.print(f"run folder: {run_dir}", highlight=False)
+    console.print(f"run folder: {run_dir}", highlight=False, soft_wrap=True)
     return run_dir
 
 

@@ -96,7 +96,7 @@ def _load_data(config: Config, run_dir: Path, ranks: Ranks, console: Console) ->
     training = _on_their_maps(config, load_dataset(folder, config.data.train_split, on_bad_row=config.data.on_bad_row))
     testing = load_dataset(folder, config.data.test_split, on_bad_row=config.data.on_bad_row)
     for skipped in (*training.skipped, *testing.skipped):
-        console.print(f"skipped: {skipped}", style="yellow", highlight=False)
+        _warn(console, f"skipped: {skipped}")
     return training, testing
 
 
@@ -161,7 +161,8 @@ def _make_trainer(
         forward = None if shard is None else shard(policy)
     console.print(policy.describe_attention(computes_in(config)), highlight=False, soft_wrap=True)
     with timer.phase("servers"):
-        engine = make_engine(config, policy, run_dir, asked, partial(console.print, highlight=False), ranks, forward)
+        say = partial(console.print, highlight=False, soft_wrap=True)
+        engine = make_engine(config, policy, run_dir, asked, say, ranks, forward)
     try:
         return (OneStepOff if config.rollout.staleness else Trainer)(
             config,
