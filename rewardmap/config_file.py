@@ -122,6 +122,8 @@ def _find(source: str | Path) -> Path:
     shipped = PACKAGE_CONFIGS / f"{source}.toml"
     if shipped.is_file():
         return shipped
+    if (path / "config.toml").is_file():
+        raise ConfigError(f"{path} is a run: go on with --resume {path}, or repeat it with {path / 'config.toml'}")
     known = sorted(file.stem for file in PACKAGE_CONFIGS.glob("*.toml"))
     raise ConfigError(f"no configuration '{source}': give a path to a TOML file or one of: {', '.join(known)}")
 

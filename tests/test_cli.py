@@ -157,6 +157,12 @@ def test_a_failure_ends_in_one_line_and_its_own_code(
     assert len(result.stderr.splitlines()) == 1 and "Traceback" not in result.stderr
 
 
+def test_a_run_folder_given_as_a_configuration_is_told_what_it_is(calls: list[Call], tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    result = invoke("train", str(tmp_path))
+    assert result.exit_code == 2 and f"go on with --resume {tmp_path}" in result.stderr and not calls
+
+
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     fail_with(monkeypatch, DataError("a row"))
     result = invoke("train", "--debug")

@@ -219,6 +219,13 @@ def test_a_signal_leaves_an_evaluation_at_once_and_its_answers_are_kept(tmp_path
     run.resume(tmp_path / "run", console=console)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
+    def leave(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(examine, "ask", leave)
+    with pytest.raises(KeyboardInterrupt, match=r"answers so far are kept in .*/eval-test; the same command goes on"):
+        evaluate_target(EvalRequest(str(tmp_path / "run")), console)
+
 
 def test_micro_batches_do_not_change_the_step(config):
     rows = [make_trainer(changed(config, max_tokens_per_micro_batch=size)).train_step() for size in (16_384, 150)]

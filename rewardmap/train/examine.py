@@ -41,6 +41,7 @@ from rewardmap.rewards import Networks, Rubric
 from rewardmap.rollout.engine import RolloutEngine
 from rewardmap.train.checkpoint import find_damage, list_checkpoints
 from rewardmap.train.engines import attach, make_engine
+from rewardmap.train.faults import interrupts_say
 from rewardmap.transit.reasonmap import MapData, load_dataset
 from rewardmap.types import DataError, Problem, SamplingParams
 
@@ -227,12 +228,13 @@ def evaluate_target(request: EvalRequest, console: Console) -> Path:
         checkpoint = newest_checkpoint(run_dir) if run_dir else Path(str(request.target))
         engine, model = _engine(request, checkpoint, config, examiner, out)
         try:
-            with timer.phase("evaluate"):
-                after = examiner.examine(engine, model, "after", out)
-            if run_dir:
-                steps = int(checkpoint.name.removeprefix("step-"))
-                with timer.phase("evaluate, maps swapped"):
-                    text_only = examiner.examine_text_only(engine, model, out)
+            with interrupts_say(f"answers so far are kept in {out}; the same command goes on"):
+                with timer.phase("evaluate"):
+                    after = examiner.examine(engine, model, "after", out)
+                if run_dir:
+                    steps = int(checkpoint.name.removeprefix("step-"))
+                    with timer.phase("evaluate, maps swapped"):
+                        text_only = examiner.examine_text_only(engine, model, out)
         finally:
             engine.close()
     before = answers_before(run_dir, after) if run_dir else None

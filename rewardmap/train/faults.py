@@ -34,6 +34,17 @@ class Stopped(KeyboardInterrupt):
         """What a shell reports for a process that the signal ended: 130 for SIGINT, 143 for SIGTERM."""
 
 
+@contextmanager
+def interrupts_say(text: str) -> Iterator[None]:
+    """An interrupt that has no message leaves with this one."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if not str(stop):
+            stop.args = (text,)
+        raise
+
+
 @dataclass
 class Guard:
     """Decides whether an update may touch the weights, from numbers that all ranks share."""

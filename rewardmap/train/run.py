@@ -22,7 +22,7 @@ from rewardmap.profiling import device_peak_flops, peak_rss_bytes, speed
 from rewardmap.report import MetricsLog, draw_curriculum, draw_curves, draw_samples, read_metrics, write_report
 from rewardmap.train.checkpoint import Checkpoints
 from rewardmap.train.examine import CHECKPOINTS, EVALUATION, Examiner, answers_before, progress_bar
-from rewardmap.train.faults import Stopped, stop_request
+from rewardmap.train.faults import Stopped, interrupts_say, stop_request
 from rewardmap.train.identity import random_state
 from rewardmap.train.parallel import computes_in
 from rewardmap.train.ranks import Ranks, restarted
@@ -67,7 +67,7 @@ def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console, new: boo
     if not ranks.is_first:
         console = Console(quiet=True)
     shared = share_pictures(ranks, config.policy.image_cache_bytes)
-    with _told_how_to_go_on(run_dir), _alone_in(run_dir, ranks), shared as pictures:
+    with interrupts_say(_how_to_go_on(run_dir)), _alone_in(run_dir, ranks), shared as pictures:
         try:
             trainer, examiner, itself = set_up(config, run_dir, console, ranks, pictures)
         except (ConfigError, DataError):
@@ -79,18 +79,8 @@ def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console, new: boo
     return run_dir
 
 
-@contextmanager
-def _told_how_to_go_on(run_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        if not str(stop):
-            stop.args = (f"go on with: {_resume_command(run_dir)}",)
-        raise
-
-
-def _resume_command(run_dir: Path) -> str:
-    return f"rewardmap train --resume {run_dir}"
+def _how_to_go_on(run_dir: Path) -> str:
+    return f"go on with: rewardmap train --resume {run_dir}"
 
 
 @contextmanager
@@ -173,8 +163,7 @@ def _train_loop(job: _Job) -> None:
                     accuracy.clear()
                 if signal:
                     job.checkpoints.wait()
-                    go_on = f"go on with: {_resume_command(job.run_dir)}"
-                    raise Stopped(f"saved after step {trainer.step}; {go_on}", signal)
+                    raise Stopped(f"saved after step {trainer.step}; {_how_to_go_on(job.run_dir)}", signal)
 
 
 def speed_of(trainer: Trainer, row: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, float]:
