@@ -2,6 +2,7 @@
 wrong."""
 
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -185,7 +186,7 @@ def test_a_killed_run_resumes_to_the_same_numbers(tmp_path, config, console, mon
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)], ids=str
 )
-def test_a_signal_saves_and_stops(tmp_path, config, console, monkeypatch, capfd, number, code):
+def test_a_signal_saves_and_stops(tmp_path, config, console, monkeypatch, number, code):
     train_step = Trainer.train_step
 
     def interrupted(self):
@@ -193,12 +194,13 @@ def test_a_signal_saves_and_stops(tmp_path, config, console, monkeypatch, capfd,
             os.kill(os.getpid(), number)
         return train_step(self)
 
+    screen = Console(file=io.StringIO(), width=100)
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", interrupted)
         with pytest.raises(Stopped, match=r"saved after step 3; go on with: rewardmap train --resume") as stopped:
-            run.train(config, tmp_path / "run", console=console)
+            run.train(config, tmp_path / "run", console=screen)
     assert stopped.value.exit_code == code
-    assert f"{number.name}: stopping after the step in progress; a second signal" in capfd.readouterr().err
+    assert f"{number.name}: stopping after the step in progress; a second signal" in screen.file.getvalue()
     assert checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000003"
     run.resume(tmp_path / "run", console=console)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]

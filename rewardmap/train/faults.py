@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -111,7 +110,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @contextmanager
-def stop_request(then: str) -> Iterator[StopRequest]:
+def stop_request(then: str, say: Callable[[str], object]) -> Iterator[StopRequest]:
     """A signal asks for a stop, which is said at once together with what happens ``then``; a second one raises."""
     stop = StopRequest()
 
@@ -119,8 +118,8 @@ def stop_request(then: str) -> Iterator[StopRequest]:
         if stop.number or stop.at_once:
             raise Stopped("", number)
         stop.number = number
-        line = f"{signal.Signals(number).name}: {then}; a second signal stops at once\n"
-        os.write(2, line.encode())  # past Python's buffer, which may be in use just now
+        with suppress(RuntimeError):  # what it writes to may be in the middle of writing
+            say(f"{signal.Signals(number).name}: {then}; a second signal stops at once")
 
     previous = {number: signal.signal(number, ask) for number in SIGNALS}
     try:

@@ -140,7 +140,7 @@ def _train_loop(job: _Job) -> None:
     first_rl = sum(stage.steps for stage in _leading_sft(config))
     accuracy: list[float] = []
     then = "stopping after the step in progress"
-    with stop_request(then) as stop, progress_bar(job.console) as bar:
+    with progress_bar(job.console) as bar, stop_request(then, bar.console.print) as stop:
         task = bar.add_task("train", total=curriculum.total_steps, completed=trainer.step)
         while trainer.step < curriculum.total_steps:
             if trainer.step == first_rl and config.eval.before:

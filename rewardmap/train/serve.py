@@ -52,7 +52,7 @@ def serve(config: Config, folder: Path, *, console: Console) -> None:
         urls = ", ".join(f'"{one.url}"' for one in servers)
         say(f"keys: {(folder / KEYS_FILE).absolute()}")
         say(f"a run uses them with rollout.engine=sglang 'rollout.server.urls=[{urls}]' rollout.server.keys_file=KEYS")
-        with stop_request("ending the servers") as stop:
+        with stop_request("ending the servers", say) as stop:
             while not stop.number:
                 time.sleep(_POLL_S)
                 ended = next((one for one in servers if one.ended), None)
