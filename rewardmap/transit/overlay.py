@@ -118,7 +118,8 @@ def _laid_over(network: Network, tracks: Sequence[tuple[str, Sequence[str]]], pi
     for ends, thickness in wrong:
         _dashed(pen, ends, thickness)
     taken = ImageChops.lighter(names, shown.point(lambda value: value // 8))  # a name is worse hidden than a track
-    short = _TINY_STATION_PX if tiny else 0.0  # there the name stands in the station
+    # Names stand in the stations of tiny maps and floors: there a pin ends beside its station.
+    short = _TINY_STATION_PX if tiny else 20.0 if network.style == "grid" else 0.0
     for number, stop in enumerate(pins, start=1):
         at = np.array(network.positions[stop])
         head = _free_place(taken, at, short + 2.4 * _PIN_PX)
