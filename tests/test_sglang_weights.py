@@ -282,9 +282,9 @@ def test_one_nccl_on_both_sides(tmp_path, monkeypatch):
         python.chmod(0o755)
         refused = pytest.raises(ConfigError, match=r"trainer has 2.28.9, .* has (2.30.7|no torch); choose versions")
         with nullcontext() if fits else refused:
-            check_nccl(str(python))
-    with pytest.raises(ConfigError, match=r"has .*No such file"):
-        check_nccl("/no/such/python")
+            check_nccl(ServerConfig(python=str(python)))
+    with pytest.raises(ConfigError, match="'/no/such/python': no such program"):
+        check_nccl(ServerConfig(python="/no/such/python"))
 
 
 def test_a_server_that_keeps_ending_is_given_up(sync, proxy):

@@ -259,22 +259,20 @@ class Router:
             self._process.stop()
 
 
-def nccl_of(python: str | None) -> str:
-    """The version of NCCL in the environment of an interpreter; what went wrong where it has none."""
-    ask = [python or sys.executable, "-c", "import torch; print(*torch.cuda.nccl.version(), sep='.')"]
-    try:
-        said = subprocess.run(ask, env=_foreign_environment(), capture_output=True, text=True, check=False)
-    except OSError as error:
-        return str(error)
-    return (said.stdout or said.stderr).strip().rpartition("\n")[2]
-
-
 def need_sglang(config: ServerConfig) -> None:
     """Raises ConfigError where the interpreter of our own servers has no SGLang."""
     python = interpreter(config)
     code = "import importlib.util, sys; sys.exit(3 if importlib.util.find_spec('sglang') is None else 0)"
     if subprocess.run([python, "-c", code], env=_foreign_environment(), check=False).returncode == 3:
         raise ConfigError(_no_sglang(python))
+
+
+def nccl_of(config: ServerConfig) -> str:
+    """The version of NCCL in the servers' environment; what went wrong where it has none. Raises ConfigError: no such
+    program."""
+    ask = [interpreter(config), "-c", "import torch; print(*torch.cuda.nccl.version(), sep='.')"]
+    said = subprocess.run(ask, env=_foreign_environment(), capture_output=True, text=True, check=False)
+    return (said.stdout or said.stderr).strip().rpartition("\n")[2]
 
 
 def interpreter(config: ServerConfig) -> str:

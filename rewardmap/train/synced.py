@@ -240,7 +240,7 @@ class SyncedEngine:
                 check_here(config.urls)
             return Keys.read(config.keys_file) if config.keys_file else Keys()
         if config.sync == "distributed" and self._policy.device.type == "cuda":
-            check_nccl(config.python)
+            check_nccl(config)
         self._servers, keys = start_servers(
             self._policy, config, folder, progress, load_weights=False, dtype=dtype, adapters=adapters
         )

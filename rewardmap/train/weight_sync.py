@@ -29,7 +29,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.distributed_c10d import Backend, _abort_process_group, _new_process_group_helper, _world
 
-from rewardmap.config import ConfigError
+from rewardmap.config import ConfigError, ServerConfig
 from rewardmap.policy import Policy
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.process import free_port
@@ -368,15 +368,15 @@ def check_here(urls: Sequence[str]) -> None:
             )
 
 
-def check_nccl(python: str | None) -> None:
+def check_nccl(config: ServerConfig) -> None:
     """Raises ConfigError where servers would run with another NCCL than the trainer: the two do not join, and may wait
     for each other for ever."""
-    ours, theirs = ".".join(map(str, torch.cuda.nccl.version())), nccl_of(python)
+    ours, theirs = ".".join(map(str, torch.cuda.nccl.version())), nccl_of(config)
     if theirs != ours:
         raise ConfigError(
             f"rollout.server.sync='distributed' needs one NCCL on both sides: the trainer has {ours}, "
-            f"rollout.server.python='{python}' has {theirs}; choose versions of torch and SGLang that bring the same, "
-            "or sync='tensor' or 'disk'"
+            f"rollout.server.python='{config.python}' has {theirs}; choose versions of torch and SGLang that bring the "
+            "same, or sync='tensor' or 'disk'"
         )
 
 
