@@ -147,6 +147,25 @@ def test_the_newest_and_the_best_are_kept(tmp_path, policy, optimizer):
     assert names(tmp_path) == ["step-000003", "step-000005", "step-000006"]
 
 
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(tmp_path, policy, optimizer, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def some_of_it(folder, **ignore_errors):
+        (folder / "trainer.json").unlink(missing_ok=True)
+        raise Killed
+
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, policy, optimizer, {"step": 1})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("rewardmap.train.checkpoint.shutil.rmtree", some_of_it)
+        with Checkpoints(tmp_path, keep=1) as checkpoints:
+            checkpoints.save(2, policy, optimizer, {"step": 2})
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-000002"]
+    Checkpoints(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]
+
+
 def test_what_a_killed_writer_left_is_swept(tmp_path, policy, optimizer):
     (tmp_path / ".step-000003").mkdir()
     (tmp_path / ".step-000003" / "model.safetensors").write_bytes(b"half")

@@ -36,6 +36,7 @@ Tensor = torch.Tensor
 # It says so whenever a run has one process, which is no news.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 _PREFIX, _SUMS, _STATE, _TRAINING = "step-", "checksums.json", "trainer.json", "training"
+_GOING = ".going-"
 
 
 class Checkpoints:
@@ -55,8 +56,8 @@ class Checkpoints:
         self._writing: Future[None] | None = None
         self._writers = ranks.apart()  # their collectives must not meet the trainer's
         if ranks.is_first:
-            for left in folder.glob(f".{_PREFIX}*"):
-                shutil.rmtree(left)  # of a run killed while it wrote
+            for left in (*folder.glob(f".{_PREFIX}*"), *folder.glob(f"{_GOING}*")):
+                shutil.rmtree(left)  # of a run killed while it wrote or removed
 
     def save(self, step: int, policy: Policy, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Copy everything to host memory and begin to write ``step-NNNNNN``; waits for the one before.
@@ -120,7 +121,7 @@ class Checkpoints:
                 (temporary / _STATE).write_text(state, encoding="utf-8")
                 _seal(temporary)
                 if final.exists():
-                    shutil.rmtree(final)
+                    _remove(final)
                 os.rename(temporary, final)
                 _sync(self._folder)
                 self._remove_old()
@@ -151,7 +152,7 @@ class Checkpoints:
             keep |= set(sorted(rivals, key=lambda path: states[path]["score"])[-self._keep_best :])
         for old in present:
             if old not in keep:
-                shutil.rmtree(old)
+                _remove(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -255,6 +256,13 @@ def _seal(folder: Path) -> None:
     (folder / _SUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
     for path in (folder / _SUMS, folder / _TRAINING, folder):
         _sync(path)
+
+
+def _remove(checkpoint: Path) -> None:
+    """All of it or, when killed meanwhile, nothing that looks like a checkpoint."""
+    going = checkpoint.with_name(f"{_GOING}{checkpoint.name}")
+    os.rename(checkpoint, going)
+    shutil.rmtree(going)
 
 
 def _digests(folder: Path, names: Collection[str]) -> dict[str, str]:
