@@ -24,12 +24,13 @@ from rewardmap.tiny import WARM_START, build_tiny
 from rewardmap.train.forest import Answers, pack_forest
 from rewardmap.train.forward import gather_rows
 from rewardmap.train.parallel import prepare_policy, shard_policy
-from rewardmap.train.plan import Workload, build_meta, memory_parts, plan, table
+from rewardmap.train.plan import Workload, build_meta, memory_parts, plan, sampling_parts, table
 from rewardmap.train.ranks import join_ranks
 from rewardmap.train.reference import make_reference
 from rewardmap.train.trainer import Trainer
 from rewardmap.transit.reasonmap import load_dataset, write_dataset
-from rewardmap_kernels import PolicyObjective, linear_policy_loss
+from rewardmap.types import SamplingParams
+from rewardmap_kernels import PolicyObjective, linear_policy_loss, use_implementation
 from rewardmap_kernels.tree_attention import tree_mask
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -128,6 +129,29 @@ def test_planned_memory_is_the_measured_peak_of_the_tiny_job(tmp_path, monkeypat
     assert sum(parts.values()) == pytest.approx(resting + seen["peak"], rel=0.15)
 
 
+@pytest.mark.parametrize(("prompts", "tokens"), [(8, 64), (24, 120)])
+def test_planned_memory_of_the_local_engine_is_the_measured_peak(tmp_path, prompts, tokens):
+    """Within 15 %, on the path of a GPU, where each answer has its prompt's keys and values."""
+    write_dataset(tmp_path / "maps", maps={"train": 6, "test": 3}, seed=1)
+    config = load_config("tiny", [f"train.prompts_per_step={prompts}"])
+    problems = load_dataset(tmp_path / "maps", "train").problems[:prompts]
+    policy = load_policy(WARM_START, config.policy)
+    policy = replace(policy, stop_token_ids=policy.banned_token_ids[1:])  # no answer ends before the limit
+    engine = LocalEngine(policy, config.rollout.batch_sequences, config.rollout.batch_tokens)
+
+    def sample():
+        engine.generate(problems, config.rollout.group_size, SamplingParams(max_new_tokens=tokens))
+
+    with use_implementation("torch"):
+        sample()  # pictures are read and seen
+        peak = peak_bytes(sample)
+    length = max(len(policy.encode(problem).token_ids) for problem in problems)
+    parts = sampling_parts(config, build_meta(config, policy.model.config), 1, Workload(length, tokens))
+    assert parts["keys and values"] + parts["sampling a token"] == pytest.approx(peak, rel=0.15)
+    servers = replace(config, rollout=replace(config.rollout, engine="sglang"))
+    assert not sampling_parts(servers, build_meta(config, policy.model.config), 1, Workload(length, tokens))
+
+
 RECIPES = [("3b", TEXT_3B, 3.75), ("7b", TEXT_7B, 8.29)]
 LAYOUTS = [
     ("one_node_colocated", 8),
@@ -204,6 +228,11 @@ def test_what_cannot_fit_is_an_error_with_a_remedy():
     kept = replace(config, parallel=replace(config.parallel, activation_checkpointing=False))
     with pytest.raises(ConfigError, match=r"activation_checkpointing=true"):
         plan(kept, qwen(TEXT_7B), 8, "H100", Workload())
+    long = replace(config, rollout=replace(config.rollout, batch_sequences=2048, batch_tokens=1 << 21))
+    many = replace(long, train=replace(long.train, prompts_per_step=1024))
+    frozen = replace(many, policy=replace(many.policy, freeze_vision=True))
+    with pytest.raises(ConfigError, match=r"it samples by the local.*most of it keys.*fit: .*rollout\.engine=sglang"):
+        plan(frozen, qwen(TEXT_7B), 8, "H100", Workload())
     with pytest.raises(ConfigError, match=r"parallel\.shard=3 does not divide 8 GPUs"):
         plan(replace(config, parallel=ParallelConfig(shard=3)), qwen(TEXT_7B), 8, "H100", Workload())
 

@@ -21,7 +21,7 @@ from rewardmap_kernels import decoding
 
 Tensor = torch.Tensor
 Cache = Sequence[tuple[Tensor, Tensor]]
-_ROOM = 64
+ROOM = 64
 """Tokens that keys and values have room for beyond those they hold."""
 
 
@@ -53,7 +53,7 @@ class Decoder:
     def step(self, token: Tensor) -> Tensor:
         """Logits [S, V] after ``token`` [S]."""
         text = self._policy.text_model
-        if self._length == self._begin + _ROOM:
+        if self._length == self._begin + ROOM:
             self._make_tables()
         self._attention.begin_token()
         cos, sin = (table[:, self._length - self._begin] for table in self._tables)  # [S, D]
@@ -77,7 +77,7 @@ class Decoder:
     def _make_tables(self) -> None:
         """Rotary tables of the next tokens."""
         self._begin = self._length
-        ahead = torch.arange(self._length, self._length + _ROOM, device=self._position.device)
+        ahead = torch.arange(self._length, self._length + ROOM, device=self._position.device)
         axes = self._policy.positions((self._position[:, None] + ahead).expand(3, -1, -1))
         text = self._policy.text_model
         cos, sin = text.rotary_emb(text.embed_tokens.weight, axes)
@@ -103,7 +103,7 @@ class _Copied:
                 kept = held[rows, :, : self._length]
                 pair[which] = _roomy(kept, self._length)
         if self._visible is not None:
-            self._visible = functional.pad(self._visible[rows, : self._length], (0, _ROOM), value=True)
+            self._visible = functional.pad(self._visible[rows, : self._length], (0, ROOM), value=True)
 
     def begin_token(self) -> None:
         if self._length == self._cache[0][0].shape[2]:
@@ -168,7 +168,7 @@ class _Shared:
 
 def _roomy(held: Tensor, length: int) -> Tensor:
     """[S, heads, length + room, D] that begins with the first ``length`` tokens of ``held``."""
-    made = held.new_empty(*held.shape[:2], length + _ROOM, held.shape[3])
+    made = held.new_empty(*held.shape[:2], length + ROOM, held.shape[3])
     made[:, :, :length] = held[:, :, :length]
     return made
 

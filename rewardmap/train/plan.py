@@ -7,7 +7,6 @@ arithmetic on the shapes. Nothing in here is fitted to a measurement; a test hol
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from rewardmap.config import Config, ConfigError
+from rewardmap.rollout.decoder import ROOM
 from rewardmap.train.balance import CostModel
 from rewardmap.train.parallel import computes_in, freeze_matching
 from rewardmap_kernels._head import CHUNK_BYTES
@@ -54,6 +54,9 @@ class Plan:
     """Bytes per GPU by part, seconds of a step by phase, and what was assumed."""
 
     memory: dict[str, float]
+    """In the update."""
+    sampling: dict[str, float]
+    """While the local engine samples; empty for servers, which are processes of their own."""
     seconds: dict[str, float]
     computed_tokens_per_second: float
     """Of the training phase, all GPUs."""
@@ -81,16 +84,18 @@ def plan(config: Config, model_config: Any, gpus: int, device: str, work: Worklo
     if gpus % (config.parallel.shard or gpus):
         raise ConfigError(f"parallel.shard={config.parallel.shard} does not divide {gpus} GPUs; choose a divisor, or 0")
     model = build_meta(config, model_config)
-    memory = memory_parts(config, model, gpus, work)
+    memory, sampling = memory_parts(config, model, gpus, work), sampling_parts(config, model, gpus, work)
     room = DEVICES[device].memory
-    if sum(memory.values()) > room:
-        largest = max(memory, key=lambda part: memory[part])
-        remedies = "; ".join(_remedies(config, model_config, gpus, work, room)) or "no single change: take more GPUs"
-        raise ConfigError(
-            f"needs {sum(memory.values()) / 1e9:.1f} GB per GPU, {device} has {room / 1e9:.0f} GB; most of it "
-            f"{largest} ({memory[largest] / 1e9:.1f} GB). What makes it fit: {remedies}"
-        )
-    return _timed(config, model, memory, gpus, DEVICES[device], work)
+    for when, parts in (("", memory), (" while it samples by the local engine", sampling)):
+        if sum(parts.values()) > room:
+            largest = max(parts, key=lambda part: parts[part])
+            remedies = "; ".join(_remedies(config, model_config, gpus, work, room))
+            raise ConfigError(
+                f"needs {sum(parts.values()) / 1e9:.1f} GB per GPU{when}, {device} has {room / 1e9:.0f} GB; most of it "
+                f"{largest} ({parts[largest] / 1e9:.1f} GB). What makes it fit: "
+                f"{remedies or 'no single change: take more GPUs'}"
+            )
+    return _timed(config, model, memory, sampling, gpus, DEVICES[device], work)
 
 
 def shapes_of(config: Config) -> Any:
@@ -111,7 +116,11 @@ def table(found: Plan, gpus: int, device: str) -> str:
     """For people."""
     lines = [f"per GPU, of {DEVICES[device].memory / 1e9:.0f} GB ({gpus} x {device})"]
     lines += [f"  {part:<26}{size / 1e9:8.2f} GB" for part, size in found.memory.items() if size]
-    lines += [f"  {'in all':<26}{found.total / 1e9:8.2f} GB", "a step"]
+    lines += [f"  {'in all':<26}{found.total / 1e9:8.2f} GB"]
+    if found.sampling:
+        lines += [f"  {'while it samples':<26}{sum(found.sampling.values()) / 1e9:8.2f} GB, of that"]
+        lines += [f"    {part:<24}{size / 1e9:8.2f} GB" for part, size in found.sampling.items() if size]
+    lines += ["a step"]
     lines += [f"  {phase:<26}{seconds:8.2f} s" for phase, seconds in found.seconds.items()]
     lines += [
         f"  {'trained tokens, computed':<26}{found.computed_tokens_per_second:8,.0f} /s",
@@ -174,10 +183,13 @@ def _activations(config: Config, model: Any, compute: int, gpus: int, work: Work
     a step, which a tower that trains keeps until the last micro-batch."""
     text = model.config.text_config
     tokens, hidden = config.train.max_tokens_per_micro_batch, text.hidden_size
-    keys = hidden // text.num_attention_heads * text.num_key_value_heads
+    width = _head_dim(text)
+    queries, keys = width * text.num_attention_heads, width * text.num_key_value_heads
     kept = config.parallel.activation_checkpointing
     parts = {
-        "activations": _kept(tokens, hidden, keys, text.intermediate_size, text.num_hidden_layers, compute, kept),
+        "activations": _kept(
+            tokens, hidden, queries, keys, text.intermediate_size, text.num_hidden_layers, compute, kept
+        ),
         "logits of a chunk": float(min(CHUNK_BYTES, tokens * text.vocab_size * 4)),
         "head gradient in float32": float(text.vocab_size * hidden * 4),
     }
@@ -187,20 +199,61 @@ def _activations(config: Config, model: Any, compute: int, gpus: int, work: Work
         pictures = ceil(max(stage.maps_per_step or questions for stage in config.train.stages) / gpus)
         patches, width = pictures * work.prompt_tokens * tower.spatial_merge_size**2, tower.hidden_size
         parts["activations of the tower"] = _kept(
-            patches, width, width, tower.intermediate_size, tower.depth, compute, kept
+            patches, width, width, width, tower.intermediate_size, tower.depth, compute, kept
         )
     return parts
 
 
-def _kept(tokens: int, hidden: int, keys: int, inner: int, layers: int, compute: int, checkpointing: bool) -> float:
+def _kept(
+    tokens: int, hidden: int, queries: int, keys: int, inner: int, layers: int, compute: int, checkpointing: bool
+) -> float:
     """Bytes that ``layers`` blocks keep for their backward pass."""
     # Saved by one block: its input, both norms (in and out, one copy in float32), q k v before and after rotation, the
     # attention's output, the residual, and gate, up, their activation and product.
-    one = tokens * ((7 * hidden + 4 * keys + 4 * inner) * compute + 2 * hidden * 4)
+    one = tokens * ((4 * hidden + 3 * queries + 4 * keys + 4 * inner) * compute + 2 * hidden * 4)
     return float(layers * tokens * hidden * compute + one if checkpointing else layers * one)
 
 
-def _timed(config: Config, model: Any, memory: dict[str, float], gpus: int, device: Device, work: Workload) -> Plan:
+def sampling_parts(config: Config, model: Any, gpus: int, work: Workload) -> dict[str, float]:
+    """Bytes per GPU while the local engine samples, when there are no gradients: what rests there, the whole weights of
+    a policy that is split, keys and values of all answers that it decodes at a time, and what sampling a token takes.
+    Empty for servers, which are processes of their own."""
+    if config.rollout.engine != "local":
+        return {}
+    memory = memory_parts(config, model, gpus, work)
+    compute, text, group = computes_in(config).itemsize, model.config.text_config, config.rollout.group_size
+    at_once = min(config.rollout.batch_sequences // group, config.rollout.batch_tokens // (group * work.prompt_tokens))
+    prompts = max(1, min(ceil(config.train.prompts_per_step / gpus), at_once))
+    answers = prompts * group
+    token = 2 * text.num_hidden_layers * _head_dim(text) * text.num_key_value_heads * compute
+    resting = ("weights", "optimizer", "frozen tower", "reference", "reference tower")
+    parts = {part: memory[part] for part in resting if part in memory}
+    if "gathered blocks" in memory:
+        alone = model.model.visual.parameters() if config.policy.freeze_vision else ()
+        parts["whole weights"] = float((_size(model.parameters()) - _size(alone)) * compute)
+    # The prompts' own, from which each answer's are copied; room for the tokens to come; and what a layer's keys were
+    # when room was made.
+    length = work.prompt_tokens + ROOM * ceil(work.answer_tokens / ROOM)
+    before = answers * (length - ROOM) / (2 * text.num_hidden_layers)
+    parts["keys and values"] = token * (prompts * work.prompt_tokens + answers * length + before)
+    # Logits as they are and in float32, log-probabilities, what is allowed of them, and its sums in float64.
+    parts["sampling a token"] = float(answers * text.vocab_size * (compute + 4 + 4 + 4 + 8))
+    return parts
+
+
+def _head_dim(text: Any) -> int:
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def _timed(
+    config: Config,
+    model: Any,
+    memory: dict[str, float],
+    sampling: dict[str, float],
+    gpus: int,
+    device: Device,
+    work: Workload,
+) -> Plan:
     groups, size = config.train.prompts_per_step, config.rollout.group_size
     answers = groups * size
     packed = groups * (work.prompt_tokens + size * work.answer_tokens)
@@ -217,14 +270,15 @@ def _timed(config: Config, model: Any, memory: dict[str, float], gpus: int, devi
     flop += groups * (cost.patch * patches + cost.patch_pair * patches**2)
     train = flop / (gpus * device.flops * MFU)
     weights = _size(model.parameters()) * 2
-    keys = model.config.text_config
-    cache = 2 * keys.num_hidden_layers * keys.hidden_size // keys.num_attention_heads * keys.num_key_value_heads * 2
+    text = model.config.text_config
+    cache = 2 * text.num_hidden_layers * _head_dim(text) * text.num_key_value_heads * 2
     mine = ceil(answers / gpus)
     read = weights + cache * (mine * (prompt + answer / 2))
     prefill = 2 * _size(model.parameters()) * ceil(groups / gpus) * prompt / (device.flops * MFU)
     decode = answer * read / (device.bandwidth * BANDWIDTH_SHARE)
     return Plan(
         memory,
+        sampling,
         {"rollout: prefill": prefill, "rollout: decode": decode, "train": train},
         packed / train,
         logical / train,
@@ -233,6 +287,11 @@ def _timed(config: Config, model: Any, memory: dict[str, float], gpus: int, devi
             f"training at {MFU:.0%} of the data sheet's bf16 arithmetic, communication hidden behind it",
             f"decoding in bf16 at {BANDWIDTH_SHARE:.0%} of the memory bandwidth, all answers of a GPU side by side",
             "memory beside the parts (context, fragments, NCCL) is not counted: leave a tenth of the GPU",
+            *(
+                ["the servers of rollout.server.colocated keep a part of the GPU while they sleep: not counted"]
+                if config.rollout.engine == "sglang" and config.rollout.server.colocated
+                else []
+            ),
             "memory is held to a measured run on a CPU, neither memory nor time to one on a GPU",
         ),
     )
@@ -240,32 +299,30 @@ def _timed(config: Config, model: Any, memory: dict[str, float], gpus: int, devi
 
 def _remedies(config: Config, model_config: Any, gpus: int, work: Workload, room: float) -> list[str]:
     """Single changes under which the run fits."""
-    parallel, found = config.parallel, []
-    changes: list[tuple[str, Callable[[], tuple[Config, int]]]] = [
+    tokens, prompts = config.train.max_tokens_per_micro_batch // 2, config.rollout.batch_tokens // 2
+    changes: list[tuple[str, Config, int]] = [
+        ("parallel.activation_checkpointing=true", _changed(config, "parallel", activation_checkpointing=True), gpus),
+        ("parallel.shard=0", _changed(config, "parallel", shard=0), gpus),
+        ("parallel.offload=true", _changed(config, "parallel", offload=True), gpus),
         (
-            "parallel.activation_checkpointing=true",
-            lambda: (replace(config, parallel=replace(parallel, activation_checkpointing=True)), gpus),
+            f"train.max_tokens_per_micro_batch={tokens}",
+            _changed(config, "train", max_tokens_per_micro_batch=tokens),
+            gpus,
         ),
-        ("parallel.shard=0", lambda: (replace(config, parallel=replace(parallel, shard=0)), gpus)),
-        ("parallel.offload=true", lambda: (replace(config, parallel=replace(parallel, offload=True)), gpus)),
-        (
-            f"train.max_tokens_per_micro_batch={config.train.max_tokens_per_micro_batch // 2}",
-            lambda: (_half(config), gpus),
-        ),
-        (f"{2 * gpus} GPUs", lambda: (config, 2 * gpus)),
-        (f"{4 * gpus} GPUs", lambda: (config, 4 * gpus)),
-        (f"{8 * gpus} GPUs", lambda: (config, 8 * gpus)),
+        (f"rollout.batch_tokens={prompts}", _changed(config, "rollout", batch_tokens=prompts), gpus),
+        ("rollout.engine=sglang", _changed(config, "rollout", engine="sglang"), gpus),
+        *((f"{count} GPUs", config, count) for count in (2 * gpus, 4 * gpus, 8 * gpus)),
     ]
-    for name, change in changes:
-        other, count = change()
-        if sum(memory_parts(other, build_meta(other, model_config), count, work).values()) <= room:
+    found = []
+    for name, other, count in changes:
+        model = build_meta(other, model_config)
+        if all(sum(parts(other, model, count, work).values()) <= room for parts in (memory_parts, sampling_parts)):
             found.append(name)
     return found
 
 
-def _half(config: Config) -> Config:
-    budget = config.train.max_tokens_per_micro_batch // 2
-    return replace(config, train=replace(config.train, max_tokens_per_micro_batch=budget))
+def _changed(config: Config, section: str, **changes: Any) -> Config:
+    return replace(config, **{section: replace(getattr(config, section), **changes)})
 
 
 def _size(parameters: Any) -> int:
