@@ -17,9 +17,13 @@ if importlib.util.find_spec("trl") is None:
     pytest.skip("trl is not installed", allow_module_level=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch.distributed as dist
 import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from rewardmap_kernels import last_path
@@ -188,8 +192,9 @@ def test_factors_by_token_at_sequence_level_raise(tmp_path: Path) -> None:
         trainer._compute_loss(trainer.model, inputs)
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
     trainer.vllm_importance_sampling_mode = "token_mask"
+    inputs |= {"advantages": torch.ones(4), "importance_sampling_ratio": torch.ones(4, 7)}
     with pytest.raises(ValueError, match="token-level vllm_importance_sampling_mode"):
-        fuse_grpo(trainer)
+        trainer._compute_loss(trainer.model, inputs)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -247,8 +252,80 @@ def test_the_head_alone_serves_an_entropy_bonus(tmp_path: Path) -> None:
         ({"top_entropy_quantile": 0.5}, "top_entropy_quantile"),
         ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold"),
         ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
+        ({"loss_type": "cispo"}, "loss_type='cispo' with epsilon_high=0.2 < 1"),
     ],
 )
 def test_an_option_without_a_fused_loss_raises(options: dict[str, Any], name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=name):
         run(tmp_path, "loss", **options)
+
+
+class OwnLoss(trl.GRPOTrainer):
+    """A subclass whose loss is the entropy of the completion."""
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        names = ("prompt", "completion")
+        ids, on = (torch.cat([inputs[f"{n}_{what}"] for n in names], 1) for what in ("ids", "mask"))
+        length = inputs["completion_ids"].shape[1]
+        scored = self._get_per_token_logps_and_entropies(model, ids, on, length, compute_entropy=True)
+        return scored[1].sum()
+
+
+PLAIN = {"per_token": False, "old": True, "tools": False, "engine": None}
+
+
+def test_a_subclass_keeps_its_own_loss(tmp_path: Path) -> None:
+    trainer = build(tmp_path)
+    trainer.__class__ = OwnLoss
+    trainer.model.train()
+    inputs = batch(trainer, PLAIN)
+    expected = loss_and_gradients(trainer, inputs)
+    with pytest.raises(ValueError, match="no fused loss for OwnLoss, which has its own _compute_loss"):
+        fuse_grpo(trainer)
+    fuse_grpo(trainer, fused_loss=False)
+    for mine, theirs in zip(loss_and_gradients(trainer, inputs), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-6)
+    with pytest.raises(ValueError, match="replaced before"):
+        fuse_grpo(trainer)
+    with pytest.raises(ValueError, match=r"takes a trl\.GRPOTrainer, got object"):
+        fuse_grpo(object())
+
+
+def test_an_option_that_changes_during_training_is_followed(tmp_path: Path) -> None:
+    trainer = build(tmp_path, loss_type="dapo", beta=0.1)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+    inputs, found = batch(trainer, PLAIN), []
+    for fused in (False, True):
+        if fused:
+            fuse_grpo(trainer)
+        for trainer.beta in (0.1, 0.4, 0.0):
+            found.append(trainer._compute_loss(trainer.model, inputs).detach())
+    torch.testing.assert_close(found[3:], found[:3], rtol=1e-4, atol=2e-6)
+    trainer.top_entropy_quantile = 0.5
+    with pytest.raises(ValueError, match="top_entropy_quantile"):
+        trainer._compute_loss(trainer.model, inputs)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_the_loss_passes_a_wrapper_s_outputs(wrapper: str, tmp_path: Path) -> None:
+    """DDP that looks for unused parameters, and FSDP2 that frees the root's after the forward, hook the outputs."""
+    trainer = build(tmp_path, loss_type="dapo")
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+    inputs = batch(trainer, PLAIN)
+    expected = loss_and_gradients(trainer, inputs)[1:]
+    fuse_grpo(trainer)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        if wrapper == "ddp":
+            wrapped: Any = DistributedDataParallel(trainer.model, find_unused_parameters=True)
+        else:
+            mesh = init_device_mesh("cpu", (1,))
+            wrapped = fully_shard(trainer.model, mesh=mesh, reshard_after_forward=True)
+        (trainer._compute_loss(wrapped, inputs) * -3.0).backward()
+        for parameter, theirs in zip(wrapped.parameters(), expected, strict=True):
+            grad = parameter.grad.to_local() if wrapper == "fsdp2" else parameter.grad
+            torch.testing.assert_close(grad, -3.0 * theirs, rtol=1e-4, atol=6e-6)
+    finally:
+        dist.destroy_process_group()

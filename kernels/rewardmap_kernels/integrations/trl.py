@@ -4,7 +4,8 @@ TRL 1.16 scores completions inside the model's forward, through one autograd fun
 head. While a fused trainer is at work, that function is ours: plain scoring (old and reference
 log-probabilities, evaluation) goes to ``linear_logprobs``; the training pass goes to ``linear_policy_loss``,
 whose loss replaces TRL's, so that no logits are made twice. TRL's own loss code still runs, on detached
-log-probabilities, and logs its metrics.
+log-probabilities, and logs its metrics. The loss leaves the model's forward on its log-probabilities: DDP, FSDP and
+DeepSpeed hook a module's outputs, and would not know that a loss beside them has a backward.
 """
 
 from __future__ import annotations
@@ -21,21 +22,48 @@ from ..linear_loss import linear_policy_loss
 from ..objective import PolicyObjective
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
+REPLACED = ("_compute_loss", "_get_per_token_logps_and_entropies")
 
 
 class _FusedTrainer:
     """What a fused trainer asks of the head at this moment; ``rows`` are [B, T - 1] grids of
     linear_policy_loss's."""
 
-    def __init__(self, trainer: Any, fused_loss: bool) -> None:
-        self.trainer, self.fused_loss = trainer, fused_loss
-        self.objective = _objective(trainer) if fused_loss else None
+    def __init__(self, trainer: Any, fused_loss: bool, entropy_gradient: bool) -> None:
+        self.trainer, self.fused_loss, self.entropy_gradient = trainer, fused_loss, entropy_gradient
         self.rows: dict[str, Tensor] | None = None
         self.scored: Tensor | None = None
         self.loss: Tensor | None = None
 
 
 _active: list[_FusedTrainer] = []
+
+
+class _OnLogprobs(torch.autograd.Function):
+    """Log-probabilities [N], values only, whose gradient is the loss's."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, loss: Tensor) -> Tensor:
+        return logprobs.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # The loss's gradient where TRL scores a row, else 0; the 0 that is added finds it whatever its sign, at any N.
+        found = torch.nn.functional.pad(grads[0], (0, 1))
+        return None, found.amax() + found.amin()
+
+
+class _OffLogprobs(torch.autograd.Function):
+    """The loss's value again, from the model's output that carries its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, loss: Tensor) -> Tensor:
+        ctx.shape = logprobs.shape
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0].expand(ctx.shape), None
 
 
 class _Head:
@@ -63,21 +91,20 @@ class _Head:
             raise ValueError(f"the fused head has no outputs {sorted(extra)}")
         state = _active[-1]
         if state.rows is None:
-            bonus = bool(getattr(state.trainer, "_entropy_bonus_enabled", False))
             logprobs, entropy = linear_logprobs(
-                hidden, weight, targets, temperature=temperature, entropy_gradient=bonus
+                hidden, weight, targets, temperature=temperature, entropy_gradient=state.entropy_gradient
             )
             return logprobs, entropy, None, None, None
-        assert state.scored is not None and state.objective is not None
+        assert state.scored is not None
         rows: dict[str, Any] = {name: grid.reshape(-1) for name, grid in state.rows.items()}
         if hidden.shape[0] != state.scored.numel():  # TRL took the scored positions only
             rows = {name: values[state.scored.reshape(-1)] for name, values in rows.items()}
         out = linear_policy_loss(
-            hidden, weight, targets, objective=state.objective, temperature=temperature,
+            hidden, weight, targets, objective=_objective(state.trainer), temperature=temperature,
             num_sequences=state.scored.shape[0], **rows,
         )  # fmt: skip
-        state.loss = out.loss
-        return out.logprobs, out.entropy, None, None, None
+        state.loss = out.loss.detach()
+        return _OnLogprobs.apply(out.logprobs, out.loss), out.entropy, None, None, None
 
 
 def _bias_correction(trainer: Any) -> bool:
@@ -95,6 +122,8 @@ def _objective(trainer: Any) -> PolicyObjective:
     args, kind, level = trainer.args, trainer.loss_type, trainer.importance_sampling_level
     refused = {
         f"loss_type={kind!r}": kind not in LOSS_TYPES,
+        # TRL caps CISPO's weight at epsilon_high itself.
+        f"loss_type='cispo' with epsilon_high={trainer.epsilon_high} < 1": kind == "cispo" and trainer.epsilon_high < 1,
         f"importance_sampling_level={level!r} with {kind}": level != "token" and kind in ("cispo", "sapo"),
         "top_entropy_quantile": trainer.top_entropy_quantile < 1.0,
         "off_policy_mask_threshold": trainer.off_policy_mask_threshold is not None,
@@ -112,7 +141,7 @@ def _objective(trainer: Any) -> PolicyObjective:
         )
     options: dict[str, Any] = {"kl_coef": trainer.beta, "kl_bias_correction": _bias_correction(trainer)}
     if kind == "cispo":
-        # TRL caps the weight at epsilon_high itself and has no lower bound.
+        # TRL's weight has no lower bound.
         return PolicyObjective("cispo", clip_eps_low=1.0, clip_eps_high=trainer.epsilon_high - 1.0, **options)
     if kind == "sapo":
         options["sapo_temperature_pos"] = args.sapo_temperature_pos
@@ -189,16 +218,32 @@ def fuse_grpo(trainer: Any, *, fused_loss: bool = True) -> Any:
     Other trainers of the process are untouched. Same loss, gradients and metrics as TRL's. With a trainable
     head this is 6NVH FLOP for TRL's 8, with a frozen one 4NVH for 6.
 
-    Raises ValueError for an option of the trainer that the fused loss cannot honour (the message names it),
-    and for a TRL without the function that is replaced.
+    Raises ValueError for an option of the trainer that the fused loss cannot honour (the message names it), for a
+    subclass with a loss or scoring of its own, whose head alone can be fused, for a trainer that was fused before,
+    and for a TRL without the function that is replaced. An option that changes during training is checked again.
     """
+    import trl.trainer.grpo_trainer
     import trl.trainer.utils
 
     utils: Any = trl.trainer.utils
+    base: Any = trl.trainer.grpo_trainer.GRPOTrainer
     found = getattr(utils, "_ChunkedLogProbFunction", None)
     if found is None:
         raise ValueError("this TRL has no trl.trainer.utils._ChunkedLogProbFunction; fuse_grpo knows TRL 1.16")
-    state = _FusedTrainer(trainer, fused_loss)
+    kind = type(trainer)
+    if not isinstance(trainer, base):
+        raise ValueError(f"fuse_grpo takes a trl.GRPOTrainer, got {kind.__name__}")
+    if "_compute_loss" in vars(trainer):
+        raise ValueError("this trainer's _compute_loss was replaced before, by fuse_grpo or by hand")
+    own = [name for name in REPLACED if getattr(kind, name) is not getattr(base, name)]
+    if fused_loss and own:
+        raise ValueError(
+            f"no fused loss for {kind.__name__}, which has its own {' and '.join(own)}; "
+            "fuse_grpo(trainer, fused_loss=False) fuses the head alone"
+        )
+    if fused_loss:
+        _objective(trainer)  # raises
+    state = _FusedTrainer(trainer, fused_loss, bool(own) or trainer._entropy_bonus_enabled)
     if found is not _Head:
         _Head.original = found
         utils._ChunkedLogProbFunction = _Head
@@ -206,7 +251,12 @@ def fuse_grpo(trainer: Any, *, fused_loss: bool = True) -> Any:
 
     def scored(*args: Any, **kwargs: Any) -> Any:
         with _at_work(state):
-            return score(*args, **kwargs)
+            logprobs, *others = score(*args, **kwargs)
+        if state.rows is None:
+            return logprobs, *others
+        assert state.loss is not None
+        state.loss = _OffLogprobs.apply(logprobs, state.loss.to(logprobs.device))
+        return logprobs.detach(), *others
 
     def computed(model: Any, inputs: dict[str, Any]) -> Tensor:
         if not (state.fused_loss and trainer.model.training):
