@@ -86,8 +86,9 @@ def _log_probs(logits: Tensor, temperature: Tensor | float, keep: Tensor | None)
 
 def _logprob_and_entropy(log_probs: Tensor, probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Columns at -inf become the lowest finite number in ``log_probs``, so that they add 0 to sums over p log p."""
+    picked = log_probs.gather(1, targets.long()[:, None])[:, 0]
     log_probs.clamp_(min=torch.finfo(log_probs.dtype).min)
-    return log_probs.gather(1, targets.long()[:, None])[:, 0], -torch.linalg.vecdot(probs, log_probs)
+    return picked, -torch.linalg.vecdot(probs, log_probs)
 
 
 def statistics(
@@ -95,10 +96,9 @@ def statistics(
 ) -> RowStatistics:
     """Statistics of softmax(logits / temperature); rows outside ``keep`` (bool [N]) are not looked at."""
     scaled = _scaled(logits, temperature, keep)
-    picked = scaled.gather(1, targets.long()[:, None])[:, 0]
     log_probs = torch.log_softmax(scaled, dim=1)
+    lse = scaled.amax(1) - log_probs.amax(1)  # of the largest column: the target's may be -inf
     logprobs, entropy = _logprob_and_entropy(log_probs, log_probs.exp(), targets)
-    lse = picked - logprobs
     if keep is not None:
         logprobs, entropy = torch.where(keep, logprobs, 0.0), torch.where(keep, entropy, 0.0)
     return RowStatistics(lse, logprobs, entropy)
@@ -155,9 +155,9 @@ def exponentials(
     top = scaled.amax(1)
     gap = scaled - top[:, None]
     values = gap.exp()
-    gap.clamp_(min=torch.finfo(gap.dtype).min)  # -inf: adds 0 below
     has, column = targets >= 0, targets.long().clamp(min=0)[:, None]
     own, own_gap = values.gather(1, column)[:, 0], gap.gather(1, column)[:, 0]
+    gap.clamp_(min=torch.finfo(gap.dtype).min)  # -inf: adds 0 below
     moment = torch.linalg.vecdot(values, gap)
     values.scatter_(1, column, torch.where(has, 0.0, own)[:, None])
     others = values.sum(1)
