@@ -128,6 +128,7 @@ def test_nothing_at_all() -> None:
         ({"offsets": torch.tensor([0, 3])}, r"run from 0 to len\(rewards\) = 4, got 0 to 3"),
         ({"offsets": torch.tensor([0, 3, 2, 4])}, r"must not fall, got offsets\[1\] = 3, offsets\[2\] = 2"),
         ({"offsets": torch.tensor([0.0, 4.0])}, "offsets must be"),
+        ({"offsets": [0, 4]}, "offsets must be a torch.Tensor, got list"),
         ({"rewards": torch.ones(4, dtype=torch.long)}, "rewards must be floating point"),
         ({"rewards": torch.ones(2, 2, 2)}, "rewards must have 1"),
         ({"weights": torch.ones(3)}, r"weights must have shape \(4,\), got \(3,\)"),

@@ -18,6 +18,7 @@ from rewardmap_kernels import (
     linear_logprobs,
     linear_policy_loss,
     logits_policy_loss,
+    policy_loss,
     reference,
     selective_log_softmax,
 )
@@ -191,15 +192,66 @@ def test_bad_input_raises_before_any_work() -> None:
         ((hidden, weight, targets), {"objective": PolicyObjective(kl_coef=1.0)}, "needs ref_logprobs"),
         ((hidden, weight, targets), {"objective": PolicyObjective("gspo")}, "gspo needs sequence"),
         ((hidden.to("meta"), weight, targets), {}, "weight is on cpu, expected meta"),
+        ((hidden, weight, None), {}, "targets must be an integer"),
+        ((hidden, weight, targets), {"objective": "grpo"}, "objective must be a PolicyObjective, got 'grpo'"),
+        ((hidden, weight, targets), {"normalizer": None}, "normalizer must be positive, got None"),
+        ((hidden, weight, targets), {"temperature": torch.ones(N, requires_grad=True)}, "temperature gets no gradient"),
+        ((hidden, weight, targets), {"rows": [0, 1]}, "rows must be a torch.Tensor, got list"),
+        ((hidden, weight, targets), {"rows": torch.arange(3).to("meta")}, r"int64 \[M\] on cpu, got .* on meta"),
+        ((hidden, weight, targets), {"rows": torch.tensor([4, 2, 4])}, "rows must be distinct, got 4 2 times"),
     ):
         with pytest.raises(ValueError, match=message):
             linear_policy_loss(*arguments, **{**good, **change})
+    frozen = (hidden.float(), weight.detach().float(), targets)
+    with pytest.raises(ValueError, match="weight_grad would stay as it is"):
+        linear_policy_loss(*frozen, weight_grad=torch.zeros(V, H), **good)
     with pytest.raises(ValueError, match="outside"):
         linear_logprobs(hidden, weight, bad_targets)
     with pytest.raises(ValueError, match="outside"):
         selective_log_softmax(hidden @ weight.t(), bad_targets)
     with pytest.raises(ValueError, match="logits must have 2"):
         logits_policy_loss(hidden[0], targets, **good)
+
+
+def test_second_derivatives_are_refused() -> None:
+    hidden, weight, targets = tensors()
+    rows: dict[str, Any] = {"advantages": torch.ones(N), "normalizer": 1.0, "objective": PolicyObjective()}
+    logits = hidden @ weight.t()
+    logprobs = reference.linear_logprobs(hidden, weight, targets, 1.0)[0]
+    for value in (
+        linear_policy_loss(hidden, weight, targets, **rows).loss,
+        linear_logprobs(hidden, weight.detach(), targets)[0].sum(),
+        logits_policy_loss(logits, targets, **rows).loss,
+        selective_log_softmax(logits, targets)[0].sum(),
+        policy_loss(logprobs, **rows).row_loss.sum(),
+    ):
+        with pytest.raises(RuntimeError, match="first-order gradients only"):
+            torch.autograd.grad(value, hidden, create_graph=True)
+
+
+def test_in_place_needs_memory_of_its_own() -> None:
+    hidden, weight, targets = tensors()
+    rows: dict[str, Any] = {"advantages": torch.ones(N), "normalizer": 1.0, "objective": PolicyObjective()}
+    leaf = (hidden @ weight.t()).detach().requires_grad_()
+    with pytest.raises(ValueError, match="overwrite a leaf"):
+        logits_policy_loss(leaf[:, :], targets, inplace=True, **rows)
+    with pytest.raises(ValueError, match=r"do not overlap, got strides \(0, 1\)"):
+        logits_policy_loss((leaf * 1)[:1].expand(N, V), targets, inplace=True, **rows)
+
+
+def test_a_target_of_probability_zero() -> None:
+    """Its gradient is that of any other target; torch's own is the reference."""
+    for dtype in (torch.float32, torch.float64):
+        logits = torch.randn(3, 7, generator=torch.Generator().manual_seed(0), dtype=dtype)
+        logits[0, 2] = -torch.inf
+        logits.requires_grad_()
+        targets = torch.tensor([2, 0, 4])
+        expected = torch.log_softmax(logits, 1).gather(1, targets[:, None])[:, 0]
+        got = selective_log_softmax(logits, targets)[0]
+        assert got[0] == -torch.inf
+        torch.testing.assert_close(got, expected)
+        mine, theirs = (torch.autograd.grad(each.sum(), logits)[0] for each in (got, expected))
+        torch.testing.assert_close(mine, theirs)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first chunk", "later chunk"])

@@ -171,6 +171,9 @@ def test_normalizers() -> None:
         ({"importance_level": "sequence"}, "needs importance_correction"),
         ({"importance_min": 3.0}, "importance_min 3.0 is above importance_max 2.0"),
         ({"entropy_coef": float("nan")}, "entropy_coef must be finite"),
+        ({"kl_coef": "1e-3"}, "kl_coef must be a number, got '1e-3'"),
+        ({"clip_eps_high": None}, "clip_eps_high must be a number, got None"),
+        ({"delta": torch.tensor(4.0)}, "delta must be a number, got tensor"),
     ],
 )
 def test_a_bad_objective_raises(options: dict[str, Any], message: str) -> None:

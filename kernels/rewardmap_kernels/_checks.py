@@ -67,7 +67,7 @@ def check_normalizer(normalizer: Tensor | float, like: Tensor, rows: int) -> Non
             raise ValueError(f"normalizer must be 0-d or of shape ({rows},), got {tuple(normalizer.shape)}")
         if normalizer.dim() == 1 and normalizer.device != like.device:
             raise ValueError(f"normalizer is on {normalizer.device}, expected {like.device}")
-    elif not normalizer > 0:
+    elif normalizer is None or not normalizer > 0:
         raise ValueError(f"normalizer must be positive, got {normalizer}")
 
 
@@ -75,7 +75,9 @@ def check_temperature(temperature: Tensor | float, like: Tensor, rows: int) -> N
     """Raise unless ``temperature`` is a positive number or a [rows] floating tensor on ``like``'s device."""
     if isinstance(temperature, Tensor):
         check_rows("temperature", temperature, like, rows)
-    elif not temperature > 0:
+        if temperature.requires_grad and torch.is_grad_enabled():
+            raise ValueError("temperature gets no gradient; pass it detached")
+    elif temperature is None or not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
 
@@ -94,10 +96,35 @@ def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, slices: int = 
 
 def check_targets(targets: Tensor, like: Tensor, vocab: int) -> None:
     """Raise unless targets is an integer [N] vector of values in [0, vocab)."""
+    if targets is None:
+        raise ValueError("targets must be an integer [N] tensor, got None")
     check_rows("targets", targets, like, like.shape[0], "int")
     if vocab == 0:
         raise ValueError("the vocabulary is empty")
     check_range("targets", targets, 0, vocab)
+
+
+def check_row_index(rows: Tensor, like: Tensor) -> None:
+    """Raise unless ``rows`` is an int64 [M] index of distinct rows of ``like``, on its device."""
+    if not isinstance(rows, Tensor):
+        raise ValueError(f"rows must be a torch.Tensor, got {type(rows).__name__}")
+    if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != like.device:
+        found = f"{rows.dtype} {tuple(rows.shape)} on {rows.device}"
+        raise ValueError(f"rows must be int64 [M] on {like.device}, got {found}")
+    check_range("rows", rows, 0, like.shape[0])
+    times = torch.zeros(like.shape[0], dtype=torch.int32, device=rows.device)
+    times.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
+    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        if len(rows) and int(times.max()) > 1:
+            raise ValueError(f"rows must be distinct, got {int(times.argmax())} {int(times.max())} times")
+    else:
+        torch._assert_async((times <= 1).all(), "rows must be distinct")
+
+
+def first_order_only(operation: str) -> None:
+    """Raise RuntimeError in a backward with create_graph=True: a second derivative would be 0, which it is not."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"{operation} has first-order gradients only, and create_graph=True asks for more")
 
 
 def number_on(value: Tensor | float, device: torch.device) -> Tensor:

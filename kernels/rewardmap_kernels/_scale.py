@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _rows
+from ._checks import first_order_only
 
 
 @torch.library.custom_op("rewardmap_kernels::scale_", mutates_args=("values",))
@@ -21,6 +22,7 @@ def taken(ctx: Any, operation: str) -> tuple[Tensor, ...]:
 
     Raises RuntimeError where an earlier backward took them, or where something else wrote over them.
     """
+    first_order_only(operation)
     gone = f"the gradient of {operation} was handed over by an earlier backward or overwritten; call it again"
     if not torch.compiler.is_compiling():  # hooks that save tensors hide that they were written over
         if getattr(ctx, "handed_over", False):

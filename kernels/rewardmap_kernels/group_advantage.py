@@ -33,6 +33,8 @@ class GroupAdvantage(NamedTuple):
 
 
 def _check_offsets(name: str, offsets: Tensor, rewards: Tensor, total: int, what: str) -> None:
+    if not isinstance(offsets, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(offsets).__name__}")
     if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be a vector of int32 or int64, got {tuple(offsets.shape)} {offsets.dtype}")
     if offsets.device.type != "cpu":

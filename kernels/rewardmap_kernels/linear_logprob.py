@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _rows
-from ._checks import check_linear, check_temperature, compute_dtype
+from ._checks import check_linear, check_temperature, compute_dtype, first_order_only
 from ._head import Head, accumulate_product, chunk_size, full_weight, operand_dtype, own_product, row_chunks
 from .torch_rows import RowStatistics
 
@@ -177,6 +177,7 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only(OPERATION)
         hidden, weight, targets, row_temperature, lse, logprobs, entropy, *made = ctx.saved_tensors
         totals, to_logprob, to_entropy, kept = made
         d_hidden = d_weight = None

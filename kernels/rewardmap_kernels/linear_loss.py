@@ -17,11 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _rows
-from ._checks import check_linear, check_range, compute_dtype
+from ._checks import check_linear, check_row_index, compute_dtype
 from ._head import Head, chunk_size, full_weight, operand_dtype
 from ._scale import scaled, taken
 from ._shard import VocabShard
-from .objective import PolicyObjective, from_key
+from .objective import PolicyObjective, check_objective, from_key
 from .policy_loss import metric_names, policy_loss
 from .torch_rows import RowStatistics
 
@@ -199,6 +199,7 @@ def contributing_rows(objective: PolicyObjective, advantages: Tensor, loss_mask:
     ``advantages`` and ``loss_mask`` [N] are on the CPU, where the trainer made them: on a GPU this would wait for it.
     Raises ValueError for tensors elsewhere.
     """
+    check_objective(objective)
     if advantages.device.type != "cpu" or (loss_mask is not None and loss_mask.device.type != "cpu"):
         raise ValueError(f"contributing_rows needs CPU tensors, got advantages on {advantages.device}")
     on = torch.ones_like(advantages, dtype=torch.bool) if loss_mask is None else loss_mask != 0
@@ -250,8 +251,8 @@ def linear_policy_loss(
     GiB of logits, on a CPU 64 MiB). ``rows`` int64 [M], distinct: only these enter the products, the others count as
     masked (they must not be able to contribute: see ``contributing_rows``; a sequence-level objective must
     see whole sequences). ``weight_grad`` [V, H] float32: the weight's gradient is added to it in this call
-    and the weight gets none; backward must then start at the loss itself, and the call be outside activation
-    checkpointing, which would make it twice. ``logits_dtype`` bfloat16 rounds
+    and the weight, which must require a gradient, gets none; backward must then start at the loss itself, and the call
+    be outside activation checkpointing, which would make it twice. ``logits_dtype`` bfloat16 rounds
     the logits as an engine that computes them so does. ``group``: the head is split over these ranks, ``weight``
     [V / ranks, H] is this rank's slice, in rank order; every rank passes the same rows and gets the whole loss and
     hidden gradient, and its slice's weight gradient; one collective per chunk, one for the hidden gradient. The
@@ -272,6 +273,7 @@ def linear_policy_loss(
         "num_sequences": n if num_sequences is None else num_sequences,
     }  # fmt: skip
     _rows.check_policy_inputs(inputs, loss_mask, temperature, hidden)
+    trainable = weight.requires_grad
     hidden = _rows.differentiable(_rows.autocast_operand(hidden))
     weight = _rows.differentiable(_rows.autocast_operand(weight))
     if logits_dtype not in (torch.float32, torch.bfloat16) or (
@@ -280,11 +282,11 @@ def linear_policy_loss(
         raise ValueError(f"logits_dtype must be float32 or, below float64, bfloat16; got {logits_dtype}")
     if weight_grad is not None:
         _check_weight_grad(weight_grad, hidden, weight)
+        if not trainable:
+            raise ValueError("weight_grad would stay as it is: weight does not require a gradient")
     mask = loss_mask
     if rows is not None:
-        if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != hidden.device:
-            raise ValueError(f"rows must be int64 [M] on {hidden.device}, got {rows.dtype} {tuple(rows.shape)}")
-        check_range("rows", rows, 0, n)
+        check_row_index(rows, hidden)
         hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
         inputs = {k: v.index_select(0, rows) if _is_per_row(v) else v for k, v in inputs.items()}
         temperature = temperature.index_select(0, rows) if isinstance(temperature, Tensor) else temperature

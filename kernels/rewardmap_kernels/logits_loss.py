@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _rows
-from ._checks import check_floating, check_targets, check_temperature, compute_dtype
+from ._checks import check_floating, check_targets, check_temperature, compute_dtype, first_order_only
 from ._scale import scale_, taken
 from .objective import PolicyObjective, from_key
 from .policy_loss import metric_names, policy_loss
@@ -74,6 +74,7 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only("selective_log_softmax")
         logits, targets, row_temperature, lse, entropy = ctx.saved_tensors
         gradient = _statistics_gradient(logits, targets, row_temperature, ctx.temperature, lse, entropy, *grads)
         return gradient, None, None, None
@@ -202,10 +203,12 @@ def logits_policy_loss(
         "num_sequences": num_sequences,
     }  # fmt: skip
     _rows.check_policy_inputs(inputs, loss_mask, temperature, logits)
-    if inplace and logits.requires_grad and logits.is_leaf:
-        raise ValueError("inplace = True would overwrite a leaf that requires a gradient; pass inplace = False")
-    if inplace and logits.stride(1) != 1:
-        raise ValueError(f"inplace = True needs rows of stride 1, got strides {logits.stride()}")
+    if inplace and logits.requires_grad:
+        base = logits if logits._base is None else logits._base  # of a view
+        if base.requires_grad and base.is_leaf:
+            raise ValueError("inplace = True would overwrite a leaf that requires a gradient; pass inplace = False")
+    if inplace and (logits.stride(1) != 1 or (logits.shape[0] > 1 and logits.stride(0) < logits.shape[1])):
+        raise ValueError(f"inplace = True needs rows of stride 1 that do not overlap, got strides {logits.stride()}")
     logits = _rows.differentiable(logits)
     per_row = temperature if isinstance(temperature, Tensor) else None
     divisor = normalizer

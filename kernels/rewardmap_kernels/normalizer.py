@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_range, check_rows, number_on
-from .objective import PolicyObjective
+from .objective import PolicyObjective, check_objective
 from .policy_loss import sequence_counts
 
 
@@ -30,6 +30,7 @@ def loss_normalizer(
     ``loss_mask`` [N], non-zero where the row counts. A step's loss is the plain sum of its micro-batches' losses. Zero
     counts become 1. Raises ValueError for a missing or a superfluous argument.
     """
+    check_objective(objective)
     if loss_mask.dim() != 1:
         raise ValueError(f"loss_mask must have shape (N,), got {tuple(loss_mask.shape)}")
     per_sequence = objective.name in ("grpo", "gspo", "sapo")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, Literal
 
 ObjectiveName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce"]
 OBJECTIVES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce")
+_NUMBERS: dict[str, Any] = {"float": Real, "float | None": (Real, type(None))}
 CLIPPED: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo")  # -min(r A, clip(r) A)
 
 
@@ -62,6 +64,10 @@ class PolicyObjective:
         ):
             if getattr(self, which) not in allowed:
                 raise ValueError(f"{which} = {getattr(self, which)!r} is not one of {', '.join(allowed)}")
+        for one in fields(self):  # a configuration file's 1e-6 may be text
+            value = getattr(self, one.name)
+            if not isinstance(value, _NUMBERS.get(str(one.type), object)):
+                raise ValueError(f"{one.name} must be a number, got {value!r}")
         for which in ("clip_eps_low", "clip_eps_high", "kl_coef", "importance_min"):
             value = getattr(self, which)
             if not (math.isfinite(value) and value >= 0):
@@ -113,6 +119,12 @@ def from_key(key: str) -> PolicyObjective:
     return PolicyObjective(*map(value, key.split(" ")))
 
 
+def check_objective(objective: object) -> None:
+    """Raise unless this is a ``PolicyObjective``."""
+    if not isinstance(objective, PolicyObjective):
+        raise ValueError(f"objective must be a PolicyObjective, got {objective!r}")
+
+
 def require_inputs(
     objective: PolicyObjective,
     *,
@@ -121,7 +133,8 @@ def require_inputs(
     rollout_logprobs: object,
     sequence: object,
 ) -> None:
-    """Raise ValueError when an input that the objective reads is None."""
+    """Raise ValueError for what is no objective, and when an input that it reads is None."""
+    check_objective(objective)
     if objective.kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef = {objective.kl_coef} needs ref_logprobs, got None")
     if objective.entropy_coef and entropy is None:

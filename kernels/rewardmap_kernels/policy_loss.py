@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import check_floating, check_normalizer, check_range, check_rows, compute_dtype
+from ._checks import check_floating, check_normalizer, check_range, check_rows, compute_dtype, first_order_only
 from .objective import PolicyObjective, require_inputs
 
 LOG_RATIO_BOUND = 20.0
@@ -66,6 +66,7 @@ class _AttachDerivatives(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        first_order_only("policy_loss")
         (grad,) = grad_outputs
         d_logprob, d_entropy = ctx.saved_tensors
         logprob_dtype, entropy_dtype = ctx.dtypes
@@ -197,7 +198,7 @@ def policy_loss(
     sampling engine reported them, for the importance correction; ``sequence`` integer index of each row's
     sequence in [0, num_sequences), for sequence-level objectives (``num_sequences`` defaults to N);
     ``loss_mask`` non-zero where the row counts: masked rows get loss and derivatives of exactly 0 whatever
-    they hold.
+    they hold. All but ``logprobs`` and ``entropy`` are constants, and there are first-order gradients only.
 
     gspo follows GSPO-token (arXiv 2507.18071, eq. 14): the ratio is the sequence's geometric mean, held
     constant, times pi/sg(pi) of the row; with a constant advantage per sequence this is the gradient of GSPO.
