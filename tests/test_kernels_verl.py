@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
+import types
 from typing import Any
 
 import pytest
@@ -52,9 +54,14 @@ def test_options_that_are_verl_s_own_raise() -> None:
         register(objective=PolicyObjective(kl_coef=0.1))
 
 
-def test_our_head_is_behind_the_fused_switch() -> None:
+def test_our_head_is_behind_the_fused_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
+    earlier: Any = types.ModuleType("verl.models.mcore.model_forward_fused")  # as if imported before: it needs Megatron
+    earlier.linear_cross_entropy = module.linear_cross_entropy
+    monkeypatch.setitem(sys.modules, earlier.__name__, earlier)
     register()
-    head = importlib.import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+    head = module.linear_cross_entropy
+    assert earlier.linear_cross_entropy is head
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(2, 3, 4, generator=g), torch.randn(7, 4, generator=g)
     labels = torch.randint(0, 7, (2, 3), generator=g)

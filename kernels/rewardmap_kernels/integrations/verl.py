@@ -1,14 +1,17 @@
-"""verl on our objective and head: ``register()`` before the trainer is built.
+"""verl on our objective and head: ``register()`` in every worker, so in a module of your own that they import
+(``actor_rollout_ref.model.external_lib=that_module``).
 
 It adds a policy loss named "rewardmap" to verl's registry
 (``actor_rollout_ref.actor.policy_loss.loss_mode=rewardmap``) and makes verl's fused-kernel switch
-(``actor_rollout_ref.model.use_fused_kernels=True``, backend ``triton``) call ``linear_logprobs``. Written for verl
-0.9.
+(``actor_rollout_ref.model.use_fused_kernels=True`` with
+``actor_rollout_ref.model.fused_kernel_options.impl_backend=triton``; verl's default, torch, is a head of its own) call
+``linear_logprobs``. Written for verl 0.9.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 import torch
@@ -92,5 +95,8 @@ def register(name: str = "rewardmap", objective: PolicyObjective | None = None, 
 
     register_policy_loss(name)(loss)
     if head:
-        module: Any = importlib.import_module("verl.utils.kernel.linear_cross_entropy")
-        module.linear_cross_entropy = linear_cross_entropy
+        theirs = importlib.import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+        # Megatron's forwards, where they were imported before, have it by name.
+        for module in [found for path, found in sys.modules.items() if path.startswith("verl.")]:
+            if vars(module).get("linear_cross_entropy") is theirs:
+                vars(module)["linear_cross_entropy"] = linear_cross_entropy
