@@ -307,6 +307,27 @@ def test_an_option_that_changes_during_training_is_followed(tmp_path: Path) -> N
         trainer._compute_loss(trainer.model, inputs)
 
 
+@pytest.mark.parametrize("fused_loss", [True, False])
+def test_a_scaled_head_has_trl_s_loss_and_a_capped_one_raises(fused_loss: bool, tmp_path: Path) -> None:
+    trainer = build(tmp_path, loss_type="dapo")
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+
+    def head(**config: float) -> None:
+        trainer.model.config.update(config)
+        trl.trainer.utils.add_fused_lm_head(trainer.model, trainer.temperature, outputs=("log_probs", "entropy"))
+
+    head(logit_scale=0.25)
+    inputs = batch(trainer, PLAIN)
+    expected = loss_and_gradients(trainer, inputs)
+    fuse_grpo(trainer, fused_loss=fused_loss)
+    for mine, theirs in zip(loss_and_gradients(trainer, inputs), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=2e-6)
+    head(final_logit_softcapping=30.0)
+    with pytest.raises(ValueError, match=r"soft-capping \(30\.0\)"):
+        trainer._compute_loss(trainer.model, inputs)
+
+
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_the_loss_passes_a_wrapper_s_outputs(wrapper: str, tmp_path: Path) -> None:
     """DDP that looks for unused parameters, and FSDP2 that frees the root's after the forward, hook the outputs."""

@@ -81,11 +81,11 @@ class _Head:
                 hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
             )
             return result
-        if bias is not None or softcap is not None or logit_scale != 1.0:
-            raise ValueError(
-                f"a head with bias ({bias is not None}), soft-capping ({softcap}) or logit scale ({logit_scale}) "
-                "has no fused kernel"
-            )
+        if bias is not None or softcap is not None:
+            raise ValueError(f"a head with bias ({bias is not None}) or soft-capping ({softcap}) has no fused kernel")
+        if not logit_scale > 0:
+            raise ValueError(f"a logit scale must be positive for the fused head, got {logit_scale}")
+        temperature = temperature / logit_scale
         extra = set(outputs) - {"log_probs", "entropy"}
         if extra:
             raise ValueError(f"the fused head has no outputs {sorted(extra)}")
