@@ -30,7 +30,8 @@ class _FusedTrainer:
     linear_policy_loss's."""
 
     def __init__(self, trainer: Any, fused_loss: bool, entropy_gradient: bool) -> None:
-        self.trainer, self.fused_loss, self.entropy_gradient = trainer, fused_loss, entropy_gradient
+        self.fused_loss, self.entropy_gradient = fused_loss, entropy_gradient
+        self.objective = _objective(trainer) if fused_loss else None
         self.rows: dict[str, Tensor] | None = None
         self.scored: Tensor | None = None
         self.loss: Tensor | None = None
@@ -95,12 +96,12 @@ class _Head:
                 hidden, weight, targets, temperature=temperature, entropy_gradient=state.entropy_gradient
             )
             return logprobs, entropy, None, None, None
-        assert state.scored is not None
+        assert state.scored is not None and state.objective is not None
         rows: dict[str, Any] = {name: grid.reshape(-1) for name, grid in state.rows.items()}
         if hidden.shape[0] != state.scored.numel():  # TRL took the scored positions only
             rows = {name: values[state.scored.reshape(-1)] for name, values in rows.items()}
         out = linear_policy_loss(
-            hidden, weight, targets, objective=_objective(state.trainer), temperature=temperature,
+            hidden, weight, targets, objective=state.objective, temperature=temperature,
             num_sequences=state.scored.shape[0], **rows,
         )  # fmt: skip
         state.loss = out.loss.detach()
@@ -241,8 +242,6 @@ def fuse_grpo(trainer: Any, *, fused_loss: bool = True) -> Any:
             f"no fused loss for {kind.__name__}, which has its own {' and '.join(own)}; "
             "fuse_grpo(trainer, fused_loss=False) fuses the head alone"
         )
-    if fused_loss:
-        _objective(trainer)  # raises
     state = _FusedTrainer(trainer, fused_loss, bool(own) or trainer._entropy_bonus_enabled)
     if found is not _Head:
         _Head.original = found
@@ -261,6 +260,7 @@ def fuse_grpo(trainer: Any, *, fused_loss: bool = True) -> Any:
     def computed(model: Any, inputs: dict[str, Any]) -> Tensor:
         if not (state.fused_loss and trainer.model.training):
             return compute(model, inputs)  # type: ignore[no-any-return]
+        state.objective = _objective(trainer)
         state.rows, state.scored = _rows(trainer, inputs)
         try:
             compute(model, inputs)
