@@ -289,14 +289,16 @@ def test_log_probabilities_arithmetic(transparent: None) -> None:
 def test_rows_that_cannot_contribute_leave_the_products() -> None:
     hidden, weight, targets, rows = problem(40, 31, 8)
     rows["advantages"][5:20] = 0.0
+    rows["advantages"][rows["sequence"] == 0] = 0.0
     for objective in (PolicyObjective("dapo"), PolicyObjective("gspo"), DAPO):
-        index = contributing_rows(objective, rows["advantages"], rows["loss_mask"])
-        expected = rows["loss_mask"] & ((rows["advantages"] != 0) | (objective == DAPO))
-        assert index.tolist() == expected.nonzero()[:, 0].tolist()
+        live = rows["loss_mask"] & ((rows["advantages"] != 0) | (objective == DAPO))
+        if objective.name == "gspo":  # a ratio of a sequence is over all its rows: they stay or leave together
+            live = rows["loss_mask"] & torch.isin(rows["sequence"], rows["sequence"][live])
+            with pytest.raises(ValueError, match="at sequence level needs sequence"):
+                contributing_rows(objective, rows["advantages"], rows["loss_mask"])
+        index = contributing_rows(objective, rows["advantages"], rows["loss_mask"], rows["sequence"])
+        assert index.tolist() == live.nonzero()[:, 0].tolist() and len(index) < 40
         everything = linear_policy_loss(hidden, weight, targets, objective=objective, **rows)
-        if objective.name == "gspo":
-            # A ratio of a sequence is over all its rows: whole sequences leave, not rows of them.
-            index = rows["loss_mask"].nonzero()[:, 0]
         some = linear_policy_loss(hidden, weight, targets, objective=objective, rows=index, **rows)
         a, b = (torch.autograd.grad(out.loss, (hidden, weight)) for out in (everything, some))
         torch.testing.assert_close(everything.loss, some.loss, rtol=1e-5, atol=1e-7)

@@ -192,19 +192,28 @@ def check_gradient_is_one(grad: Tensor) -> None:
         torch._assert_async(grad == 1.0, message)
 
 
-def contributing_rows(objective: PolicyObjective, advantages: Tensor, loss_mask: Tensor | None = None) -> Tensor:
+def contributing_rows(
+    objective: PolicyObjective, advantages: Tensor, loss_mask: Tensor | None = None, sequence: Tensor | None = None
+) -> Tensor:
     """int64 [M] index of the rows whose gradient can be other than zero, for ``linear_policy_loss(rows=)``.
 
-    Unmasked rows, without those of zero advantage when the objective has neither a KL nor an entropy term.
-    ``advantages`` and ``loss_mask`` [N] are on the CPU, where the trainer made them: on a GPU this would wait for it.
-    Raises ValueError for tensors elsewhere.
+    Unmasked rows, without those of zero advantage when the objective has neither a KL nor an entropy term; at sequence
+    level, which needs ``sequence``, the rows of a sequence stay or leave together. ``advantages``, ``loss_mask`` and
+    ``sequence`` [N] are on the CPU, where the trainer made them: on a GPU this would wait for it.
+    Raises ValueError for tensors elsewhere and for a sequence that is needed and None.
     """
     check_objective(objective)
-    if advantages.device.type != "cpu" or (loss_mask is not None and loss_mask.device.type != "cpu"):
-        raise ValueError(f"contributing_rows needs CPU tensors, got advantages on {advantages.device}")
+    for name, value in (("advantages", advantages), ("loss_mask", loss_mask), ("sequence", sequence)):
+        if value is not None and value.device.type != "cpu":
+            raise ValueError(f"contributing_rows needs CPU tensors, got {name} on {value.device}")
     on = torch.ones_like(advantages, dtype=torch.bool) if loss_mask is None else loss_mask != 0
     if not objective.kl_coef and not objective.entropy_coef:
-        on = on & (advantages != 0)
+        live = on & (advantages != 0)
+        if objective.needs_sequence:
+            if sequence is None:
+                raise ValueError("contributing_rows at sequence level needs sequence ([N]), got None")
+            live = on & torch.isin(sequence, sequence[live])
+        on = live
     return on.nonzero()[:, 0]
 
 
@@ -273,7 +282,6 @@ def linear_policy_loss(
         "num_sequences": n if num_sequences is None else num_sequences,
     }  # fmt: skip
     _rows.check_policy_inputs(inputs, loss_mask, temperature, hidden)
-    trainable = weight.requires_grad
     hidden = _rows.differentiable(_rows.autocast_operand(hidden))
     weight = _rows.differentiable(_rows.autocast_operand(weight))
     if logits_dtype not in (torch.float32, torch.bfloat16) or (
@@ -282,7 +290,7 @@ def linear_policy_loss(
         raise ValueError(f"logits_dtype must be float32 or, below float64, bfloat16; got {logits_dtype}")
     if weight_grad is not None:
         _check_weight_grad(weight_grad, hidden, weight)
-        if not trainable:
+        if torch.is_grad_enabled() and not weight.requires_grad:
             raise ValueError("weight_grad would stay as it is: weight does not require a gradient")
     mask = loss_mask
     if rows is not None:

@@ -49,7 +49,7 @@ def loss_normalizer(
     if not per_sequence:
         if max_length is None or max_length < 1:
             raise ValueError(f"dr_grpo needs max_length >= 1, got {max_length}")
-        return torch.full((), float(num_sequences * max_length), device=loss_mask.device)
+        return number_on(num_sequences * max_length, loss_mask.device)
     if max_length is not None:
         raise ValueError(f"max_length applies to dr_grpo; the objective {objective.name} ignores it")
     if sequence is None:

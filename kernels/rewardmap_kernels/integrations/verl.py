@@ -90,8 +90,8 @@ def register(name: str = "rewardmap", objective: PolicyObjective | None = None, 
         total = agg_loss(
             loss_mat=rows, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **config.global_batch_info
         )
-        metrics = {f"actor/{key}": value.item() for key, value in out.metrics.items()}
-        return total, metrics
+        values = torch.stack(list(out.metrics.values())).tolist()  # waits once
+        return total, {f"actor/{key}": value for key, value in zip(out.metrics, values, strict=True)}
 
     register_policy_loss(name)(loss)
     if head:
