@@ -274,6 +274,14 @@ class OwnLoss(trl.GRPOTrainer):
 PLAIN = {"per_token": False, "old": True, "tools": False, "engine": None}
 
 
+def test_a_trl_of_another_version_keeps_its_own_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = build(tmp_path)
+    monkeypatch.setattr(trl, "__version__", "1.17.0")
+    with pytest.raises(ValueError, match=r"options of TRL 1\.16, got 1\.17\.0"):
+        fuse_grpo(trainer)
+    fuse_grpo(trainer, fused_loss=False)
+
+
 def test_a_subclass_keeps_its_own_loss(tmp_path: Path) -> None:
     trainer = build(tmp_path)
     trainer.__class__ = OwnLoss

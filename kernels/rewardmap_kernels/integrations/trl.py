@@ -221,7 +221,8 @@ def fuse_grpo(trainer: Any, *, fused_loss: bool = True) -> Any:
 
     Raises ValueError for an option of the trainer that the fused loss cannot honour (the message names it), for a
     subclass with a loss or scoring of its own, whose head alone can be fused, for a trainer that was fused before,
-    and for a TRL without the function that is replaced. An option that changes during training is checked again.
+    for a TRL without the function that is replaced, and, with the loss, for another than 1.16. An option that changes
+    during training is checked again.
     """
     import trl.trainer.grpo_trainer
     import trl.trainer.utils
@@ -231,6 +232,11 @@ def fuse_grpo(trainer: Any, *, fused_loss: bool = True) -> Any:
     found = getattr(utils, "_ChunkedLogProbFunction", None)
     if found is None:
         raise ValueError("this TRL has no trl.trainer.utils._ChunkedLogProbFunction; fuse_grpo knows TRL 1.16")
+    if fused_loss and not trl.__version__.startswith("1.16."):
+        raise ValueError(
+            f"the fused loss knows the options of TRL 1.16, got {trl.__version__}: it would ignore a new one; "
+            "fuse_grpo(trainer, fused_loss=False) fuses the head alone"
+        )
     kind = type(trainer)
     if not isinstance(trainer, base):
         raise ValueError(f"fuse_grpo takes a trl.GRPOTrainer, got {kind.__name__}")
