@@ -336,6 +336,11 @@ def test_a_scaled_head_has_trl_s_loss_and_a_capped_one_raises(fused_loss: bool, 
         trainer._compute_loss(trainer.model, inputs)
 
 
+_KEPT: list[Any] = []
+"""Wrapped models, until the process ends: gloo's thread may need the interpreter to let go of its last work, and the
+destructor of its group waits for that thread with the interpreter held."""
+
+
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_the_loss_passes_a_wrapper_s_outputs(wrapper: str, tmp_path: Path) -> None:
     """DDP that looks for unused parameters, and FSDP2 that frees the root's after the forward, hook the outputs."""
@@ -352,6 +357,7 @@ def test_the_loss_passes_a_wrapper_s_outputs(wrapper: str, tmp_path: Path) -> No
         else:
             mesh = init_device_mesh("cpu", (1,))
             wrapped = fully_shard(trainer.model, mesh=mesh, reshard_after_forward=True)
+        _KEPT.append(wrapped)
         (trainer._compute_loss(wrapped, inputs) * -3.0).backward()
         for parameter, theirs in zip(wrapped.parameters(), expected, strict=True):
             grad = parameter.grad.to_local() if wrapper == "fsdp2" else parameter.grad
