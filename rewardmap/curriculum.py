@@ -173,7 +173,8 @@ class Curriculum:
             return
         self._rates = [*self._rates, float(np.mean(own))][-stage.advance_window :]
         full = len(self._rates) == stage.advance_window and self._in_stage >= stage.min_steps
-        self._passed = full and float(np.mean(self._rates)) >= stage.advance_at
+        # Once open it stays so: a step drawn before it opened may be scored after.
+        self._passed |= full and float(np.mean(self._rates)) >= stage.advance_at
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values from which ``load_state_dict`` goes on exactly."""

@@ -187,6 +187,15 @@ def test_an_answer_that_comes_late_does_not_open_the_next_gate():
     assert not curriculum.stage_ended
 
 
+def test_an_answer_that_comes_late_does_not_shut_the_last_gate_again():
+    curriculum = Curriculum(PROBLEMS, [StageConfig(name="one", steps=9, advance_at=0.5, advance_window=1)], 4, seed=0)
+    first, second = curriculum.sample(), curriculum.sample()
+    curriculum.update(*first, [1.0] * 4)
+    assert curriculum.total_steps == 2
+    curriculum.update(*second, [0.0] * 4)
+    assert curriculum.stage_ended and curriculum.total_steps == 2
+
+
 @pytest.mark.parametrize("order", sorted(ORDERS))
 def test_orders_of_the_paper(order):
     stages = ordered_stages(order, 97)
