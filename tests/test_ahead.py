@@ -22,6 +22,7 @@ from rewardmap.train.ahead import OneStepOff
 from rewardmap.train.checkpoint import list_checkpoints
 from rewardmap.train.trainer import Trainer
 from rewardmap.transit.reasonmap import load_dataset, write_dataset
+from rewardmap.types import DataError
 
 SMALL = [
     "train.prompts_per_step=6",
@@ -144,6 +145,33 @@ def test_an_engine_that_fails_meanwhile_ends_the_step(data, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         trainer.train_step()
     assert trainer.version == version
+
+
+def test_answers_that_wait_are_not_left_out_by_a_synchronous_resume(tmp_path, data, monkeypatch):
+    """The curriculum would be a step ahead of the trainer, and the run would never end."""
+    folder, console, learn = tmp_path / "run", Console(quiet=True), Trainer._learn
+
+    def dying(self, draw):
+        return learn(self, draw) if self.step < 2 else 1 / 0
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Trainer, "_learn", dying)
+        run.train(settings(data, "train.stages=[{name='all', steps=4}]"), folder, console=console)
+    written = folder / "config.toml"
+    written.write_text(written.read_text().replace("staleness = 1", "staleness = 0"))
+    with pytest.raises(ConfigError, match=r"step-000002 holds .* resume with rollout\.staleness=1"):
+        run.resume(folder, console=console)
+
+
+def test_answers_to_a_question_that_is_gone_are_named(data):
+    config = settings(data, "train.stages=[{name='all', steps=3}]")
+    trainer, other = make(OneStepOff, config), make(OneStepOff, config)
+    trainer.train_step()
+    state = trainer.state_dict()
+    gone = state["ahead"]["uids"][0]
+    other.curriculum.problems = tuple(problem for problem in other.curriculum.problems if problem.uid != gone)
+    with pytest.raises(DataError, match=f"answers to '{gone}', which the data lacks"):
+        other.load_state_dict(state)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from rewardmap.config import StageConfig
 from rewardmap.train.background import in_background
 from rewardmap.train.ranks import group_from_json, group_to_json
 from rewardmap.train.trainer import Draw, Trainer
+from rewardmap.types import DataError
 
 
 @dataclass
@@ -48,6 +49,7 @@ class OneStepOff(Trainer):
         return super().state_dict() | {"ahead": None if self._ahead is None else self._to_json(self._ahead)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises DataError where waiting answers are to a question that is gone."""
         super().load_state_dict(state)
         self._ahead = None if state.get("ahead") is None else self._from_json(state["ahead"])
 
@@ -76,6 +78,9 @@ class OneStepOff(Trainer):
 
     def _from_json(self, state: Mapping[str, Any]) -> Draw:
         known = {problem.uid: problem for problem in self.curriculum.problems}
+        gone = [uid for uid in state["uids"] if uid not in known]
+        if gone:
+            raise DataError(f"the checkpoint has answers to '{gone[0]}', which the data lacks; give it back")
         problems = [known[uid] for uid in state["uids"]]
         groups, greedy = (
             [group_from_json(problem, group) for problem, group in zip(problems, state[name], strict=False)]

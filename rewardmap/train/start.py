@@ -182,8 +182,14 @@ def _make_trainer(
 
 
 def _restore(trainer: Trainer, itself: Mapping[str, Any], newest: Path, console: Console) -> None:
-    """Take over the rest of a checkpoint, and say what is no longer as it was."""
+    """Take over the rest of a checkpoint, and say what is no longer as it was.
+
+    Raises ConfigError where the next step's answers wait there for a trainer that would leave them out: its curriculum
+    would be a step ahead of it for ever.
+    """
     state = load_training_state(newest, trainer.policy, trainer.optimizer)
+    if state.get("ahead") is not None and not trainer.config.rollout.staleness:
+        raise ConfigError(f"{newest} holds the next step's answers already; resume with rollout.staleness=1")
     for line in changes(state["identity"], itself):
         _warn(console, f"changed since {newest.name}: {line}")
     trainer.load_state_dict(state)
