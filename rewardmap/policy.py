@@ -57,6 +57,7 @@ class Policy:
     image_processor: Any
     freeze_vision: bool
     stop_token_ids: tuple[int, ...]
+    """The tokenizer's own, which ends a given answer, and those at which an engine stops besides."""
     banned_token_ids: tuple[int, ...]
     """Image and video placeholders: a sampled one would desynchronise tokens and features."""
     _images: ImageStore
@@ -307,9 +308,10 @@ def assemble(
         model.model.visual.requires_grad_(not freeze_vision)
         banned = (model.config.image_token_id, model.config.video_token_id)
     model.eval()  # no dropout anywhere; rollouts and updates see the same function
-    stop = {tokenizer.eos_token_id, *_as_list(getattr(model.generation_config, "eos_token_id", None))} - {None}
+    others = _as_list(getattr(model.generation_config, "eos_token_id", None))
+    stop = dict.fromkeys(one for one in (tokenizer.eos_token_id, *others) if one is not None)
     images, features = ImageStore(image_processor, cache_bytes), FeatureCache(cache_bytes)
-    return Policy(model, tokenizer, image_processor, freeze_vision, tuple(sorted(stop)), banned, images, features)
+    return Policy(model, tokenizer, image_processor, freeze_vision, tuple(stop), banned, images, features)
 
 
 def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -21,15 +21,16 @@ from rewardmap.config import Config, ConfigError
 from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
 from rewardmap.evaluate import ask
-from rewardmap.policy import load_policy
+from rewardmap.policy import assemble, load_policy
 from rewardmap.report import read_metrics
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import WARM_START
 from rewardmap.train import checkpoint, examine, run
 from rewardmap.train.examine import EvalRequest, evaluate_target
 from rewardmap.train.faults import RefusedUpdatesError, Stopped
+from rewardmap.train.supervised import gold_answers
 from rewardmap.train.trainer import Trainer
-from rewardmap.transit.questions import question_text
+from rewardmap.transit.questions import gold_response, question_text
 from rewardmap.transit.reasonmap import load_dataset, write_dataset, write_rows
 from rewardmap.types import DataError
 
@@ -274,6 +275,17 @@ def test_supervised_steps_learn(config):
     trainer = make_trainer(load_config("tiny", [*SMALL, f"data.path={config.data.path}", f"train.stages={stage}"]))
     losses = [trainer.train_step()["loss"] for _ in range(20)]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+
+
+def test_a_given_answer_ends_as_the_chat_template_ends_a_turn(config, data):
+    """Published Qwen models generate until <|im_end|> or <|endoftext|>, whose id is smaller."""
+    loaded = load_policy(WARM_START, config.policy)
+    own = loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    loaded.model.generation_config.eos_token_id = [own, own - 1]
+    policy = assemble(loaded.model, loaded.tokenizer, loaded.image_processor, True)
+    assert set(policy.stop_token_ids) == {own, own - 1}
+    problem = load_dataset(data, "train").problems[0]
+    assert gold_answers(policy, problem, gold_response(problem), 0).responses[0][-1] == own
 
 
 def test_a_gradient_that_is_no_number_never_reaches_the_weights(config, tmp_path):
