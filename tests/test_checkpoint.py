@@ -139,6 +139,20 @@ def test_adapters_are_saved_beside_their_product(tmp_path):
         assert torch.equal(fresh.model(input_ids=ids).logits, wanted)
 
 
+def test_adapters_begin_by_the_seed_alone():
+    pytest.importorskip("peft")
+
+    def begun(seed: int, drawn_before: int) -> list[torch.Tensor]:
+        policy = build_tiny(0, True)
+        torch.rand(drawn_before)
+        prepare_policy(policy, load_config("tiny", ["policy.lora_rank=4", f"train.seed={seed}"]))
+        return [p.detach() for name, p in policy.model.named_parameters() if ".lora_A." in name]
+
+    first, again, other = begun(3, 1), begun(3, 2), begun(4, 1)
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path, policy, optimizer):
     scores = {1: ("a", 0.9), 2: ("b", 0.5), 3: ("b", 0.7), 4: ("b", 0.6), 5: ("b", None), 6: ("b", 0.1)}
     with Checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:

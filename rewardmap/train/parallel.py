@@ -62,7 +62,9 @@ def prepare_policy(policy: Policy, config: Config) -> None:
     """
     freeze_matching(policy.model, config.policy.freeze)
     if config.policy.lora_rank:
-        add_lora(policy, config.policy)
+        with torch.random.fork_rng(devices=[]):  # peft draws adapters on the host, from the global generator
+            torch.default_generator.manual_seed(config.train.seed)
+            add_lora(policy, config.policy)
     blocks = list(policy.text_model.layers)
     if config.parallel.compile:
         for block in blocks:
