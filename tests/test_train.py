@@ -1,6 +1,7 @@
 """A run from end to end on a handful of maps: what it leaves behind, resuming, stopping, controls, and what can go
 wrong."""
 
+import errno
 import fcntl
 import io
 import json
@@ -28,6 +29,7 @@ from rewardmap.tiny import WARM_START
 from rewardmap.train import checkpoint, examine, run
 from rewardmap.train.examine import EvalRequest, evaluate_target
 from rewardmap.train.faults import RefusedUpdatesError, Stopped
+from rewardmap.train.ranks import ALONE
 from rewardmap.train.supervised import gold_answers
 from rewardmap.train.trainer import Trainer
 from rewardmap.transit.questions import gold_response, question_text
@@ -440,6 +442,25 @@ def test_baselines_by_hand(config, monkeypatch, baseline, scale):
     expected = expected * seen["rewards"].advantage_weight
     np.testing.assert_allclose(seen["advantage"].advantages.numpy(), expected, rtol=1e-4, atol=1e-5)
     assert row["packed_tokens"] == make_trainer(changed(config, skip_equal_groups=False)).train_step()["packed_tokens"]
+
+
+def test_a_run_on_nfs_is_locked_too(tmp_path, monkeypatch):
+    """There an exclusive lock on a file opened for reading is EBADF (flock(2))."""
+    (tmp_path / "config.toml").touch()
+    flock = fcntl.flock
+
+    def nfs(number, operation):
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(number, operation)
+
+    monkeypatch.setattr(run.fcntl, "flock", nfs)
+    with (
+        run._alone_in(tmp_path, ALONE),
+        pytest.raises(ConfigError, match="another process trains this run"),
+        run._alone_in(tmp_path, ALONE),
+    ):
+        pass
 
 
 def test_an_error_after_the_start_leaves_what_was_there(console, tmp_path, monkeypatch):

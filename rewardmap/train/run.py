@@ -89,7 +89,7 @@ def _alone_in(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     held: list[int] = []
 
     def hold() -> None:
-        held.append(os.open(run_dir / "config.toml", os.O_RDONLY))
+        held.append(os.open(run_dir / "config.toml", os.O_RDWR))  # NFS locks only what may be written
         try:
             fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
