@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -298,6 +299,26 @@ def test_changes_name_every_key():
         "stages.1.n: 2, now 3",
         'stages.2: null, now {"n": 4}',
     ]
+
+
+def test_rows_are_on_the_disk_before_a_checkpoint_that_follows_them(tmp_path, config, console, monkeypatch):
+    """Else a power cut may take rows of steps that the resumed run does not make again."""
+    happened: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noted_fsync(number):
+        happened.append(Path(os.readlink(f"/proc/self/fd/{number}")).name)
+        fsync(number)
+
+    def noted_rename(old, new):
+        happened.append(f"made {Path(new).name}")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    run.train(config, tmp_path / "run", console=console)
+    for number, step in enumerate((2, 4, 5), 1):  # written in the background, while later steps are made
+        assert happened[: happened.index(f"made step-{step:06d}")].count("metrics.jsonl") >= number
 
 
 def test_random_states_come_back():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +62,17 @@ class MetricsLog:
         if row.get("stage") != self._stage:
             self._stage = row.get("stage")
             self._events.add_text("stage", str(self._stage), row["step"])
+
+    def sync(self) -> None:
+        """Every row is on the disk when this returns: before a checkpoint that a run resumes from behind them.
+
+        Raises:
+            OSError: naming the file.
+        """
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
     def close(self) -> None:
         self._file.close()

@@ -183,6 +183,7 @@ def _save(job: _Job, stage: str, accuracy: Sequence[float]) -> None:
     score = sum(accuracy) / len(accuracy) if accuracy else None
     state = {"stage": stage, "score": score, "identity": job.identity, "random": random_state()}
     trainer = job.trainer
+    job.log.sync()
     job.checkpoints.save(trainer.step, trainer.policy, trainer.optimizer, trainer.state_dict() | state)
 
 
