@@ -162,6 +162,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path, policy, optimizer):
     assert names(tmp_path) == ["step-000003", "step-000005", "step-000006"]
 
 
+def test_a_damaged_one_that_the_run_went_back_behind_is_not_the_newest(tmp_path, policy, optimizer):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (4, 6):
+            checkpoints.save(step, policy, optimizer, {})
+    (tmp_path / "step-000006/trainer.json").write_bytes(b"")
+    with Checkpoints(tmp_path, keep=1, keep_best=1) as checkpoints:
+        checkpoints.save(5, policy, optimizer, {})
+    assert names(tmp_path) == ["step-000005"]
+
+
 def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(tmp_path, policy, optimizer, monkeypatch):
     class Killed(BaseException):
         pass

@@ -124,7 +124,7 @@ class Checkpoints:
                     _remove(final)
                 os.rename(temporary, final)
                 _sync(self._folder)
-                self._remove_old()
+                self._remove_old(final)
 
             self._writers.first(complete)
         except OtherRankError:
@@ -142,15 +142,16 @@ class Checkpoints:
             remedy = "free space and resume" if full else "mend that and resume"
             raise OSError(code, f"the checkpoint could not be written ({reason}); {remedy}", str(final)) from failure
 
-    def _remove_old(self) -> None:
-        present = list_checkpoints(self._folder)
+    def _remove_old(self, newest: Path) -> None:
+        # Later ones are damaged: the run went back behind them.
+        present = [path for path in list_checkpoints(self._folder) if path <= newest]
         keep = set(present[-self._keep :])
         if self._keep_best:
             states = {path: _read_state(path) for path in present}
             stage = states[present[-1]].get("stage")
             rivals = [p for p in present if states[p].get("stage") == stage and states[p].get("score") is not None]
             keep |= set(sorted(rivals, key=lambda path: states[path]["score"])[-self._keep_best :])
-        for old in present:
+        for old in list_checkpoints(self._folder):
             if old not in keep:
                 _remove(old)
 
