@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections import Counter
+from concurrent.futures import CancelledError
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from rewardmap.rollout.sglang_engine import SGLangEngine, assign
 from rewardmap.rollout.sglang_reply import MismatchError
 from rewardmap.rollout.sglang_server import Keys
 from rewardmap.tiny import WARM_START
+from rewardmap.train.background import in_background
 from rewardmap.train.engines import attach
 from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.generate import generate_network
@@ -116,6 +118,18 @@ def test_requests_in_flight_are_bounded(problems, server, make):
     server.delay = 0.05
     make(server.url, concurrency=2).generate(problems, 2, SAMPLING)
     assert server.most_running == 2
+
+
+def test_closing_ends_what_another_thread_waits_for(problems, server, make):
+    """As when a step fails while the next one's answers are sampled."""
+    server.delay = 60.0
+    engine = make(server.url)
+    sampling = in_background(lambda: engine.generate(problems, 2, SAMPLING), "sampling")
+    while not server.running_now and not sampling.done():
+        time.sleep(0.01)
+    engine.close()
+    with pytest.raises(CancelledError):
+        sampling.result(10)
 
 
 def test_two_servers_share_the_work_and_stand_in_for_each_other(policy, problems, server, make):

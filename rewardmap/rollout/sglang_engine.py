@@ -173,9 +173,15 @@ class SGLangEngine:
         return {}
 
     def close(self) -> None:
-        """End servers of our own and connections to all. A second call does nothing."""
+        """End what another thread still waits for, servers of our own and connections to all. A second call does
+        nothing."""
 
         async def disconnect() -> None:
+            # Else its requests would be made again, and a server that is being stopped started for them.
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
             for client in (*(replica.client for replica in self.replicas), self._router):
                 if client is not None:
                     await client.close()
