@@ -43,10 +43,23 @@ def test_each_step_reaches_each_tracker(tmp_path, monkeypatch):
     assert [row["step"] for row in read_metrics(run_dir)] == [1, 2, 3, 4]
     for name, library in libraries.items():
         begun = library.begun[1]
-        assert (begun["project"], begun["name"], begun["resume"]) == ("rewardmap", "seed-3", "allow")
-        assert begun["config"] == {"train": {"seed": 3}} and ("id" in begun) == (name == "wandb")
+        assert begun == library.begun[0]
+        assert (begun["project"], begun["resume"], begun["config"]) == ("rewardmap", "allow", {"train": {"seed": 3}})
+        assert (begun["name"] == "seed-3") == (name == "wandb") == ("id" in begun)
         assert [step for step, _ in library.rows] == [1, 2, 3, 4] and library.finished == 2
         assert library.rows[0][1] == {"reward": 1.5, "seconds/train": 0.25}
+
+
+def test_two_folders_of_one_name_are_two_runs(tmp_path, monkeypatch):
+    libraries = {name: Library() for name in ("wandb", "trackio")}
+    for name, library in libraries.items():
+        monkeypatch.setitem(sys.modules, name, library)
+    for sweep in ("a", "b"):
+        run_dir = tmp_path / sweep / "seed-3"
+        run_dir.mkdir(parents=True)
+        open_trackers(list(libraries), run_dir, {})
+    assert len({begun["id"] for begun in libraries["wandb"].begun}) == 2
+    assert len({begun["name"] for begun in libraries["trackio"].begun}) == 2
 
 
 def test_a_tracker_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatch):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from rewardmap.config import ConfigError
+from rewardmap.files import write_text
 
 PROJECT = "rewardmap"
+ID = "tracker-id"
+"""File of a run folder with what its run is called in the trackers."""
 
 
 class Tracker(Protocol):
@@ -21,7 +25,8 @@ class Tracker(Protocol):
 
 
 def open_trackers(names: Sequence[str], run_dir: Path, settings: Mapping[str, Any]) -> list[Tracker]:
-    """Begin a run of the run folder's name in each tracker, or go on with the one of that name.
+    """Begin a run named after the run folder in each tracker, or go on with the one that this folder began: another
+    folder of that name is another run.
 
     Args:
         names: of ``train.trackers``.
@@ -31,9 +36,15 @@ def open_trackers(names: Sequence[str], run_dir: Path, settings: Mapping[str, An
         ConfigError: a library is not installed; before any is told of the run.
     """
     libraries = {name: _library(name) for name in names}
-    own = {"wandb": {"id": run_dir.name, "dir": str(run_dir)}}
+    if not names:
+        return []
+    kept = run_dir / ID
+    if not kept.exists():
+        write_text(kept, f"{run_dir.name}-{secrets.token_hex(4)}")
+    known = kept.read_text(encoding="utf-8")
+    own = {"wandb": {"name": run_dir.name, "id": known, "dir": str(run_dir)}, "trackio": {"name": known}}
     return [
-        library.init(project=PROJECT, name=run_dir.name, config=dict(settings), resume="allow", **own.get(name, {}))
+        library.init(project=PROJECT, config=dict(settings), resume="allow", **own[name])
         for name, library in libraries.items()
     ]
 
