@@ -84,6 +84,10 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")
 
 
+def json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def without_times(run_dir: Path) -> list[dict]:
     return [
         {key: value for key, value in row.items() if key not in ("seconds", "speed")} for row in read_metrics(run_dir)
@@ -409,6 +413,19 @@ def test_a_gate_ends_a_stage_and_a_resumed_run_goes_on_inside_it(tmp_path, confi
     assert without_times(folder) == without_times(whole)
     expected, got = (weights(path / "checkpoints" / "step-000007") for path in (whole, folder))
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_run_that_went_back_and_on_otherwise_is_evaluated_anew(tmp_path, config, console):
+    folder = run.train(changed(config, keep_checkpoints=3), tmp_path / "run", console=console)
+    answers = folder / "evaluation/answers.jsonl"
+    asked = len(answers.read_text().splitlines())
+    run.resume(folder, console=console)
+    assert len(answers.read_text().splitlines()) == asked
+    shutil.rmtree(folder / "checkpoints/step-000005")
+    written = folder / "config.toml"
+    written.write_text(written.read_text().replace("learning_rate = 0.0003", "learning_rate = 0.001"))
+    run.resume(folder, console=console)
+    assert len(answers.read_text().splitlines()) == 2 * asked - len(json_lines(folder / "evaluation/before.jsonl"))
 
 
 @pytest.mark.parametrize(("baseline", "scale"), [("batch", "batch"), ("greedy", "none"), ("greedy", "batch")])

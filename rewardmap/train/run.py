@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -235,8 +237,9 @@ def _examine(trainer: Trainer, examiner: Examiner, name: str, run_dir: Path, bar
 
 
 def _weights(trainer: Trainer) -> str:
-    """What identifies the weights within a run."""
-    return f"step {trainer.version}"
+    """What identifies the weights within a run, which may go back to a checkpoint and on with other settings."""
+    settings = json.dumps({**to_dict(trainer.config), "eval": None}, sort_keys=True)
+    return f"step {trainer.version} {hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()}"
 
 
 def _total_phases(rows: Sequence[Mapping[str, Mapping[str, float]]], now: Mapping[str, float]) -> dict[str, float]:
