@@ -172,6 +172,16 @@ def test_a_damaged_one_that_the_run_went_back_behind_is_not_the_newest(tmp_path,
     assert names(tmp_path) == ["step-000005"]
 
 
+def test_a_damaged_old_one_does_not_stop_the_next(tmp_path, policy, optimizer):
+    with Checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:
+        checkpoints.save(1, policy, optimizer, {"stage": "a", "score": 0.9})
+    (tmp_path / "step-000001" / "trainer.json").write_text("{")
+    with Checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:
+        for step in (2, 3, 4):
+            checkpoints.save(step, policy, optimizer, {"stage": "a", "score": 1 / step})
+    assert names(tmp_path) == ["step-000002", "step-000003", "step-000004"]
+
+
 def test_a_kill_while_an_old_one_is_removed_leaves_no_half_of_it(tmp_path, policy, optimizer, monkeypatch):
     class Killed(BaseException):
         pass

@@ -16,6 +16,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +148,12 @@ class Checkpoints:
         present = [path for path in list_checkpoints(self._folder) if path <= newest]
         keep = set(present[-self._keep :])
         if self._keep_best:
-            states = {path: _read_state(path) for path in present}
-            stage = states[present[-1]].get("stage")
-            rivals = [p for p in present if states[p].get("stage") == stage and states[p].get("score") is not None]
+            states: dict[Path, dict[str, Any]] = {}
+            for path in present:
+                with suppress(OSError, ValueError):  # damaged: it is no best one
+                    states[path] = _read_state(path)
+            stage = states[newest].get("stage")
+            rivals = [p for p, state in states.items() if state.get("stage") == stage and state.get("score") is not None]
             keep |= set(sorted(rivals, key=lambda path: states[path]["score"])[-self._keep_best :])
         for old in list_checkpoints(self._folder):
             if old not in keep:
