@@ -153,7 +153,7 @@ class Checkpoints:
                 with suppress(OSError, ValueError):  # damaged: it is no best one
                     states[path] = _read_state(path)
             stage = states[newest].get("stage")
-            rivals = [p for p, state in states.items() if state.get("stage") == stage and state.get("score") is not None]
+            rivals = [p for p, one in states.items() if one.get("stage") == stage and one.get("score") is not None]
             keep |= set(sorted(rivals, key=lambda path: states[path]["score"])[-self._keep_best :])
         for old in list_checkpoints(self._folder):
             if old not in keep:
