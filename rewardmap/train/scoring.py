@@ -1,4 +1,5 @@
-"""Rewards off the critical path: a group is scored in a thread as soon as it is finished, while others are sampled."""
+"""Rewards off the critical path: a group is scored in a thread as soon as it is finished, while others are sampled. And
+what a stage scores by."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from dataclasses import fields
 
 import numpy as np
 
-from rewardmap.rewards import RewardBatch
-from rewardmap.types import RolloutGroup
+from rewardmap.config import Config, ConfigError, StageConfig, stage_reward
+from rewardmap.rewards import RewardBatch, Rubric
+from rewardmap.types import LEVELS, RolloutGroup
 
 
 class GroupScores:
@@ -44,3 +46,18 @@ def join(batches: Sequence[RewardBatch]) -> RewardBatch:
     """One after the other."""
     columns = ([getattr(batch, field.name) for batch in batches] for field in fields(RewardBatch))
     return RewardBatch(*map(np.concatenate, columns))
+
+
+def stage_rubric(config: Config, stage: StageConfig) -> Rubric:
+    """The rubric inside a stage. Raises ConfigError for values that do not go together."""
+    reward = stage_reward(config.reward, stage)
+    try:
+        return Rubric(
+            mode=reward.mode,
+            weight_on=reward.weight_on,
+            map_weights=dict(zip(LEVELS, reward.map_weights, strict=True)),
+            transfer_weight=reward.transfer_weight,
+            alpha=reward.alpha,
+        )
+    except ValueError as error:
+        raise ConfigError(f"stage '{stage.name}': {error}") from None

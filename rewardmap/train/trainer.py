@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from rewardmap.config import Config, ConfigError, StageConfig, stage_reward
+from rewardmap.config import Config, ConfigError, StageConfig
 from rewardmap.curriculum import Curriculum
 from rewardmap.policy import Policy
 from rewardmap.profiling import PhaseTimer
-from rewardmap.rewards import Networks, RewardBatch, Rubric
+from rewardmap.rewards import Networks, RewardBatch
 from rewardmap.rollout.engine import RolloutEngine
 from rewardmap.train.balance import CostModel
 from rewardmap.train.faults import Guard, dump_batch
@@ -29,20 +29,14 @@ from rewardmap.train.forward import Vision, response_hidden
 from rewardmap.train.parallel import Forward, each_micro_batch, whole
 from rewardmap.train.ranks import ALONE, Ranks
 from rewardmap.train.reference import Reference
-from rewardmap.train.scoring import GroupScores, join
+from rewardmap.train.scoring import GroupScores, join, stage_rubric
 from rewardmap.train.sound import fault_of
 from rewardmap.train.step_metrics import SUMS, row_sums, step_metrics
 from rewardmap.train.supervised import gold_answers, supervised_backward
 from rewardmap.transit.questions import gold_response
-from rewardmap.types import LEVELS, DataError, Problem, RolloutGroup, SamplingParams
+from rewardmap.types import DataError, Problem, RolloutGroup, SamplingParams
 from rewardmap.vision import to_device
-from rewardmap_kernels import (
-    GroupAdvantage,
-    PolicyObjective,
-    group_advantage,
-    linear_policy_loss,
-    loss_normalizer,
-)
+from rewardmap_kernels import GroupAdvantage, PolicyObjective, group_advantage, linear_policy_loss, loss_normalizer
 
 Tensor = torch.Tensor
 _BASELINES = {"group": "mean", "batch": "batch_mean", "greedy": "none"}
@@ -389,21 +383,6 @@ class Trainer:
         if stage.advance_at is not None:
             row |= {"gate": self.curriculum.success, "advance_at": stage.advance_at}
         return row | ({"pools": self.curriculum.pool_shares} if stage.pools == "adaptive" else {})
-
-
-def stage_rubric(config: Config, stage: StageConfig) -> Rubric:
-    """The rubric inside a stage. Raises ConfigError for values that do not go together."""
-    reward = stage_reward(config.reward, stage)
-    try:
-        return Rubric(
-            mode=reward.mode,
-            weight_on=reward.weight_on,
-            map_weights=dict(zip(LEVELS, reward.map_weights, strict=True)),
-            transfer_weight=reward.transfer_weight,
-            alpha=reward.alpha,
-        )
-    except ValueError as error:
-        raise ConfigError(f"stage '{stage.name}': {error}") from None
 
 
 def _row_normalizer(objective: PolicyObjective, sequence: Tensor, lengths: Tensor, max_length: int) -> Tensor:
