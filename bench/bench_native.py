@@ -43,28 +43,40 @@ def by(implementation: Implementation, run: Run) -> Run:
     return forced
 
 
+class _Made(torch.autograd.Function):
+    """Logits that were made from ``source`` and may be written over, in memory that holds them already."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Tensor, memory: Tensor) -> Tensor:
+        return memory.view_as(memory)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
 def row_providers(dtype: torch.dtype) -> tuple[dict[str, Run], dict[str, Callable[[], Any]]]:
     """The loss of given logits and its gradient; and what is done before each call: "in place" writes over logits that
     are put there first, as a product would."""
     of = kernel_problem.problem(ROWS, VOCAB, 16, "cpu", dtype)
     hidden, weight, targets, rows = of.hidden, of.weight, of.targets, of.rows
     logits = (hidden @ weight.t()).detach().requires_grad_()
-    memory = torch.empty_like(logits, requires_grad=True)
+    memory = torch.empty_like(logits)
     compiled = torch.compile(kernel_problem.eager_loss)
 
-    def ours(leaf: Tensor, inplace: bool) -> tuple[Tensor, ...]:
-        given = leaf.view_as(leaf) if inplace else leaf  # a leaf must not be overwritten
+    def ours(inplace: bool) -> tuple[Tensor, ...]:
+        given = _Made.apply(logits, memory) if inplace else logits
         loss = logits_policy_loss(given, targets, objective=kernel_problem.OBJECTIVE, inplace=inplace, **rows).loss
-        return torch.autograd.grad(loss, leaf)
+        return torch.autograd.grad(loss, logits)
 
     providers = {
         "torch eager": lambda: torch.autograd.grad(kernel_problem.eager_loss(logits, targets, rows), logits),
         "torch.compile": lambda: torch.autograd.grad(compiled(logits, targets, rows), logits),
-        "plain torch": by("torch", lambda: ours(logits, False)),
-        "C++": by("native", lambda: ours(logits, False)),
-        "C++ in place": by("native", lambda: ours(memory, True)),
+        "plain torch": by("torch", lambda: ours(False)),
+        "C++": by("native", lambda: ours(False)),
+        "C++ in place": by("native", lambda: ours(True)),
     }
-    return providers, {"C++ in place": lambda: memory.detach().copy_(logits.detach())}
+    return providers, {"C++ in place": lambda: memory.copy_(logits.detach())}
 
 
 def head_providers(dtype: torch.dtype, width: int, n: int = HEAD_ROWS) -> dict[str, Run]:

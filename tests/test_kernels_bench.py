@@ -36,6 +36,20 @@ def test_a_row_has_errors_ratios_and_the_reasons_of_peers_that_fail() -> None:
     assert not kernel_run.measure(case(("absent",)), "cpu", 1)["counts"]
 
 
+def test_the_providers_of_the_native_bench_give_one_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_native
+
+    if bench_native.native.unavailable_reason() is not None:
+        pytest.skip(str(bench_native.native.unavailable_reason()))
+    monkeypatch.setattr(bench_native, "ROWS", 6)
+    monkeypatch.setattr(bench_native, "VOCAB", 96)
+    providers, before = bench_native.row_providers(torch.float32)
+    (wanted,) = providers["torch eager"]()
+    for name in ("plain torch", "C++", "C++ in place", "C++ in place"):
+        before.get(name, lambda: None)()
+        torch.testing.assert_close(providers[name]()[0], wanted)
+
+
 def test_a_fallen_ratio_is_named() -> None:
     def row(**ratios: float) -> dict[str, Any]:
         return {"times_faster_than": ratios}
