@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -19,6 +19,7 @@ import typer
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""SIGUSR1 is what Slurm is told to send some minutes before the end of a job."""
 
 
 @contextmanager
@@ -34,30 +35,38 @@ def errors(debug: bool, user_errors: tuple[type[Exception], ...] = ()) -> Iterat
 
     # A rank that waits for others in a collective could not leave by an exception: signals end it as they are.
     caught = SIGNALS if _alone() and threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, leave) for number in caught}
+    with on_signals(caught, leave):
+        try:
+            yield
+        except (typer.Exit, typer.BadParameter):
+            raise
+        except KeyboardInterrupt as stop:
+            # A run that a signal stopped brings that signal's own code.
+            code = getattr(stop, "exit_code", code)
+            _fail(code, f"interrupted; {stop}" if str(stop) else "interrupted")
+        except Exception as error:
+            if debug:
+                raise
+            from rewardmap.config import ConfigError
+            from rewardmap.rollout.engine import RolloutError
+            from rewardmap.types import DataError
+
+            if isinstance(error, (ConfigError, DataError, *user_errors)):
+                _fail(USER_ERROR, f"error: {error}")
+            if isinstance(error, RolloutError):
+                _fail(FAILURE, f"error: {error}")
+            _fail(FAILURE, f"error: {explain(error)}")
+
+
+@contextmanager
+def on_signals(numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """``handler`` takes these signals inside, and what took them before takes them again behind."""
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
-    except (typer.Exit, typer.BadParameter):
-        raise
-    except KeyboardInterrupt as stop:
-        # A run that a signal stopped brings that signal's own code.
-        code = getattr(stop, "exit_code", code)
-        _fail(code, f"interrupted; {stop}" if str(stop) else "interrupted")
-    except Exception as error:
-        if debug:
-            raise
-        from rewardmap.config import ConfigError
-        from rewardmap.rollout.engine import RolloutError
-        from rewardmap.types import DataError
-
-        if isinstance(error, (ConfigError, DataError, *user_errors)):
-            _fail(USER_ERROR, f"error: {error}")
-        if isinstance(error, RolloutError):
-            _fail(FAILURE, f"error: {error}")
-        _fail(FAILURE, f"error: {explain(error)}")
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _alone() -> bool:

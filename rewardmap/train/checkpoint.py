@@ -145,7 +145,8 @@ class Checkpoints:
 
     def _remove_old(self, newest: Path) -> None:
         # Later ones are damaged: the run went back behind them.
-        present = [path for path in list_checkpoints(self._folder) if path <= newest]
+        found = list_checkpoints(self._folder)
+        present = [path for path in found if path <= newest]
         keep = set(present[-self._keep :])
         if self._keep_best:
             states: dict[Path, dict[str, Any]] = {}
@@ -155,7 +156,7 @@ class Checkpoints:
             stage = states[newest].get("stage")
             rivals = [p for p, one in states.items() if one.get("stage") == stage and one.get("score") is not None]
             keep |= set(sorted(rivals, key=lambda path: states[path]["score"])[-self._keep_best :])
-        for old in list_checkpoints(self._folder):
+        for old in found:
             if old not in keep:
                 _remove(old)
 

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from rewardmap.config import GuardConfig
+from rewardmap.exits import SIGNALS, on_signals
 from rewardmap.files import write_text
 from rewardmap.types import Problem, RolloutGroup
 
@@ -105,10 +106,6 @@ class StopRequest:
     """Whether the first signal raises, too: there is nothing to save."""
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""SIGUSR1 is what Slurm is told to send some minutes before the end of a job."""
-
-
 @contextmanager
 def stop_request(then: str, say: Callable[[str], object]) -> Iterator[StopRequest]:
     """A signal asks for a stop, which is said at once together with what happens ``then``; a second one raises."""
@@ -121,9 +118,5 @@ def stop_request(then: str, say: Callable[[str], object]) -> Iterator[StopReques
         with suppress(RuntimeError):  # what it writes to may be in the middle of writing
             say(f"{signal.Signals(number).name}: {then}; a second signal stops at once")
 
-    previous = {number: signal.signal(number, ask) for number in SIGNALS}
-    try:
+    with on_signals(SIGNALS, ask):
         yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
