@@ -146,10 +146,11 @@ def test_planned_memory_of_the_local_engine_is_the_measured_peak(tmp_path, promp
         sample()  # pictures are read and seen
         peak = peak_bytes(sample)
     length = max(len(policy.encode(problem).token_ids) for problem in problems)
-    parts = sampling_parts(config, build_meta(config, policy.model.config), 1, Workload(length, tokens))
+    model, work = build_meta(config, policy.model.config), Workload(length, tokens)
+    parts = sampling_parts(config, model, memory_parts(config, model, 1, work), 1, work)
     assert parts["keys and values"] + parts["sampling a token"] == pytest.approx(peak, rel=0.15)
     servers = replace(config, rollout=replace(config.rollout, engine="sglang"))
-    assert not sampling_parts(servers, build_meta(config, policy.model.config), 1, Workload(length, tokens))
+    assert not sampling_parts(servers, model, memory_parts(servers, model, 1, work), 1, work)
 
 
 RECIPES = [("3b", TEXT_3B, 3.75), ("7b", TEXT_7B, 8.29)]

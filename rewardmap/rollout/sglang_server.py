@@ -261,18 +261,21 @@ class Router:
 
 def need_sglang(config: ServerConfig) -> None:
     """Raises ConfigError where the interpreter of our own servers has no SGLang."""
-    python = interpreter(config)
     code = "import importlib.util, sys; sys.exit(3 if importlib.util.find_spec('sglang') is None else 0)"
-    if subprocess.run([python, "-c", code], env=_foreign_environment(), check=False).returncode == 3:
-        raise ConfigError(_no_sglang(python))
+    if _run_there(config, code).returncode == 3:
+        raise ConfigError(_no_sglang(interpreter(config)))
 
 
 def nccl_of(config: ServerConfig) -> str:
     """The version of NCCL in the servers' environment; what went wrong where it has none. Raises ConfigError: no such
     program."""
-    ask = [interpreter(config), "-c", "import torch; print(*torch.cuda.nccl.version(), sep='.')"]
-    said = subprocess.run(ask, env=_foreign_environment(), capture_output=True, text=True, check=False)
+    said = _run_there(config, "import torch; print(*torch.cuda.nccl.version(), sep='.')")
     return (said.stdout or said.stderr).strip().rpartition("\n")[2]
+
+
+def _run_there(config: ServerConfig, code: str) -> subprocess.CompletedProcess[str]:
+    command = [interpreter(config), "-c", code]
+    return subprocess.run(command, env=_foreign_environment(), capture_output=True, text=True, check=False)
 
 
 def interpreter(config: ServerConfig) -> str:

@@ -84,7 +84,8 @@ def plan(config: Config, model_config: Any, gpus: int, device: str, work: Worklo
     if gpus % (config.parallel.shard or gpus):
         raise ConfigError(f"parallel.shard={config.parallel.shard} does not divide {gpus} GPUs; choose a divisor, or 0")
     model = build_meta(config, model_config)
-    memory, sampling = memory_parts(config, model, gpus, work), sampling_parts(config, model, gpus, work)
+    memory = memory_parts(config, model, gpus, work)
+    sampling = sampling_parts(config, model, memory, gpus, work)
     room = DEVICES[device].memory
     for when, parts in (("", memory), (" while it samples by the local engine", sampling)):
         if sum(parts.values()) > room:
@@ -214,13 +215,14 @@ def _kept(
     return float(layers * tokens * hidden * compute + one if checkpointing else layers * one)
 
 
-def sampling_parts(config: Config, model: Any, gpus: int, work: Workload) -> dict[str, float]:
+def sampling_parts(
+    config: Config, model: Any, memory: dict[str, float], gpus: int, work: Workload
+) -> dict[str, float]:
     """Bytes per GPU while the local engine samples, when there are no gradients: what rests there, the whole weights of
     a policy that is split, keys and values of all answers that it decodes at a time, and what sampling a token takes.
-    Empty for servers, which are processes of their own."""
+    Empty for servers, which are processes of their own. ``memory``: of ``memory_parts``."""
     if config.rollout.engine != "local":
         return {}
-    memory = memory_parts(config, model, gpus, work)
     compute, text, group = computes_in(config).itemsize, model.config.text_config, config.rollout.group_size
     at_once = min(config.rollout.batch_sequences // group, config.rollout.batch_tokens // (group * work.prompt_tokens))
     prompts = max(1, min(ceil(config.train.prompts_per_step / gpus), at_once))
@@ -316,7 +318,9 @@ def _remedies(config: Config, model_config: Any, gpus: int, work: Workload, room
     found = []
     for name, other, count in changes:
         model = build_meta(other, model_config)
-        if all(sum(parts(other, model, count, work).values()) <= room for parts in (memory_parts, sampling_parts)):
+        memory = memory_parts(other, model, count, work)
+        most = max(sum(memory.values()), sum(sampling_parts(other, model, memory, count, work).values()))
+        if most <= room:
             found.append(name)
     return found
 
