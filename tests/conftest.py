@@ -11,6 +11,16 @@ sys.path.append(str(Path(__file__).parent))
 os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A small data set: six maps to train on, four held out."""
+    from rewardmap.transit.reasonmap import write_dataset
+
+    folder = tmp_path_factory.mktemp("data") / "maps"
+    write_dataset(folder, maps={"train": 6, "test": 4}, seed=1)
+    return folder
+
+
 @pytest.fixture
 def proxy(server):
     """Injects faults between a client and the stand-in ``server`` of its file."""

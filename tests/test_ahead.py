@@ -21,7 +21,7 @@ from rewardmap.train import run
 from rewardmap.train.ahead import OneStepOff
 from rewardmap.train.checkpoint import list_checkpoints
 from rewardmap.train.trainer import Trainer
-from rewardmap.transit.reasonmap import load_dataset, write_dataset
+from rewardmap.transit.reasonmap import load_dataset
 from rewardmap.types import DataError
 
 SMALL = [
@@ -38,13 +38,6 @@ SMALL = [
     "{name='yes or no', steps=3, question_kinds=['TorF1', 'TorF2'], advance_at=0.01, advance_window=1}, "
     "{name='routes', steps=3, question_kinds=['planning'], replay=0.5, pools='adaptive'}]",
 ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "maps"
-    write_dataset(folder, maps={"train": 6, "test": 4}, seed=1)
-    return folder
 
 
 def settings(data: Path, *more: str) -> Config:

@@ -23,7 +23,7 @@ from rewardmap.train.checkpoint import Checkpoints, find_damage, list_checkpoint
 from rewardmap.train.identity import changes, identity, random_state, restore_random_state
 from rewardmap.train.parallel import prepare_policy
 from rewardmap.train.ranks import ALONE
-from rewardmap.transit.reasonmap import load_dataset, write_dataset
+from rewardmap.transit.reasonmap import load_dataset
 from rewardmap.types import DataError
 
 SMALL = [
@@ -40,13 +40,6 @@ SMALL = [
     "train.stages=[{name='warm', kind='sft', steps=0, checkpoint='shipped'}, {name='yes or no', steps=5, "
     "question_kinds=['TorF1', 'TorF2']}]",
 ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "maps"
-    write_dataset(folder, maps={"train": 6, "test": 4}, seed=1)
-    return folder
 
 
 @pytest.fixture

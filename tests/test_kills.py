@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 
 from rewardmap.report import read_metrics
 from rewardmap.train.checkpoint import list_checkpoints
-from rewardmap.transit.reasonmap import write_dataset
 
 pytestmark = pytest.mark.slow
 JOB = Path(__file__).parent / "kill_job.py"
@@ -37,13 +36,6 @@ SETTINGS = [
     "question_kinds=['TorF1', 'TorF2']}, {name='routes', steps=6, question_kinds=['planning'], replay=0.5}]",
 ]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "maps"
-    write_dataset(folder, maps={"train": 6, "test": 4}, seed=1)
-    return folder
 
 
 def start(arguments: list[str], log: Path, ranks: int = 0, restarts: int = 0, **environment: str) -> subprocess.Popen:

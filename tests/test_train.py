@@ -1,5 +1,4 @@
-"""A run from end to end on a handful of maps: what it leaves behind, resuming, stopping, controls, and what can go
-wrong."""
+"""A run from end to end on a handful of maps: what it leaves behind, resuming, stopping, and what can go wrong."""
 
 import errno
 import fcntl
@@ -8,53 +7,29 @@ import json
 import os
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from small_run import SMALL, changed, stages
 from transformers import AutoModelForImageTextToText
 
 from rewardmap.config import Config, ConfigError
 from rewardmap.config_file import load_config
-from rewardmap.curriculum import Curriculum
 from rewardmap.evaluate import ask
-from rewardmap.policy import assemble, load_policy
 from rewardmap.report import read_metrics
-from rewardmap.rollout.local import LocalEngine
-from rewardmap.tiny import WARM_START
 from rewardmap.train import checkpoint, examine, run
 from rewardmap.train.examine import EvalRequest, evaluate_target
-from rewardmap.train.faults import RefusedUpdatesError, Stopped
+from rewardmap.train.faults import Stopped
 from rewardmap.train.ranks import ALONE
-from rewardmap.train.supervised import gold_answers
 from rewardmap.train.trainer import Trainer
-from rewardmap.transit.questions import gold_response, question_text
-from rewardmap.transit.reasonmap import load_dataset, write_dataset, write_rows
+from rewardmap.transit.questions import question_text
+from rewardmap.transit.reasonmap import write_rows
 from rewardmap.types import DataError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
-SMALL = [
-    "data.train_maps=6",
-    "data.test_maps=4",
-    "train.prompts_per_step=6",
-    "rollout.group_size=4",
-    "train.checkpoint_every=2",
-    "train.warmup_steps=0",
-    "eval.samples=2",
-    "train.stages=[{name='warm', kind='sft', steps=0, checkpoint='shipped'}, {name='yes or no', steps=2, "
-    "question_kinds=['TorF1', 'TorF2']}, {name='routes', steps=3, question_kinds=['planning'], replay=0.5}]",
-]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "maps"
-    write_dataset(folder, maps={"train": 6, "test": 4}, seed=1)
-    return folder
 
 
 @pytest.fixture
@@ -65,19 +40,6 @@ def config(data) -> Config:
 @pytest.fixture
 def console() -> Console:
     return Console(quiet=True)
-
-
-def make_trainer(config: Config) -> Trainer:
-    loaded = load_dataset(config.data.path, "train")
-    policy = load_policy(WARM_START, config.policy)
-    curriculum = Curriculum(loaded.problems, config.train.stages, config.train.prompts_per_step, config.train.seed)
-    networks = dict.fromkeys(("reference", "graph"), loaded.networks)
-    return Trainer(config, policy, LocalEngine(policy, 64), networks, curriculum)
-
-
-def changed(config: Config, **train) -> Config:
-    overrides = [f"train.{key}={json.dumps(value)}" for key, value in train.items()]
-    return load_config("tiny", [*SMALL, f"data.path={config.data.path}", *overrides])
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -140,33 +102,6 @@ def test_a_run_leaves_everything_behind(tmp_path, console):
     weights.write_bytes(content)
     with pytest.raises(DataError, match=r"step-000005: model\.safetensors does not match its checksum; resume"):
         evaluate_target(EvalRequest(str(out)), console)
-
-
-@pytest.mark.parametrize(("correction", "times"), [("none", 1.0), ("truncate", 2.0), ("mask", 0.0)])
-def test_tokens_the_engine_found_less_likely_weigh_more(config, correction, times):
-    """An engine that says a third of each probability: the weight is 3, capped at 2 or left out."""
-    norms = []
-    for shift in (0.0, float(np.log(3))):
-        settings = [f"rollout.importance_correction={correction}", f"data.path={config.data.path}"]
-        trainer = make_trainer(load_config("tiny", [*SMALL, *settings]))
-        generate = trainer.engine.generate
-
-        def shifted(*arguments, generate=generate, shift=shift):
-            groups = generate(*arguments)
-            return [
-                replace(
-                    group,
-                    rollouts=tuple(
-                        replace(one, rollout_logprobs=tuple(nats - shift for nats in one.rollout_logprobs))
-                        for one in group.rollouts
-                    ),
-                )
-                for group in groups
-            ]
-
-        trainer.engine.generate = shifted
-        norms.append(trainer.train_step()["grad_norm"])
-    assert norms[0] > 0 and norms[1] == pytest.approx(times * norms[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("dies_at", [1, 3, 4], ids=["before-a-checkpoint", "inside-a-stage", "between-checkpoints"])
@@ -236,143 +171,6 @@ def test_a_signal_leaves_an_evaluation_at_once_and_its_answers_are_kept(tmp_path
         evaluate_target(EvalRequest(str(tmp_path / "run")), console)
 
 
-def test_micro_batches_do_not_change_the_step(config):
-    rows = [make_trainer(changed(config, max_tokens_per_micro_batch=size)).train_step() for size in (16_384, 150)]
-    for key in ("loss", "grad_norm", "entropy"):
-        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=1e-6)
-    assert rows[0]["reward"] == rows[1]["reward"]
-
-
-def test_skipped_groups_keep_the_denominator(config):
-    rows = [make_trainer(changed(config, skip_equal_groups=skip)).train_step() for skip in (True, False)]
-    assert rows[0]["equal_groups"] > 0
-    assert rows[0]["packed_tokens"] < rows[1]["packed_tokens"]
-    for key in ("loss", "grad_norm"):
-        assert rows[0][key] == pytest.approx(rows[1][key], rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("objective", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce"])
-def test_every_objective_takes_a_step(config, objective):
-    row = make_trainer(changed(config, objective=objective)).train_step()
-    assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
-
-
-def test_controls(config):
-    plain, zero, shuffled = (
-        make_trainer(changed(config, advantage_control=control)) for control in ("none", "zero", "shuffle")
-    )
-    rows = [trainer.train_step() for trainer in (plain, zero, shuffled)]
-    assert rows[0]["grad_norm"] > 0 and rows[1]["grad_norm"] == 0
-    assert rows[2]["grad_norm"] > 0 and rows[2]["grad_norm"] != rows[0]["grad_norm"]
-    assert rows[0]["reward"] == rows[1]["reward"] == rows[2]["reward"]  # only the update differs
-
-
-def test_learning_goes_the_right_way(config):
-    """Reinforcing the same problems raises their reward."""
-    stage = "[{name='w', kind='sft', steps=0, checkpoint='shipped'}, {name='s', steps=30, question_kinds=['planning']}]"
-    settings = [*SMALL, f"data.path={config.data.path}", f"train.stages={stage}", "rollout.group_size=8"]
-    trainer = make_trainer(load_config("tiny", [*settings, "train.learning_rate=5e-4"]))
-    rewards = [trainer.train_step()["reward"] for _ in range(30)]
-    assert np.mean(rewards[-8:]) > np.mean(rewards[:8]) + 1
-
-
-def test_supervised_steps_learn(config):
-    stage = "[{name='study', kind='sft', steps=20, question_kinds=['planning'], learning_rate=0.001}]"
-    trainer = make_trainer(load_config("tiny", [*SMALL, f"data.path={config.data.path}", f"train.stages={stage}"]))
-    losses = [trainer.train_step()["loss"] for _ in range(20)]
-    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
-
-
-def test_a_given_answer_ends_as_the_chat_template_ends_a_turn(config, data):
-    """Published Qwen models generate until <|im_end|> or <|endoftext|>, whose id is smaller."""
-    loaded = load_policy(WARM_START, config.policy)
-    own = loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")
-    loaded.model.generation_config.eos_token_id = [own, own - 1]
-    policy = assemble(loaded.model, loaded.tokenizer, loaded.image_processor, True)
-    assert set(policy.stop_token_ids) == {own, own - 1}
-    problem = load_dataset(data, "train").problems[0]
-    assert gold_answers(policy, problem, gold_response(problem), 0).responses[0][-1] == own
-
-
-def test_a_gradient_that_is_no_number_never_reaches_the_weights(config, tmp_path):
-    trainer = make_trainer(changed(config, skip_equal_groups=False))
-    trainer.faults = tmp_path
-    before = {name: tensor.clone() for name, tensor in trainer.policy.model.state_dict().items()}
-    parameter = trainer.policy.model.model.language_model.norm.weight
-    hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
-    rows = [trainer.train_step() for _ in range(2)]
-    assert [row["refused"] for row in rows] == ["the gradient norm is nan"] * 2
-    assert trainer.version == 0 and trainer.guard.refused == 2
-    batch = json.loads((tmp_path / "step-000002.json").read_text())
-    assert len(batch["answers"]) == len(batch["problems"]) == 6 and len(batch["rewards"]) == 24
-    with pytest.raises(RefusedUpdatesError, match=r"step 3: the gradient norm is nan; 3 updates in a row were refused"):
-        trainer.train_step()
-    assert (tmp_path / "step-000003.json").is_file()
-    assert all(torch.equal(before[name], tensor) for name, tensor in trainer.policy.model.state_dict().items())
-    hook.remove()
-    row = trainer.train_step()  # a finite gradient ends the streak
-    assert "refused" not in row and trainer.version == 1 and trainer.guard.streak == 0
-
-
-def test_an_infinite_loss_is_refused_in_a_supervised_step_too(config):
-    stage = "[{name='study', kind='sft', steps=2, question_kinds=['planning']}]"
-    trainer = make_trainer(load_config("tiny", [*SMALL, f"data.path={config.data.path}", f"train.stages={stage}"]))
-    trainer.policy.model.lm_head.weight.data[3] = float("inf")
-    row = trainer.train_step()
-    assert row["refused"].startswith("the loss is ") and trainer.version == 0
-
-
-@pytest.mark.parametrize("guard", ["max_grad_norm=1e-09", "max_kl=1e-30"])
-def test_guards_refuse_large_updates(config, guard):
-    settings = [*SMALL, f"data.path={config.data.path}", f"guard.{guard}", "train.skip_equal_groups=false"]
-    trainer = make_trainer(load_config("tiny", settings))
-    row = trainer.train_step()
-    assert f"over guard.{guard}" in row["refused"] and trainer.version == 0
-
-
-def test_a_trainable_tower_trains(config):
-    settings = [*SMALL, f"data.path={config.data.path}", "policy.freeze_vision=false"]
-    trainer = make_trainer(load_config("tiny", settings))
-    before = trainer.policy.model.model.visual.merger.mlp[2].weight.clone()
-    trainer.train_step()
-    assert not torch.equal(before, trainer.policy.model.model.visual.merger.mlp[2].weight)
-    assert trainer.train_step()["rollout_drift"] < 1e-4  # no stale vision features
-
-
-def stages(config: Config, *later: str, questions: int = 6) -> Config:
-    text = ", ".join(["{name='w', kind='sft', steps=0, checkpoint='shipped'}", *later])
-    settings = [f"data.path={config.data.path}", f"train.stages=[{text}]", f"train.prompts_per_step={questions}"]
-    return load_config("tiny", [*SMALL, *settings])
-
-
-def test_a_stage_has_its_own_reward_group_size_and_rate(config):
-    two = stages(
-        config,
-        "{name='a', steps=1, question_kinds=['planning']}",
-        "{name='b', steps=1, question_kinds=['planning'], reward_mode='graph', group_size=3, learning_rate=1e-5}",
-    )
-    trainer = make_trainer(two)
-    first, second = trainer.train_step(), trainer.train_step()
-    assert (first["reward_mode"], first["group_size"], first["learning_rate"]) == ("reference", 4, 3e-4)
-    assert (second["reward_mode"], second["group_size"], second["learning_rate"]) == ("graph", 3, 1e-5)
-    assert first["asked"] == second["asked"] == {"planning": 6}
-    assert trainer.optimizer.param_groups[0]["lr"] == 1e-5
-
-
-def test_a_stage_reward_changes_what_is_trained(config):
-    """Same questions, same answers: another update."""
-    kinds = "question_kinds=['planning']"
-    rows = []
-    other = ("reward_mode='graph'", "alpha=0.0", "map_weights=[1.0, 5.0, 9.0]", "transfer_weight=4.0")
-    for reward in ("", *(f", {setting}" for setting in other)):
-        trainer = make_trainer(stages(config, f"{{name='a', steps=1, {kinds}{reward}}}", questions=24))
-        rows.append(trainer.train_step())
-    assert len({row["response_length"] for row in rows}) == 1
-    assert rows[1]["reward"] != rows[0]["reward"] != rows[2]["reward"]
-    assert rows[3]["reward"] == rows[4]["reward"] == rows[0]["reward"]  # the weight acts on the advantage
-    assert len({row["grad_norm"] for row in rows}) == len(rows)
-
-
 def test_values_of_a_stage_that_do_not_go_together_are_named(config, console, tmp_path):
     wrong = stages(config, "{name='routes', steps=1, reward_mode='graph', alpha=3.0}")
     with pytest.raises(ConfigError, match=r"stage 'routes': alpha 3\.0"):
@@ -426,39 +224,6 @@ def test_a_run_that_went_back_and_on_otherwise_is_evaluated_anew(tmp_path, confi
     written.write_text(written.read_text().replace("learning_rate = 0.0003", "learning_rate = 0.001"))
     run.resume(folder, console=console)
     assert len(answers.read_text().splitlines()) == 2 * asked - len(json_lines(folder / "evaluation/before.jsonl"))
-
-
-@pytest.mark.parametrize(("baseline", "scale"), [("batch", "batch"), ("greedy", "none"), ("greedy", "batch")])
-def test_baselines_by_hand(config, monkeypatch, baseline, scale):
-    """REINFORCE++ and ReMax: advantages from the rewards, as their papers define them."""
-    trainer = make_trainer(changed(config, advantage_baseline=baseline, advantage_scale=scale))
-    seen = {}
-    advantage, score = trainer._advantage, trainer._score
-
-    def watch(groups, rewards, base):
-        seen.update(rewards=rewards, base=base, advantage=advantage(groups, rewards, base))
-        return seen["advantage"]
-
-    def scored(stage, groups):
-        seen.setdefault("sizes", []).append([len(group.rollouts) for group in groups])
-        return score(stage, groups)
-
-    monkeypatch.setattr(trainer, "_advantage", watch)
-    monkeypatch.setattr(trainer, "_score", scored)
-    row = trainer.train_step()
-    assert np.isfinite(row["loss"]) and row["grad_norm"] > 0
-    rewards = seen["rewards"].score
-    if baseline == "batch":
-        expected = (rewards - rewards.mean()) / (rewards.std(ddof=1) + 1e-6)
-        assert seen["base"] is None and seen["sizes"] == [[4]] * 6
-    else:
-        assert seen["sizes"] == [*[[4]] * 6, [1] * 6]
-        assert all(len(set(seen["base"][4 * i : 4 * i + 4])) == 1 for i in range(6))
-        expected = rewards - seen["base"]
-        expected = expected / (expected.std(ddof=1) + 1e-6) if scale == "batch" else expected
-    expected = expected * seen["rewards"].advantage_weight
-    np.testing.assert_allclose(seen["advantage"].advantages.numpy(), expected, rtol=1e-4, atol=1e-5)
-    assert row["packed_tokens"] == make_trainer(changed(config, skip_equal_groups=False)).train_step()["packed_tokens"]
 
 
 def test_a_run_on_nfs_is_locked_too(tmp_path, monkeypatch):
