@@ -1,4 +1,4 @@
-"""Registers, spills and shared memory of the tree-attention kernels on sm_80, sm_90a and sm_100a, without a GPU."""
+"""Registers, spills, shared memory and waits of the tree-attention kernels on four kinds of GPU, without one."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ import tree_resources
 
 MEASURED = json.loads(tree_resources.TABLE.read_text())
 BUILDS = {build.name: build for build in tree_resources.builds()}
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-"""Bytes a block may use."""
+SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+"""Bytes a block may use; what runs on sm_80 also runs on sm_86 and sm_89, which have less."""
 
 
 def test_the_table_names_every_kernel() -> None:
     assert set(MEASURED["kernels"]) == set(BUILDS)
 
 
-def test_nothing_in_the_table_spills() -> None:
+def test_nothing_in_the_table_spills_or_waits() -> None:
     for name, targets in MEASURED["kernels"].items():
         for target, row in targets.items():
-            assert row["spilled"] == 0, (name, target)
+            assert row["spilled"] == 0 and row["serialized"] == 0, (name, target)
             assert row["shared"] <= SHARED_LIMIT[int(target.removeprefix("sm_"))], (name, target)
 
 
@@ -39,11 +39,11 @@ def test_nothing_in_the_table_spills() -> None:
 def test_resources_stay_within_the_table(name: str) -> None:
     got = tree_resources.resources(BUILDS[name], 90)
     wanted = MEASURED["kernels"][name]["sm_90"]
-    assert got["spilled"] == 0
     assert_within(got, wanted, 90)
 
 
 def assert_within(got: dict[str, int], wanted: dict[str, int], capability: int) -> None:
+    assert got["spilled"] == 0 and got["serialized"] == 0
     if triton.__version__ == MEASURED["triton"]:
         assert got["registers"] <= wanted["registers"] and got["shared"] <= wanted["shared"]
     else:  # another compiler allocates differently: what it needs must be there
@@ -56,5 +56,4 @@ def assert_within(got: dict[str, int], wanted: dict[str, int], capability: int) 
 def test_every_build_stays_within_the_table(name: str, capability: int) -> None:
     got = tree_resources.resources(BUILDS[name], capability)
     wanted = MEASURED["kernels"][name][f"sm_{capability}"]
-    assert got["spilled"] == 0
     assert_within(got, wanted, capability)

@@ -122,6 +122,26 @@ def test_a_bad_token_is_never_hidden(which: int) -> None:
     assert set(bad.nonzero().flatten().tolist()) == users
 
 
+# An infinite key may score -inf, which is no fault.
+@pytest.mark.parametrize(
+    ("which", "value"), [*((which, float("nan")) for which in (1, 2, 3, 4)), (1, float("inf")), (4, float("inf"))]
+)
+def test_gradients_are_bad_only_where_a_bad_token_is_seen(which: int, value: float) -> None:
+    """A bad query, key, value or gradient of an output: dq of those that use it, dk of all that these see, no other."""
+    ends = cases.SHAPES["answers"]
+    case = cases.inputs(ends, 2, 1, 16)
+    clean = run(case, torch.float32)
+    token = 41  # in the first answer
+    case[which][0, :, token, 3] = value
+    users = torch.zeros(len(ends), dtype=torch.bool)
+    users[slice(token, token + 1) if which in (1, 4) else slice(token, ends[token])] = True
+    used = cases.visible(case.ends)[users].any(0)
+    _, dq, dk, dv = run(case, torch.float32)
+    for got, wanted, bad in ((dq, clean[1], users), (dk, clean[2], used), (dv, clean[3], used)):
+        assert torch.equal(got[:, :, ~bad], wanted[:, :, ~bad])
+    assert not dq[:, :, users].isfinite().any() and not dk[:, :, used].isfinite().any()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant: bool) -> None:
     case = cases.inputs(cases.SHAPES["two trees"], 2, 1, 16)

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from rewardmap_kernels import tree_kernels, tree_op
 
 TABLE = Path(__file__).with_suffix(".json")
-CAPABILITIES = (80, 90, 100)
+CAPABILITIES = (80, 90, 100, 120)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 INTEGER_POINTERS = {"ends_ptr", "rows_ptr", "keys_ptr", "columns_ptr"}
 FLOAT_POINTERS = {"lse_ptr", "delta_ptr"}
@@ -63,7 +63,8 @@ def _type(build: Build, argument: str) -> str:
 
 
 def resources(build: Build, capability: int) -> dict[str, int]:
-    """{registers per thread, bytes spilled, bytes of shared memory} of one kernel."""
+    """{registers per thread, bytes spilled, bytes of shared memory, 1 where the assembler had to put a wait after every
+    product of a warpgroup} of one kernel."""
     # In the interpreter's process the kernel is wrapped; its Python function compiles all the same.
     function = build.function if isinstance(build.function, JITFunction) else JITFunction(build.function.fn)
     signature = {name: _type(build, name) for name in function.arg_names}
@@ -105,6 +106,7 @@ def resources(build: Build, capability: int) -> dict[str, int]:
         "registers": number(r"Used (\d+) registers"),
         "spilled": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
         "shared": int(compiled.metadata.shared),
+        "serialized": int("wgmma.mma_async instructions are serialized" in done.stderr),
     }
 
 

@@ -3,8 +3,9 @@
 
 The online softmax is that of FlashAttention-2 (Dao, arXiv 2307.08691) in base 2. Only tiles that hold a visible pair
 are visited; those that are wholly visible skip the mask. In the others, rows that hold a NaN or an infinity are
-replaced by zeros in the products that sum over them and the NaN is added to the visible scores instead: 0 · NaN must
-not carry a token's NaN to those that do not see it.
+replaced by zeros in the products that sum over them and the NaN is added to what is visible instead: 0 · NaN must not
+carry a token's NaN to those that do not see it. The pass over key blocks knows such rows by their delta, Σ out · dout,
+which is not finite where anything of the row is not: it need not look at what it loads, and its registers go to tiles.
 
 float32 products run as three in tf32, which keeps float32's accuracy on tensor cores.
 """
@@ -16,17 +17,17 @@ import triton.language as tl
 
 
 @triton.jit
-def _rows(ptr, start, stride, total, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-          INSIDE: tl.constexpr):  # fmt: skip
-    """Rows start..start+ROWS of one head, zero beyond the row's end and beyond the head dimension."""
+def _rows(ptr, start, stride, wanted, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+          ALL: tl.constexpr):  # fmt: skip
+    """ROWS rows of one head from start on; zero beyond the head dimension and, unless ALL, where not ``wanted``."""
     row = tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)
     at = ptr + start.to(tl.int64) * stride + row[:, None] * stride + column[None, :]
-    if INSIDE:
+    if ALL:
         if HEAD_DIM == BLOCK_D:
             return tl.load(at)
         return tl.load(at, mask=column[None, :] < HEAD_DIM, other=0.0)
-    return tl.load(at, mask=(start + row[:, None] < total) & (column[None, :] < HEAD_DIM), other=0.0)
+    return tl.load(at, mask=wanted[:, None] & (column[None, :] < HEAD_DIM), other=0.0)
 
 
 @triton.jit
@@ -54,16 +55,16 @@ def _cleaned(rows, poison):
 def _forward_tile(acc, high, norm, q, k_ptr, v_ptr, k_stride, v_stride, ends_ptr, start_m, start_n, total, qk_scale,
                   HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   FULL: tl.constexpr):  # fmt: skip
-    k = _rows(k_ptr, start_n, k_stride, total, BLOCK_N, HEAD_DIM, BLOCK_D, FULL)
+    j = start_n + tl.arange(0, BLOCK_N)
+    k = _rows(k_ptr, start_n, k_stride, j < total, BLOCK_N, HEAD_DIM, BLOCK_D, FULL)
     scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-    v = _rows(v_ptr, start_n, v_stride, total, BLOCK_N, HEAD_DIM, BLOCK_D, FULL)
+    v = _rows(v_ptr, start_n, v_stride, j < total, BLOCK_N, HEAD_DIM, BLOCK_D, FULL)
     if FULL:
         new_high = tl.maximum(high, tl.max(scores, 1) * qk_scale)
         p = tl.exp2(scores * qk_scale - new_high[:, None])
         fade = tl.exp2(high - new_high)
     else:
         i = start_m + tl.arange(0, BLOCK_M)
-        j = start_n + tl.arange(0, BLOCK_N)
         end = tl.load(ends_ptr + j, mask=j < total, other=0)
         poison = _poison(v)
         v = _cleaned(v, poison)
@@ -93,7 +94,8 @@ def tree_forward_kernel(
     first, full, last = tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     k_ptr += head // group * k_head
     v_ptr += head // group * v_head
-    q = _rows(q_ptr + head * q_head, start_m, q_stride, total, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    i = start_m + tl.arange(0, BLOCK_M)
+    q = _rows(q_ptr + head * q_head, start_m, q_stride, i < total, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     high = norm + float("-inf")
@@ -107,7 +109,6 @@ def tree_forward_kernel(
             acc, high, norm, q, k_ptr, v_ptr, k_stride, v_stride, ends_ptr, start_m,
             tl.load(keys_ptr + index) * BLOCK_N, total, qk_scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, False,
         )  # fmt: skip
-    i = start_m + tl.arange(0, BLOCK_M)
     norm = tl.where(i < total, norm, 1.0)
     out = acc / norm[:, None]
     _store_rows(out_ptr + head * out_head, out, start_m, out_stride, total, BLOCK_M, HEAD_DIM, BLOCK_D)
@@ -118,14 +119,14 @@ def tree_forward_kernel(
 def _dq_tile(acc, q, dout, lse, delta, k_ptr, v_ptr, k_stride, v_stride, ends_ptr, start_m, start_n, total, qk_scale,
              HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
              FULL: tl.constexpr):  # fmt: skip
-    k = _rows(k_ptr, start_n, k_stride, total, BLOCK_N, HEAD_DIM, BLOCK_D, FULL)
-    v = _rows(v_ptr, start_n, v_stride, total, BLOCK_N, HEAD_DIM, BLOCK_D, FULL)
+    j = start_n + tl.arange(0, BLOCK_N)
+    k = _rows(k_ptr, start_n, k_stride, j < total, BLOCK_N, HEAD_DIM, BLOCK_D, FULL)
+    v = _rows(v_ptr, start_n, v_stride, j < total, BLOCK_N, HEAD_DIM, BLOCK_D, FULL)
     scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     d_p = tl.dot(dout, tl.trans(v), input_precision="tf32x3")
     d_scores = tl.exp2(scores * qk_scale - lse[:, None]) * (d_p - delta[:, None])
     if not FULL:
         i = start_m + tl.arange(0, BLOCK_M)
-        j = start_n + tl.arange(0, BLOCK_N)
         end = tl.load(ends_ptr + j, mask=j < total, other=0)
         d_scores = tl.where((j[None, :] <= i[:, None]) & (i[:, None] < end[None, :]), d_scores, 0.0)
         k = _cleaned(k, _poison(k))
@@ -146,12 +147,12 @@ def tree_dq_kernel(
     k_ptr += head // group * k_head
     v_ptr += head // group * v_head
     i = start_m + tl.arange(0, BLOCK_M)
-    dout = _rows(dout_ptr + head * dout_head, start_m, dout_stride, total, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-    out = _rows(out_ptr + head * out_head, start_m, out_stride, total, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    dout = _rows(dout_ptr + head * dout_head, start_m, dout_stride, i < total, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    out = _rows(out_ptr + head * out_head, start_m, out_stride, i < total, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta_ptr + head * total + i, delta, mask=i < total)
     lse = tl.load(lse_ptr + head * total + i, mask=i < total, other=0.0)
-    q = _rows(q_ptr + head * q_head, start_m, q_stride, total, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+    q = _rows(q_ptr + head * q_head, start_m, q_stride, i < total, BLOCK_M, HEAD_DIM, BLOCK_D, False)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for index in range(first, full):
         acc = _dq_tile(
@@ -172,15 +173,17 @@ def _dkv_tiles(dk, dv, k, v, end, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_head, q
                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """``count`` query blocks from ``begin`` on, skipping ``gap`` blocks at ``gap_at``, for every head of the group: one
     loop, so that loads run ahead across heads."""
-    for index in range(0, heads * count):
-        head = (index // count).to(tl.int64)
-        block = begin + index % count
+    head = tl.full([], 0, tl.int64)
+    block = begin
+    for _ in range(0, heads * count):
         start_m = tl.where(block < gap_at, block, block + gap) * BLOCK_M
         i = start_m + tl.arange(0, BLOCK_M)
-        q = _rows(q_ptr + head * q_head, start_m, q_stride, total, BLOCK_M, HEAD_DIM, BLOCK_D, False)
-        dout = _rows(dout_ptr + head * dout_head, start_m, dout_stride, total, BLOCK_M, HEAD_DIM, BLOCK_D, False)
         lse = tl.load(lse_ptr + head * total + i, mask=i < total, other=0.0)
         delta = tl.load(delta_ptr + head * total + i, mask=i < total, other=0.0)
+        poison = delta - delta
+        wanted = i < total if FULL else (i < total) & (poison == 0.0)
+        q = _rows(q_ptr + head * q_head, start_m, q_stride, wanted, BLOCK_M, HEAD_DIM, BLOCK_D, False)
+        dout = _rows(dout_ptr + head * dout_head, start_m, dout_stride, wanted, BLOCK_M, HEAD_DIM, BLOCK_D, False)
         # Transposed, [key, query]: both products below take their left side from registers.
         scores = tl.dot(k, tl.trans(q), input_precision="tf32x3")
         p = tl.exp2(scores * qk_scale - lse[None, :])
@@ -189,13 +192,14 @@ def _dkv_tiles(dk, dv, k, v, end, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_head, q
         if not FULL:
             j = start_n + tl.arange(0, BLOCK_N)
             visible = (j[:, None] <= i[None, :]) & (i[None, :] < end[:, None])
-            poison = _poison(dout)
-            dout = _cleaned(dout, poison)
-            q = _cleaned(q, _poison(q))
             p = tl.where(visible, p + poison[None, :], 0.0)
             d_scores = tl.where(visible, d_scores, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="tf32x3")
         dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision="tf32x3")
+        block += 1
+        ended = block == begin + count
+        block = tl.where(ended, begin, block)
+        head += ended.to(tl.int64)
     return dk, dv
 
 
@@ -218,9 +222,9 @@ def tree_dkv_kernel(
     dout_ptr += head * dout_head
     lse_ptr += head * total
     delta_ptr += head * total
-    k = _rows(k_ptr + kv_head * k_head, start_n, k_stride, total, BLOCK_N, HEAD_DIM, BLOCK_D, False)
-    v = _rows(v_ptr + kv_head * v_head, start_n, v_stride, total, BLOCK_N, HEAD_DIM, BLOCK_D, False)
     j = start_n + tl.arange(0, BLOCK_N)
+    k = _rows(k_ptr + kv_head * k_head, start_n, k_stride, j < total, BLOCK_N, HEAD_DIM, BLOCK_D, False)
+    v = _rows(v_ptr + kv_head * v_head, start_n, v_stride, j < total, BLOCK_N, HEAD_DIM, BLOCK_D, False)
     end = tl.load(ends_ptr + j, mask=j < total, other=0)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

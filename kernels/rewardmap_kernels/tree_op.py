@@ -41,18 +41,20 @@ class Plan(NamedTuple):
 
 
 PLANS: dict[tuple[bool, int], Plan] = {
-    # (16-bit tensors, padded head dimension): chosen so that nothing spills on sm_80, sm_90a and sm_100a.
-    (True, 16): Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2)),
-    (True, 32): Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2)),
-    (True, 64): Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 64, 8, 2)),
-    (True, 128): Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(32, 64, 8, 2)),
+    # (16-bit tensors, padded head dimension): chosen so that nothing spills on sm_80, sm_90a, sm_100a and sm_120a, that
+    # Hopper's products need not wait for each other, and that each warpgroup has 64 rows of its own. docs/forest.md.
+    (True, 16): Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2)),
+    (True, 32): Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2)),
+    (True, 64): Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(64, 128, 8, 2)),
+    (True, 128): Plan(Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(32, 128, 8, 2)),
     (False, 16): Plan(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
     (False, 32): Plan(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2)),
     (False, 64): Plan(Blocks(32, 32, 4, 2), Blocks(32, 32, 4, 2), Blocks(32, 32, 8, 2)),
     (False, 128): Plan(Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 1)),
 }
-AMPERE = Plan(Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(32, 64, 8, 2))
-"""In place of PLANS[True, 128] on GPUs of compute capability 8, whose accumulators all live in registers."""
+WITHOUT_WARPGROUPS = Plan(Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2))
+"""In place of PLANS[True, 128] on GPUs whose products read registers, not shared memory, of which some of them have
+99 KiB: all but those of compute capability 9 and 10."""
 
 
 def padded(head_dim: int) -> int:
@@ -63,7 +65,7 @@ def padded(head_dim: int) -> int:
 def plan(dtype: torch.dtype, head_dim: int, capability: int) -> Plan:
     """Block sizes for tensors of this dtype and head dimension on a GPU of this major compute capability."""
     key = dtype.itemsize == 2, padded(head_dim)
-    return AMPERE if capability < 9 and key == (True, 128) else PLANS[key]
+    return WITHOUT_WARPGROUPS if capability not in (9, 10) and key == (True, 128) else PLANS[key]
 
 
 def plan_of(q: Tensor) -> Plan:
