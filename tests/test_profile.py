@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from rewardmap import cli, exits
 from rewardmap.config_file import load_config
+from rewardmap.train import profile as profile_module
 from rewardmap.train.profile import Product, ceilings, draw_roofline, matrix_products
 
 SETTINGS = [
@@ -55,6 +56,14 @@ def test_work_of_a_known_matrix_product():
     assert plain.count == 3 and plain.flop == 3 * 2 * 30 * 40 * 50
     assert plain.bytes == 3 * 4 * (30 * 40 + 40 * 50 + 30 * 50) and batched.bytes == 4 * 2 * (1200 + 2000 + 1500)
     assert plain.intensity == plain.flop / plain.bytes and plain.rate > 0
+
+
+def test_the_ceiling_of_products_is_that_of_random_numbers(monkeypatch):
+    """Equal numbers multiply faster on a GPU than those of a model."""
+    made = []
+    monkeypatch.setattr(profile_module, "_best", lambda work: made.append(work()) or 1.0)
+    ceilings(torch.device("cpu"), load_config("tiny"))
+    assert len(made[0].unique()) > made[0].numel() / 2
 
 
 def test_a_device_without_products_still_has_its_ceilings(tmp_path):
