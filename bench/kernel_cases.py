@@ -32,6 +32,7 @@ HEAD_PEERS = ("torch.compile", "TRL head", "Liger chunked GRPO")
 AGAIN = {"TRL head": 1, "Liger chunked GRPO": 1, "Liger SM90 head": 1}
 """Products that a provider spends on making the logits a second time."""
 HEADS = {"3b": (151_936, 2048), "7b": (152_064, 3584)}
+ROW_KERNELS = ("EXPONENTIALS", "GRADIENT", "STATISTICS", "POLICY_ROW")
 CONFIGS = ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16), (8192, 32))
 """(values of a row that a program holds, warps) that "tune" tries."""
 
@@ -275,8 +276,15 @@ def tune_case(kernel: str, n: int, v: int, device: str, dtype: torch.dtype) -> C
     configs = {f"{block} x {warps}": by((block, warps)) for block, warps in CONFIGS}
     return Case(
         "tune", {"ours": calls[kernel]} | configs, exact, 0.0, 1.0 * reads[kernel] * n * v,
-        about={"kernel": kernel, "launched": list(getattr(triton_launch, kernel)), "rows": n, "vocabulary": v},
+        about={"kernel": kernel, "rows": n, "vocabulary": v},
     )  # fmt: skip
+
+
+def launched() -> dict[str, list[int]]:
+    """[values of a row that a program holds, warps] of each row kernel."""
+    from rewardmap_kernels import triton_launch
+
+    return {kernel: list(getattr(triton_launch, kernel)) for kernel in ROW_KERNELS}
 
 
 def cases(device: str) -> dict[str, Callable[[], Case]]:
@@ -312,6 +320,6 @@ def cases(device: str) -> dict[str, Callable[[], Case]]:
         for size in ("7b", "3b"):
             found[f"linear.{size}.{n}"] = partial(linear_case, n, *HEADS[size], device, wide)
     found["chunks.7b.8192"] = partial(chunks_case, 8192, v, h, device, wide)
-    for kernel in ("EXPONENTIALS", "GRADIENT", "STATISTICS", "POLICY_ROW"):
+    for kernel in ROW_KERNELS:
         found[f"tune.{kernel.lower()}"] = partial(tune_case, kernel, 4096, v, device, wide)
     return found

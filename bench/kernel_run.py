@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.profiler  # before the providers, so that its import is on nobody's clock
 
 from rewardmap_kernels import last_path
 
@@ -27,6 +26,7 @@ sys.path.append(str(Path(__file__).parent))
 import kernel_cases
 import kernel_peers
 import kernel_problem
+import kernel_times  # brings the profiler before the providers, so that its import is on nobody's clock
 from kernel_problem import Case, Run
 
 
@@ -79,9 +79,12 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
         "counts": all(name in times or "OutOfMemory" in failed.get(name, "") for name in case.required),
     }  # fmt: skip
     if device == "cuda":
-        row["host_s"] = {name: _host(run, rounds) for name, run in providers.items()}
-        row["on_device"] = {name: _device(run) for name, run in providers.items()}
+        row["host_s"] = {name: _host(run) for name, run in providers.items()}
+        row["on_device"] = {
+            name: kernel_times.summary(kernel_times.kernel_events(run), 8) for name, run in providers.items()
+        }
         row["peak_bytes"] = {name: _peak(run) for name, run in providers.items() if name != "floor"}
+        row["ceilings"], row["launched"] = kernel_times.ceilings(), kernel_cases.launched()
     return row
 
 
@@ -119,25 +122,16 @@ def take_turns(
     return seconds
 
 
-def _host(run: Run, rounds: int) -> float:
-    """Seconds until the call is back, the GPU idle before it: the fastest of ``rounds``."""
+def _host(run: Run) -> float:
+    """Seconds until the call is back, the GPU idle before it: the fastest of three."""
     seconds = []
-    for _ in range(rounds):
+    for _ in range(3):
         torch.cuda.synchronize()
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
     torch.cuda.synchronize()
     return min(seconds)
-
-
-def _device(run: Run) -> dict[str, Any]:
-    """Launches and copies of a call, and the seconds that they take on the GPU."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    events = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return {"launches": len(events), "seconds": sum(e.time_range.elapsed_us() for e in events) / 1e6}
 
 
 def _peak(run: Run) -> int:

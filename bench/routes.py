@@ -15,11 +15,20 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.append(str(Path(__file__).parent))
+import kernel_times
+from kernel_peers import why
 
 from rewardmap_kernels.tree_attention import segment_attention, tree_attention, tree_mask
 from rewardmap_kernels.tree_routes import KERNELS, TABLE
@@ -27,6 +36,9 @@ from rewardmap_kernels.tree_varlen import why_not
 
 Tensor = torch.Tensor
 ROUNDS = {"cuda": 15, "cpu": 1}
+PASSES = ("forward", "dq", "dkv")
+FLEX, UNSHARED = "FlexAttention", "unshared causal flash"
+"""Beside the routes, of trees that branch."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +89,22 @@ CASES = {
 }
 
 
-def measure(case: Case, device: str) -> dict[str, Any]:
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    ends, (heads, kv_heads) = case.ends, case.heads
+def inputs(case: Case, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random q, k, v and gradient of the output, their memory [1, T, H, D] as a model's is."""
+    (heads, kv_heads), tokens = case.heads, len(case.ends)
     g = torch.Generator(device).manual_seed(0)
 
     def draw(count: int) -> Tensor:
-        x = torch.randn(1, len(ends), count, case.head_dim, generator=g, device=device)
+        x = torch.randn(1, tokens, count, case.head_dim, generator=g, device=device)
         return x.to(dtype).transpose(1, 2)
 
-    q, k, v, dout = draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
+    return draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
+
+
+def measure(case: Case, device: str) -> dict[str, Any]:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    ends = case.ends
+    q, k, v, dout = inputs(case, device, dtype)
     mask = tree_mask(ends, torch.device(device))
     bounds = torch.cat([ends.new_zeros(1), ends.unique()]).to(device)
     longest, scale = int(bounds.diff().max()), case.head_dim**-0.5
@@ -101,27 +119,103 @@ def measure(case: Case, device: str) -> dict[str, Any]:
 
     names = ("sdpa" if case.segments else KERNELS, *(("torch-flash", "flash-attn") if device == "cuda" else ("plain",)))
     absent = {name: why_not(name, dtype, case.head_dim) for name in names[1:]}
-    taken: dict[str, list[float]] = {name: [] for name in names if not absent.get(name)}
+    calls: dict[str, Callable[[], Any]] = {name: partial(run, name) for name in names if not absent.get(name)}
+    here = tuple(calls)
+    if case.children and device == "cuda":
+        calls |= {FLEX: flex(case, q, k, v, dout), UNSHARED: unshared(case, q)}
+    taken: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(ROUNDS[device] + 2):
-        for name, times in taken.items():
+        for name, call in list(calls.items()):
             start = _now(device)
-            run(name)
+            try:
+                call()
+            except Exception as reason:
+                if name in here:
+                    raise
+                absent[name] = why(reason)
+                del calls[name], taken[name]
+                continue
             if round_ > 1:
-                times.append(_now(device) - start)
-    error, allowed = errors(case, {name: run(name) for name in taken}, q, k, v, dout)
-    return {
+                taken[name].append(_now(device) - start)
+    error, allowed = errors(case, {name: run(name) for name in here}, q, k, v, dout)
+    seconds = {name: statistics.median(times) for name, times in taken.items()}
+    flop = useful_flop(case)
+    row = {
         "ok": all(value <= allowed for value in error.values()),
         "calls": 0 if case.segments else len(mask.calls.sizes),
         "dtype": str(dtype).removeprefix("torch."),
         "head_dim": case.head_dim,
         "heads": case.heads,
         "tokens": len(ends),
-        "seconds": {name: statistics.median(times) for name, times in taken.items()},
+        "seconds": {name: seconds[name] for name in here},
+        "peer_seconds": {name: seconds[name] for name in seconds if name not in here},
+        "useful_tflop_per_s": {name: flop / value / 1e12 for name, value in seconds.items() if name != UNSHARED},
         "errors": error,
         "error": max(error.values()),
         "allowed_error": allowed,
-        "absent": {name: why for name, why in absent.items() if why},
+        "absent": {name: reason for name, reason in absent.items() if reason},
     }
+    if device == "cuda":
+        row["on_device"] = {
+            name: kernel_times.summary(kernel_times.kernel_events(call), 8) for name, call in calls.items()
+        }
+        row["launched"] = {} if case.segments else launched(q)
+        row["ceilings"] = kernel_times.ceilings()
+    return row
+
+
+def launched(q: Tensor) -> dict[str, Any]:
+    """By pass [query rows, key columns, warps, stages] of our kernels."""
+    from rewardmap_kernels import tree_op  # needs triton
+
+    return dict(zip(PASSES, tree_op.plan_of(q), strict=True))
+
+
+def useful_flop(case: Case) -> float:
+    """Of the visible pairs, forward and backward: 14 per pair, head and dimension."""
+    ends = case.ends
+    lengths = ends.unique(return_counts=True)[1]
+    pairs = lengths.square() if case.segments else ends - torch.arange(len(ends))
+    return 14.0 * int(pairs.sum()) * case.heads[0] * case.head_dim
+
+
+def flex(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> Callable[[], Any]:
+    """FlexAttention forward and backward under the tree's mask, which is made once, as a model's layers share it."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    ends = case.ends.to(q.device)
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i < ends[j])
+
+    masks: list[Any] = []
+    compiled = torch.compile(flex_attention)
+
+    def run() -> None:
+        if not masks:
+            masks.append(create_block_mask(visible, None, None, len(ends), len(ends), device=q.device.type))
+        a, b, c = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        torch.autograd.grad(compiled(a, b, c, block_mask=masks[0], enable_gqa=True), leaves, dout)
+
+    return run
+
+
+def unshared(case: Case, like: Tensor) -> Callable[[], Any]:
+    """torch's flash attention of every path from a root to a leaf by itself, all in one call: nothing shared."""
+    count, length = case.trees * prod(case.children), sum(case.sizes)
+    heads, kv_heads = case.heads
+    q, dout, k, v = (
+        torch.randn(count, length, each, case.head_dim, dtype=like.dtype, device=like.device).transpose(1, 2)
+        for each in (heads, heads, kv_heads, kv_heads)
+    )
+
+    def run() -> None:
+        a, b, c = leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            out = functional.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=True)
+        torch.autograd.grad(out, leaves, dout)
+
+    return run
 
 
 def errors(

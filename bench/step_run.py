@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import kernel_times
 import numpy as np
 import torch
 from step_cases import ARMS, CASES, Case, Work, build_answers, build_model, build_problems, flop
@@ -163,6 +164,8 @@ def run_ours(case: Case, work: Work, device: str, dtype: torch.dtype, turn: Call
         "computed_tokens": rows[-1]["packed_tokens"],
         "memory": _peak(device) - before,
         "phase_seconds": rows[-1].get("seconds"),
+        "kernels": kernel_times.summary(kernel_times.kernel_events(trainer.train_step), 30)
+        if device == "cuda" and work == ARMS["ours"] else None,
         "planned": planned(config, case, dtype, model.config, _data_sheet(device)) if work == ARMS["ours"] else None,
         "probe": trainer.probes[0],
     }
