@@ -1,24 +1,23 @@
-r"""Everything that needs a GPU, in stages: ``python bench/gpu.py --stage tests|kernels|step|csrc|rollout``.
+r"""Everything that needs a GPU, in stages: ``python bench/gpu.py --stage first|tests|kernels|step|csrc|rollout``.
 
 Runs from a bare checkout: nothing of ours installed, no network; ``PYTHONPATH`` is kept, so that missing
 packages can be brought along in a folder. Each item of a stage runs in a process of its own and becomes one
-JSON row with its provenance in ``bench/results/<stage>-<gpu>.jsonl`` as soon as it is done, what it
-printed in the ``.log`` beside it. A stage called again skips the items that already passed with the same sources
-on the same GPU. An item that hangs costs ``--limit`` seconds, not the stage. ``REWARDMAP_COMMIT`` names the commit
-where the checkout came without git.
+JSON row with its provenance and what nvidia-smi read meanwhile in ``bench/results/<stage>-<gpu>.jsonl`` as soon as it
+is done, what it printed in the ``.log`` beside it. A stage called again skips the items that already passed with the
+same sources on the same GPU. An item that hangs costs ``--limit`` seconds, not the stage. ``REWARDMAP_COMMIT`` names
+the commit where the checkout came without git.
 
-Where there is a GPU for a quarter of an hour only, what says most first (``--out FOLDER`` with each, where only that
-folder comes back; TRL needs trl, datasets, dill and multiprocess along, the step stage pydantic, pydantic-core,
-annotated-types, typing-inspection and tomli-w):
+Where there is a GPU for a quarter of an hour only, ``first`` runs what says most of the other stages, in the order of
+``gpu_stages.FIRST``, each row in the file of its own stage. What comes after it needs a second call while the machine
+is still there (``--out FOLDER`` with each, where only that folder comes back; TRL needs trl, datasets, dill and
+multiprocess along, Liger liger_kernel, the step stage pydantic, pydantic-core, annotated-types, typing-inspection and
+tomli-w):
 
-    python bench/gpu.py --stage tests --items "kernels_gpu|tree_attention|tree_varlen" --limit 120 --deadline 150
-    python bench/gpu.py --stage step --items "^6000\+500: (ours|TRL)$" --limit 180 --deadline 240
-    python bench/gpu.py --stage kernels --limit 150 --deadline 190 \
-        --items "^(linear\.7b\.8192|logits\.7b\.8192|routes\.answers\.3b\.6000|routes\.tower\.whole)$"
-    python bench/gpu.py --stage step --items "^tiny" --limit 100 --deadline 120
-    python bench/gpu.py --stage csrc --items "^(results|time-152064)$" --limit 60 --deadline 90
+    python bench/gpu.py --stage first --deadline 560
+    python bench/gpu.py --stage csrc --items "^(results|time-152064)$" --limit 60 --deadline 70
+    python bench/gpu.py --stage kernels --items "^tune\.(exponentials|policy_row)$" --limit 50 --deadline 60
 
-Exit codes: 0 all items passed, 1 some failed, 2 the stage cannot run here,
+Exit codes, the highest where a stage has several: 0 all items passed, 1 some failed, 2 something cannot run here,
 3 the deadline came first (call again).
 """
 
@@ -31,26 +30,31 @@ import json
 import os
 import re
 import shutil
-import signal
+import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(Path(__file__).parent))
+from gpu_stages import FIRST, ROOT, STAGE_ITEMS, CannotRunError, Item, Part, Row, run_child
+
 RESULTS = ROOT / "bench" / "results"
 SOURCES = ("rewardmap", "kernels", "csrc", "bench", "tests")
-STAGES = ("tests", "kernels", "step", "csrc", "rollout")
 DEADLINE = 530
 """Seconds a stage may take: under nine minutes."""
 LIMIT = 300
 """Seconds an item may take."""
 PASSED, FAILED, IMPOSSIBLE, UNFINISHED = 0, 1, 2, 3
+MASK = "clocks_event_reasons.active"
+SENSORS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "memory.used", MASK)
+"""What nvidia-smi is asked for while an item runs: MHz, MHz, W, °C, MiB, and a mask of what held the clocks down."""
+CSV = "--format=csv,noheader,nounits"
 
 PROBE = """
 import importlib.util, json, platform, torch
@@ -63,21 +67,7 @@ print(json.dumps({
 }))
 """
 
-Row = dict[str, Any]
-
-
-class CannotRunError(Exception):
-    """The stage has nothing to do, or lacks what it needs."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One measurement: a command whose last line on stdout is a JSON object, or pytest's summary."""
-
-    name: str
-    command: tuple[str, ...]
-    read: Callable[[str, int], Row]
-    """(stdout, exit code) -> the row's own fields, ``ok`` among them."""
+_writing = threading.Lock()
 
 
 def main() -> int:
@@ -85,85 +75,109 @@ def main() -> int:
     deadline = time.monotonic() + arguments.deadline
     try:
         machine = probe(arguments.device)
-        items = STAGE_ITEMS[arguments.stage](arguments.device)
-        items = [item for item in items if re.search(arguments.items, item.name)]
-        if not items:
-            raise CannotRunError(f"it has no item that matches {arguments.items!r}")
     except CannotRunError as reason:
         print(f"stage {arguments.stage}: {reason}", file=sys.stderr)
         return IMPOSSIBLE
     out = arguments.out or (Path(tempfile.mkdtemp(prefix="bench-")) if arguments.device == "cpu" else RESULTS)
-    path = out / f"{arguments.stage}-{slug(machine['gpu'] or 'cpu')}.jsonl"
-    provenance = {"stage": arguments.stage, "device": arguments.device, **machine, **source()}
-    print(f"{arguments.stage} on {machine['gpu'] or 'CPU (dry run)'} -> {path}", flush=True)
-    return run(items, path, provenance, deadline, arguments.limit)
+    code = PASSED
+    for part in FIRST if arguments.stage == "first" else (Part(arguments.stage, arguments.items, arguments.limit),):
+        path = out / f"{part.stage}-{slug(machine['gpu'] or 'cpu')}.jsonl"
+        provenance = {"stage": part.stage, "device": arguments.device, **machine, **source()}
+        try:
+            items = [item for item in STAGE_ITEMS[part.stage](arguments.device) if re.search(part.items, item.name)]
+            if not items:
+                raise CannotRunError(f"it has no item that matches {part.items!r}")
+        except CannotRunError as reason:
+            print(f"stage {part.stage}: {reason}", file=sys.stderr)
+            code = max(code, IMPOSSIBLE)
+            continue
+        print(f"{part.stage} on {machine['gpu'] or 'CPU (dry run)'} -> {path}", flush=True)
+        code = max(code, run(items, path, provenance, deadline, part.limit, part.together))
+    return code
 
 
 def run(
-    items: Sequence[Item], path: Path, provenance: Row, deadline: float, limit: float = LIMIT
+    items: Sequence[Item], path: Path, provenance: Row, deadline: float, limit: float = LIMIT, together: bool = False
 ) -> int:
-    """Run what has not passed yet and append a row for each. Returns the exit code."""
+    """Run what has not passed yet, one by one or all ``together``, and append a row for each. Returns the exit code."""
     done = passed(path, provenance)
-    failed = 0
-    for item in items:
+
+    def measured(item: Item) -> int:
         if item.name in done:
             print(f"  {item.name}: passed before, skipped", flush=True)
-            continue
+            return PASSED
         left = deadline - time.monotonic()
         if left <= 0:
-            print("  the deadline came first; call again to go on", flush=True)
+            print(f"  {item.name}: the deadline came first; call again to go on", flush=True)
             return UNFINISHED
         start = time.monotonic()
-        output, code, said = logged_child(item, path.with_suffix(".log"), min(left, limit))
+        readings: Row = {}
+        with watched(readings):
+            output, code, errors = logged_child(item, path.with_suffix(".log"), min(left, limit))
         if code is None and left <= limit:
             print(f"  {item.name}: not done within the deadline; call again to go on", flush=True)
             return UNFINISHED
-        read = {"ok": False, "timed_out": True} if code is None else item.read(output, code)
-        row = {"item": item.name, **read, "wall_seconds": round(time.monotonic() - start, 2)}
-        if not row["ok"] and said:
-            row["stderr"] = said
-            print("\n".join(said), file=sys.stderr, flush=True)
-        append(path, row | provenance | {"date": datetime.now(UTC).isoformat(timespec="seconds")})
-        failed += not row["ok"]
-        print(f"  {item.name}: {'ok' if row['ok'] else 'FAILED'} {json.dumps(row)}", flush=True)
-    return FAILED if failed else PASSED
+        late = {"ok": False, "timed_out": True, "tail": output.splitlines()[-12:]}
+        read = late if code is None else item.read(output, code)
+        row = {"item": item.name, **read, "wall_seconds": round(time.monotonic() - start, 2), "readings": readings}
+        if not row["ok"] and errors:
+            row["stderr"] = errors
+        with _writing:
+            append(path, row | provenance | {"date": datetime.now(UTC).isoformat(timespec="seconds")})
+            for line in row.get("stderr", ()):
+                print(line, file=sys.stderr, flush=True)
+            print(f"  {item.name}: {'ok' if row['ok'] else 'FAILED'} {json.dumps(row)[:400]}", flush=True)
+        return PASSED if row["ok"] else FAILED
+
+    with ThreadPoolExecutor(len(items) if together and items else 1) as pool:
+        return max(pool.map(measured, items), default=PASSED)
+
+
+@contextlib.contextmanager
+def watched(readings: Row) -> Iterator[None]:
+    """Put into ``readings`` what nvidia-smi reads each second while the block runs: see ``readings_of``. Nothing where
+    there is no nvidia-smi."""
+    lines: list[str] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.is_set():
+            lines.append(said("nvidia-smi", f"--query-gpu={','.join(SENSORS)}", CSV, "--id=0"))
+            over.wait(1.0)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(5.0)
+        readings |= readings_of(lines)
+
+
+def readings_of(lines: Sequence[str]) -> Row:
+    """By sensor [least, median, most] of nvidia-smi's lines, the masks as they came; what the GPU lacks is left out."""
+    found: Row = {}
+    columns = zip(*(line.strip().split(", ") for line in lines if line.count(",") == len(SENSORS) - 1), strict=True)
+    for sensor, values in zip(SENSORS, columns, strict=False):
+        numbers = [float(value) for value in values if re.fullmatch(r"[\d.]+", value)]
+        if sensor == MASK:
+            found[sensor] = sorted(set(values))
+        elif numbers:
+            found[sensor] = [min(numbers), statistics.median(numbers), max(numbers)]
+    return found
 
 
 def logged_child(item: Item, log: Path, seconds: float) -> tuple[str, int | None, list[str]]:
     """As ``run_child``, and the last lines of its stderr; that and then its output go to the end of ``log``."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a+", encoding="utf-8", errors="replace") as file:
-        file.write(f"--- {item.name}\n")
-        file.flush()
-        begin = file.tell()
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
         output, code = run_child(item.command, seconds, file)
-        file.seek(begin)
-        lines = [line for line in file.read().splitlines() if line.strip()]
-        file.write(output)
-        return output, code, lines[-12:]
-
-
-def run_child(command: Sequence[str], seconds: float, stderr: Any = None) -> tuple[str, int | None]:
-    """Output and exit code; None when the time was up, and then the whole process group is gone."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(
-            [str(ROOT), str(ROOT / "kernels"), str(ROOT / "bench"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        ),
-        "PYTHONSAFEPATH": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    child = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, start_new_session=True
-    )
-    try:
-        output, _ = child.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
-        return "", None
-    return output, child.returncode
+        file.seek(0)
+        errors = file.read()
+    with _writing, log.open("a", encoding="utf-8") as whole:
+        whole.write(f"--- {item.name}\n{errors}{output}")
+    return output, code, [line for line in errors.splitlines() if line.strip()][-12:]
 
 
 def probe(device: str) -> Row:
@@ -179,7 +193,7 @@ def probe(device: str) -> Row:
             f"no GPU here: torch {machine['torch']} finds no CUDA device. Use a machine with one, or "
             "--device cpu for a dry run that writes its rows into a temporary folder"
         )
-    driver = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").splitlines()
+    driver = said("nvidia-smi", "--query-gpu=driver_version", CSV).splitlines()
     return machine | {"driver": driver[0] if driver else None}
 
 
@@ -227,155 +241,11 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def test_items(device: str) -> list[Item]:
-    """The files with tests marked ``gpu``, one item each."""
-    need("pytest")
-    files = [
-        file
-        for file in sorted((ROOT / "tests").glob("test_*.py"))
-        if re.search(r"\bmark\.gpu\b", file.read_text(encoding="utf-8"))
-    ]
-    if not files:
-        raise CannotRunError("no test is marked 'gpu' yet")
-    command = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider")
-    return [Item(file.stem, (*command, f"tests/{file.name}"), read_pytest) for file in files]
-
-
-def read_pytest(output: str, code: int) -> Row:
-    """Counts from pytest's last line. A file whose tests all skipped has shown nothing: not passed."""
-    lines = [line for line in output.splitlines() if line.strip()]
-    last = lines[-1] if lines else ""
-    counts = {
-        word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)
-    }
-    row: Row = {name: counts.get(name, 0) for name in ("passed", "failed", "skipped")}
-    row["ok"] = code == 0 and row["passed"] > 0
-    if not row["ok"]:
-        row["tail"] = lines[-12:]
-    return row
-
-
-def step_items(device: str) -> list[Item]:
-    """One training step of the tiny model, by dtype; on a GPU also the 3B shape beside TRL, arm by arm."""
-    need("transformers", "pydantic", "tomli_w", "numba", "PIL", "pyarrow", "safetensors")
-    script = str(ROOT / "bench" / "step_tiny.py")
-    dtypes = ("float32", "bfloat16") if device == "cuda" else ("float32",)
-    items = [
-        Item(f"tiny-{dtype}", (sys.executable, script, "--device", device, "--dtype", dtype), read_json)
-        for dtype in dtypes
-    ]
-    if device == "cuda":
-        lacking = missing("trl", "accelerate", "datasets")
-        if lacking:
-            print(f"  {', '.join(lacking)}: not installed; TRL's arms are left out, so nothing is compared", flush=True)
-        sys.path[:0] = [str(ROOT / folder) for folder in ("bench", ".", "kernels")]
-        from step_cases import CASES, arms_of
-
-        run = (sys.executable, str(ROOT / "bench" / "step_run.py"), "--device", "cuda", "--threads", "8")
-        items += [
-            Item(f"{case}: {arm}", (*run, "--case", case, "--arm", arm), read_json)
-            for case in CASES["cuda"]
-            for arm in arms_of("cuda", case)
-            if arm != "TRL" or not lacking
-        ]
-    return items
-
-
-def kernel_items(device: str) -> list[Item]:
-    """Each case of the kernel bench beside its peers, then attention by each of its routes."""
-    sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "kernels")]
-    import kernel_cases
-    import routes
-
-    script, attention = (str(ROOT / "bench" / name) for name in ("kernel_run.py", "routes.py"))
-    return [
-        Item(name, (sys.executable, script, name, "--device", device), read_json)
-        for name in kernel_cases.cases(device)
-    ] + [
-        Item(f"routes.{name}", (sys.executable, attention, "--case", name, "--device", device), read_json)
-        for name in routes.CASES[device]
-    ]
-
-
-def rollout_items(device: str) -> list[Item]:
-    """The local engine beside transformers; with ``REWARDMAP_SGLANG_PYTHON``, the interpreter of an environment that
-    holds SGLang, its servers too."""
-    need("transformers", "pydantic", "tomli_w", "numba", "PIL", "pyarrow", "safetensors")
-    python = os.environ.get("REWARDMAP_SGLANG_PYTHON")
-    if python:
-        need("aiohttp")
-    command = (sys.executable, str(ROOT / "bench" / "bench_rollout.py"), "--device", device, "--print")
-    size = ("--problems", "2", "--tokens", "8") if device == "cpu" else ()  # a dry run
-    if python:
-        return [Item("tiny-local-sglang", (*command, *size, "--python", python), read_json)]
-    return [Item("tiny-local", (*command, *size), read_json)]
-
-
-def csrc_items(device: str) -> list[Item]:
-    """The Hopper kernel: its results, its time, then the results under compute-sanitizer (small rows, every cluster),
-    which takes longest."""
-    if device != "cuda":
-        raise CannotRunError("the Hopper kernel needs a GPU")
-    need("pytest")
-    tests = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/test_native_cuda.py")
-    script = str(ROOT / "bench" / "hopper.py")
-    vocabularies = (152_064, 32_768, 65_536, 151_936, 262_144)
-    items = [Item("results", tests, read_pytest)]
-    items += [Item(f"time-{v}", (sys.executable, script, str(v)), read_json) for v in vocabularies]
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-    if sanitizer is None:
-        print("  compute-sanitizer is not on PATH: memcheck and racecheck are left out", flush=True)
-    else:
-        for tool in ("memcheck", "racecheck"):
-            command = (sanitizer, "--tool", tool, "--error-exitcode", "9", *tests)
-            items.append(Item(tool, (*command, "-k", "dapo-64 or grpo-64 or every_cluster"), read_sanitizer))
-    return items
-
-
-def read_sanitizer(output: str, code: int) -> Row:
-    """pytest's counts, from among the sanitizer's own lines; any finding is a failure."""
-    lines = [line for line in output.splitlines() if not line.startswith("=========")]
-    return read_pytest("\n".join(lines), code)
-
-
-def read_json(output: str, code: int) -> Row:
-    """The last line that is a JSON object: a library may have the last word on stdout."""
-    lines = output.splitlines()
-    for line in reversed(lines if code == 0 else []):
-        if line.startswith("{"):
-            with contextlib.suppress(ValueError):
-                row: Row = json.loads(line)
-                return row
-    return {"ok": False, "exit_code": code, "tail": lines[-12:]}
-
-
-def need(*modules: str) -> None:
-    """Raises CannotRunError naming the modules that a child would not find."""
-    lacking = missing(*modules)
-    if lacking:
-        raise CannotRunError(f"{sys.executable} lacks {', '.join(lacking)}; put them in a folder named in PYTHONPATH")
-
-
-def missing(*modules: str) -> list[str]:
-    """Those of the modules that a child would not find."""
-    code = f"import importlib.util as u; print(*(m for m in {modules!r} if u.find_spec(m) is None))"
-    return run_child((sys.executable, "-c", code), 60)[0].split()
-
-
-STAGE_ITEMS: dict[str, Callable[[str], list[Item]]] = {
-    "tests": test_items,
-    "kernels": kernel_items,
-    "step": step_items,
-    "rollout": rollout_items,
-    "csrc": csrc_items,
-}
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stage", choices=STAGES, required=True)
+    parser.add_argument("--stage", choices=("first", *STAGE_ITEMS), required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
     parser.add_argument("--items", default="", help="a regular expression: only the items it finds (default all)")
     parser.add_argument("--deadline", type=float, default=DEADLINE, help=f"seconds (default {DEADLINE})")
@@ -383,7 +253,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default bench/results; a new one for cpu)"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.stage == "first" and (arguments.items or arguments.limit != LIMIT or arguments.device == "cpu"):
+        parser.error("--stage first has its own items and limits, and no dry run: name the stage of the items instead")
+    return arguments
 
 
 if __name__ == "__main__":

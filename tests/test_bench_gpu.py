@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -29,8 +30,13 @@ def gpu() -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="module")
+def stages(gpu: ModuleType) -> ModuleType:
+    return sys.modules["gpu_stages"]
+
+
 def item(gpu: ModuleType, name: str, code: str) -> Any:
-    return gpu.Item(name, (sys.executable, "-c", code), gpu.read_json)
+    return gpu.Item(name, (sys.executable, "-c", code), sys.modules["gpu_stages"].read_json)
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -85,16 +91,63 @@ def test_the_deadline_ends_a_stage_and_its_children(gpu: ModuleType, tmp_path: P
 
 def test_an_item_that_hangs_costs_its_limit_and_one_that_fails_says_why(gpu: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "slow.jsonl"
-    slow = item(gpu, "slow", "import sys, time; print('stuck', file=sys.stderr, flush=True); time.sleep(60)")
+    code = "import sys, time; print('begun'); print('stuck', file=sys.stderr, flush=True); time.sleep(60)"
+    slow = item(gpu, "slow", code)
     dead = item(gpu, "dead", "raise SystemExit('out of memory')")
     chatty = item(gpu, "chatty", "print('{\"ok\": true}'); print('{goodbye}')")
     assert gpu.run([slow, dead, chatty], path, PROVENANCE, time.monotonic() + 50, 5.0) == gpu.FAILED
     first, second, third = rows(path)
     assert first["timed_out"] and not first["ok"] and first["stderr"] == ["stuck"]
     assert second["stderr"] == ["out of memory"] and second["exit_code"] == 1
+    assert first["tail"] == ["begun"]
     assert third["ok"] and "stderr" not in third
     log = path.with_suffix(".log").read_text()
-    assert log == "--- slow\nstuck\n--- dead\nout of memory\n--- chatty\n{\"ok\": true}\n{goodbye}\n"
+    assert log == "--- slow\nstuck\nbegun\n--- dead\nout of memory\n--- chatty\n{\"ok\": true}\n{goodbye}\n"
+
+
+def test_items_that_are_not_timed_run_at_once_and_each_keeps_its_own_errors(gpu: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "tests.jsonl"
+    meet = f"""
+import pathlib, sys, time
+mine, other = (pathlib.Path({str(tmp_path)!r}, name) for name in NAMES)
+mine.touch()
+while not other.exists(): time.sleep(0.01)
+print(mine.name, file=sys.stderr)
+raise SystemExit(1)
+"""
+    items = [item(gpu, a, meet.replace("NAMES", repr((a, b)))) for a, b in (("left", "right"), ("right", "left"))]
+    assert gpu.run(items, path, PROVENANCE, time.monotonic() + 60, together=True) == gpu.FAILED
+    assert {row["item"]: row["stderr"] for row in rows(path)} == {"left": ["left"], "right": ["right"]}
+
+
+def test_what_the_gpu_reads_while_an_item_runs(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "$*" >>"$0.log"; echo "1980, 3201, [N/A], 61, 0, 0x04"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    path = tmp_path / "kernels.jsonl"
+    assert gpu.run([item(gpu, "a", "print('{\"ok\": true}')")], path, PROVENANCE, time.monotonic() + 60) == gpu.PASSED
+    (row,) = rows(path)
+    assert row["readings"] == {
+        "clocks.sm": [1980.0] * 3, "clocks.mem": [3201.0] * 3, "temperature.gpu": [61.0] * 3, "memory.used": [0.0] * 3,
+        gpu.MASK: ["0x04"],
+    }  # fmt: skip
+    asked = Path(f"{program}.log").read_text(encoding="utf-8")
+    assert f"--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu,memory.used,{gpu.MASK}" in asked
+    lines = ["300, 3201, 90.5, 40, 1, 0x01\n", "1980, 3201, 701.5, 60, 9, 0x00\n", "1755, 3201, 700.0, 61, 9, 0x04\n"]
+    assert gpu.readings_of(lines)["power.draw"] == [90.5, 700.0, 701.5]
+    assert gpu.readings_of(lines)[gpu.MASK] == ["0x00", "0x01", "0x04"] and gpu.readings_of(["cut off, "]) == {}
+
+
+def test_the_first_stage_names_items_that_there_are(stages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "missing", lambda *modules: [])
+    for part in stages.FIRST:
+        names = [item.name for item in stages.STAGE_ITEMS[part.stage]("cuda") if re.search(part.items, item.name)]
+        assert len(names) == 1 + part.items.count("|"), part
+    result = call("--stage", "first", "--device", "cpu")
+    assert result.returncode == 2 and "no dry run" in result.stderr
 
 
 def test_only_the_items_that_were_asked_for(tmp_path: Path) -> None:
@@ -132,9 +185,9 @@ def test_a_line_cut_off_by_a_kill_is_dropped(gpu: ModuleType, tmp_path: Path) ->
     ],
 )
 def test_reading_pytest(
-    gpu: ModuleType, last: str, code: int, ok: bool, counts: tuple[int, int, int]
+    stages: ModuleType, last: str, code: int, ok: bool, counts: tuple[int, int, int]
 ) -> None:
-    row = gpu.read_pytest(f"...\n{last}\n", code)
+    row = stages.read_pytest(f"...\n{last}\n", code)
     assert row["ok"] is ok
     assert (row["passed"], row["failed"], row["skipped"]) == counts
 
@@ -154,19 +207,21 @@ def test_the_digest_follows_the_sources(
     assert gpu.source()["sources"] != before
 
 
-def test_what_is_missing_is_named(gpu: ModuleType) -> None:
-    gpu.need("json", "pathlib")
-    with pytest.raises(gpu.CannotRunError, match=r"no_such_module_1, no_such_module_2;.*PYTHONPATH"):
-        gpu.need("json", "no_such_module_1", "no_such_module_2")
+def test_what_is_missing_is_named(stages: ModuleType) -> None:
+    stages.need("json", "pathlib")
+    with pytest.raises(stages.CannotRunError, match=r"no_such_module_1, no_such_module_2;.*PYTHONPATH"):
+        stages.need("json", "no_such_module_1", "no_such_module_2")
 
 
-def test_the_hopper_stage_has_no_dry_run_and_reads_what_the_sanitizer_says(gpu: ModuleType) -> None:
+def test_the_hopper_stage_has_no_dry_run_and_reads_what_the_sanitizer_says(
+    gpu: ModuleType, stages: ModuleType
+) -> None:
     result = call("--stage", "csrc", "--device", "cpu")
     assert result.returncode == gpu.IMPOSSIBLE
     assert "needs a GPU" in result.stderr and not result.stdout
     said = "========= COMPUTE-SANITIZER\n2 passed, 21 deselected in 9.00s\n========= ERROR SUMMARY: 0 errors\n"
-    assert gpu.read_sanitizer(said, 0) == {"passed": 2, "failed": 0, "skipped": 0, "ok": True}
-    assert not gpu.read_sanitizer(said, 9)["ok"]
+    assert stages.read_sanitizer(said, 0) == {"passed": 2, "failed": 0, "skipped": 0, "ok": True}
+    assert not stages.read_sanitizer(said, 9)["ok"]
 
 
 def test_without_a_gpu_it_says_so(gpu: ModuleType) -> None:
@@ -188,8 +243,10 @@ def test_dry_run_of_a_training_step(tmp_path: Path) -> None:
     assert row["gpu"] is None and row["torch"] and len(row["sources"]) == 16
 
 
-def test_the_kernel_stage_measures_a_case_beside_its_peers(gpu: ModuleType, tmp_path: Path) -> None:
-    items = gpu.kernel_items("cpu")
+def test_the_kernel_stage_measures_a_case_beside_its_peers(
+    gpu: ModuleType, stages: ModuleType, tmp_path: Path
+) -> None:
+    items = stages.kernel_items("cpu")
     assert [item.name for item in items] == [
         "linear", "linear.frozen", "linear.response-50", "linear.zero-50", "logits", "log_softmax", "advantage",
         "routes.answers", "routes.tower",
@@ -202,9 +259,9 @@ def test_the_kernel_stage_measures_a_case_beside_its_peers(gpu: ModuleType, tmp_
 
 
 def test_the_routes_of_attention_are_measured_and_their_table_written(
-    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gpu: ModuleType, stages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    items = gpu.kernel_items("cpu")[-2:]
+    items = stages.kernel_items("cpu")[-2:]
     assert gpu.run(items, tmp_path / "kernels.jsonl", PROVENANCE, time.monotonic() + 240) == gpu.PASSED
     forest, tower = rows(tmp_path / "kernels.jsonl")
     assert forest["calls"] == 2 and tower["calls"] == 0
