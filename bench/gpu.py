@@ -8,14 +8,18 @@ same sources on the same GPU. An item that hangs costs ``--limit`` seconds, not 
 the commit where the checkout came without git.
 
 Where there is a GPU for a quarter of an hour only, ``first`` runs what says most of the other stages, in the order of
-``gpu_stages.FIRST``, each row in the file of its own stage. What comes after it needs a second call while the machine
-is still there (``--out FOLDER`` with each, where only that folder comes back; TRL needs trl, datasets, dill and
-multiprocess along, Liger liger_kernel, the step stage pydantic, pydantic-core, annotated-types, typing-inspection and
-tomli-w):
+``gpu_stages.FIRST``, each row in the file of its own stage: about eight minutes, of which TRL's step and the 7B head
+take the most. The rest is for as long as the machine stays: the step once more with attention by the table that
+``first`` has measured, the Hopper kernel, the launches of the row kernels.
 
-    python bench/gpu.py --stage first --deadline 560
-    python bench/gpu.py --stage csrc --items "^(results|time-152064)$" --limit 60 --deadline 70
-    python bench/gpu.py --stage kernels --items "^tune\.(exponentials|policy_row)$" --limit 50 --deadline 60
+    python bench/gpu.py --stage first --deadline 560 --out first
+    python bench/routes.py --table first/kernels-nvidia-h200.jsonl
+    python bench/gpu.py --stage step --items "^6000\+500: ours$" --limit 60 --deadline 70 --out second
+    python bench/gpu.py --stage csrc --items "^(results|time-152064)$" --limit 60 --deadline 70 --out second
+    python bench/gpu.py --stage kernels --items "^tune\.(exponentials|policy_row)$" --deadline 60 --out second
+
+``first`` and ``second`` are the folders to bring back. TRL needs trl, datasets, dill and multiprocess along, Liger
+liger_kernel, the step stage pydantic, pydantic-core, annotated-types, typing-inspection and tomli-w.
 
 Exit codes, the highest where a stage has several: 0 all items passed, 1 some failed, 2 something cannot run here,
 3 the deadline came first (call again).
@@ -79,10 +83,10 @@ def main() -> int:
         print(f"stage {arguments.stage}: {reason}", file=sys.stderr)
         return IMPOSSIBLE
     out = arguments.out or (Path(tempfile.mkdtemp(prefix="bench-")) if arguments.device == "cpu" else RESULTS)
-    code = PASSED
+    sources, code = source(), PASSED
     for part in FIRST if arguments.stage == "first" else (Part(arguments.stage, arguments.items, arguments.limit),):
         path = out / f"{part.stage}-{slug(machine['gpu'] or 'cpu')}.jsonl"
-        provenance = {"stage": part.stage, "device": arguments.device, **machine, **source()}
+        provenance = {"stage": part.stage, "device": arguments.device, **machine, **sources}
         try:
             items = [item for item in STAGE_ITEMS[part.stage](arguments.device) if re.search(part.items, item.name)]
             if not items:

@@ -47,7 +47,7 @@ class Part:
 FIRST = (
     Part("tests", "kernels_gpu|tree_attention|tree_varlen", 120, together=True),
     Part("step", r"^6000\+500: ours$", 100),
-    Part("step", r"^6000\+500: TRL$", 120),
+    Part("step", r"^6000\+500: TRL$", 140),
     Part("kernels", r"^linear\.7b\.8192$", 130),
     Part("kernels", r"^routes\.answers\.3b\.6000$", 90),
     Part("kernels", r"^linear\.3b\.8192$", 100),

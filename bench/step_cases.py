@@ -60,7 +60,7 @@ class Case:
     maps: int = 1
     freeze_vision: bool = False
     checkpointing: bool = False
-    timed: int = 5
+    timed: int = 3
     """Steps that are timed, after one that is not."""
 
     @property
@@ -77,14 +77,14 @@ class Case:
 CASES = {
     # Prompts, answers and their ratio of the cases below, scaled down by 12.5.
     "cpu": {
-        "480+40": Case("small", 480, 40, maps=2, timed=3),
-        "160+40": Case("small", 160, 40, timed=3),
+        "480+40": Case("small", 480, 40, maps=2),
+        "160+40": Case("small", 160, 40),
         "1280+40": Case("small", 1280, 40, timed=2),
-        "480+8": Case("small", 480, 8, timed=3),
-        "480+160": Case("small", 480, 160, timed=3),
-        "480+40, groups of 16": Case("small", 480, 40, group=16, timed=3),
+        "480+8": Case("small", 480, 8),
+        "480+160": Case("small", 480, 160),
+        "480+40, groups of 16": Case("small", 480, 40, group=16),
         "480+40, four questions a map": Case("small", 480, 40, questions=4, timed=2),
-        "480+40, frozen tower": Case("small", 480, 40, freeze_vision=True, timed=3),
+        "480+40, frozen tower": Case("small", 480, 40, freeze_vision=True),
     },
     "cuda": {
         f"{prompt}+{response}{f', groups of {group}' * (group != 8)}"
