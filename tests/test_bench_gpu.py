@@ -105,6 +105,11 @@ def test_an_item_that_hangs_costs_its_limit_and_one_that_fails_says_why(gpu: Mod
     assert log == "--- slow\nstuck\nbegun\n--- dead\nout of memory\n--- chatty\n{\"ok\": true}\n{goodbye}\n"
 
 
+def test_a_grandchild_that_lives_on_holds_nothing_up(stages: ModuleType) -> None:
+    code = "import subprocess; subprocess.Popen(['sleep', '20'], start_new_session=True); print('done', flush=True)"
+    assert stages.run_child((sys.executable, "-c", code), 10) == ("done\n", 0)
+
+
 def test_items_that_are_not_timed_run_at_once_and_each_keeps_its_own_errors(gpu: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "tests.jsonl"
     meet = f"""
