@@ -158,12 +158,13 @@ def run_ours(case: Case, work: Work, device: str, dtype: torch.dtype, turn: Call
         start = _now(device)
         rows.append(trainer.train_step())
         times.append(_now(device) - start)
+        phases = trainer.timer.end_step()
     return {
         "seconds": times[WARM_UP:],
         "loss": rows[0]["loss"],
         "computed_tokens": rows[-1]["packed_tokens"],
         "memory": _peak(device) - before,
-        "phase_seconds": rows[-1].get("seconds"),
+        "phase_seconds": phases,
         "kernels": kernel_times.summary(kernel_times.kernel_events(trainer.train_step), 30)
         if device == "cuda" and work == ARMS["ours"] else None,
         "planned": planned(config, case, dtype, model.config, _data_sheet(device)) if work == ARMS["ours"] else None,

@@ -59,6 +59,7 @@ def test_arms_compute_the_same_step(arm: str, monkeypatch: pytest.MonkeyPatch) -
     import step
 
     assert step.error(row["probe"], ours["probe"]) < 1e-4
+    assert row["phase_seconds"]["train"] > 0
     shared = ARMS[arm].shared
     question = 90 - step_cases._own_before(SMALL)
     packed = 2 * (90 - question) + 4 * question + 12 * 6
