@@ -29,6 +29,9 @@ import kernel_problem
 import kernel_times  # brings the profiler before the providers, so that its import is on nobody's clock
 from kernel_problem import Case, Run
 
+LONG = 10.0
+"""Seconds: a slow peer must not cost the others their row."""
+
 
 def device_name(device: str) -> str:
     """The GPU's name, or the processor's."""
@@ -106,11 +109,13 @@ def slower_than(row: dict[str, Any], stored: dict[str, Any], margin: float) -> s
 def take_turns(
     providers: dict[str, Run], device: str, rounds: int, before: dict[str, Callable[[], Any]] | None = None
 ) -> dict[str, list[float]]:
-    """Seconds of ``rounds`` calls of each provider, one after the other in every round, after a warm-up. ``before``:
-    what a provider needs done before each call, on nobody's clock."""
+    """Seconds of ``rounds`` calls of each provider, one after the other in every round, after a warm-up; at least three
+    of one that has used up LONG. ``before``: what a provider needs done before each call, on nobody's clock."""
     seconds: dict[str, list[float]] = {name: [] for name in providers}
     for round_ in range(rounds + 1):
         for name, run in providers.items():
+            if len(seconds[name]) >= 3 and sum(seconds[name]) > LONG:
+                continue
             if before and name in before:
                 before[name]()
             _synchronize(device)

@@ -97,3 +97,18 @@ def test_a_gpu_s_rows_count_with_their_peers_only(tmp_path: Path) -> None:
     assert "| linear.7b | triton | 500 ms | 2.00 | – | 500 | 3 | 2.00 | 1.0e-03 | – |" in text
     assert "| ours | 1 | 1.00 | 1.00 |" in text and "| eager | 6 | 6.00 | 3.00 |" in text
     assert "alone" not in text and "9e+03" not in text and "Not timed: eager: OutOfMemoryError: full." in text
+
+
+def test_a_slow_provider_is_left_after_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def takes(amount: float) -> kernel_problem.Run:
+        def run() -> tuple[torch.Tensor, ...]:
+            now[0] += amount
+            return ()
+
+        return run
+
+    monkeypatch.setattr(kernel_run, "_clock", lambda device: now[0])
+    times = kernel_run.take_turns({"ours": takes(0.1), "slow": takes(6.0)}, "cpu", 15)
+    assert times["ours"] == pytest.approx([0.1] * 15) and times["slow"] == pytest.approx([6.0] * 3)
