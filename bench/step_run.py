@@ -298,6 +298,7 @@ def main() -> None:
                 "flop": arithmetic,
                 "flop_per_second": arithmetic["total"] / median,
                 "mfu": arithmetic["total"] / median / H100_FLOPS if hopper else None,
+                "ceilings": kernel_times.ceilings() if chosen.device == "cuda" else None,
             }
         )
     )
