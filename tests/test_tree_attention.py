@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from rewardmap_kernels import last_path, use_implementation
 from rewardmap_kernels.tree_attention import tree_attention, tree_mask
 from rewardmap_kernels.tree_blocks import build_blocks
+from rewardmap_kernels.tree_routes import KERNELS
 from rewardmap_kernels.tree_tiles import build_tiles
 
 sys.path.append(str(Path(__file__).parent))
@@ -173,7 +174,7 @@ def test_bfloat16_on_a_gpu(dim: int) -> None:
 
     def run() -> tuple[torch.Tensor, ...]:
         q, k, v = (x.clone().requires_grad_() for x in rounded[1:4])
-        out = tree_attention(q, k, v, tree_mask(case.ends))
+        out = tree_attention(q, k, v, tree_mask(case.ends), route=KERNELS)
         return out, *torch.autograd.grad(out, (q, k, v), rounded.dout)
 
     first = run()
