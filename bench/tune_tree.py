@@ -35,7 +35,7 @@ from rewardmap_kernels.tree_routes import KERNELS
 
 # (query rows, key columns, warps): what spills nothing, or next to nothing, on sm_90a under Triton 3.6.
 ROWS = ((128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4))
-COLUMNS = ((32, 64, 8), (32, 128, 8), (64, 32, 8), (64, 32, 4), (32, 32, 4))
+COLUMNS = ((32, 128, 8), (64, 128, 8), (32, 64, 8), (32, 64, 4), (64, 64, 8))
 STAGES = (2, 3, 4)
 ROUNDS = 5
 Events = Callable[[Callable[[], Any]], list[tuple[str, float, float]]]
