@@ -17,11 +17,26 @@ ID = "tracker-id"
 
 
 class Tracker(Protocol):
-    """A run as both libraries give it."""
+    """A run of a tracker."""
 
     def log(self, metrics: dict[str, Any], step: int | None = None) -> None: ...
 
     def finish(self) -> None: ...
+
+
+class _WandbRun:
+    """W&B drops rows whose step it has passed: those that a run makes again after a resume. Here the step is a number
+    of the row, and the axis of the others."""
+
+    def __init__(self, run: Any) -> None:
+        run.define_metric("*", step_metric="step")
+        self._run = run
+
+    def log(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self._run.log({"step": step, **metrics})
+
+    def finish(self) -> None:
+        self._run.finish()
 
 
 def open_trackers(names: Sequence[str], run_dir: Path, settings: Mapping[str, Any]) -> list[Tracker]:
@@ -43,10 +58,11 @@ def open_trackers(names: Sequence[str], run_dir: Path, settings: Mapping[str, An
         write_text(kept, f"{run_dir.name}-{secrets.token_hex(4)}")
     known = kept.read_text(encoding="utf-8")
     own = {"wandb": {"name": run_dir.name, "id": known, "dir": str(run_dir)}, "trackio": {"name": known}}
-    return [
-        library.init(project=PROJECT, config=dict(settings), resume="allow", **own[name])
+    runs = {
+        name: library.init(project=PROJECT, config=dict(settings), resume="allow", **own[name])
         for name, library in libraries.items()
-    ]
+    }
+    return [_WandbRun(run) if name == "wandb" else run for name, run in runs.items()]
 
 
 def _library(name: str) -> Any:
