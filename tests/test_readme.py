@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
+from small_run import SMALL
 from typer.testing import CliRunner
 
 from rewardmap.cli import app
 from rewardmap.config_file import load_config
+from rewardmap.report import read_metrics
 from rewardmap.rewards import Rubric
+from rewardmap.train import run
 from rewardmap.transit import gold_response, load_dataset, reasonmap, write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,6 +82,23 @@ def test_every_fault_of_the_docs_has_its_test() -> None:
         for module, test in named:
             file = module or file
             assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+def test_the_docs_name_every_metric_of_a_step_and_no_other(data: Path, tmp_path: Path) -> None:
+    """``speed`` and ``seconds`` hold metrics of their own; what stands under kinds and pools has names of the data."""
+    stages = (
+        "{name='warm', kind='sft', steps=0, checkpoint='shipped'}, "
+        "{name='all', steps=2, pools='adaptive', advance_at=1.0}"
+    )
+    settings = ["train.kl_coef=0.1", "rollout.staleness=1", "rollout.importance_correction=truncate"]
+    small = [*SMALL, f"data.path={data}", "eval.max_problems=2", "eval.samples=0", "eval.text_only=false"]
+    config = load_config("tiny", [*small, *settings, f"train.stages=[{stages}]"])
+    rows = read_metrics(run.train(config, tmp_path / "run", console=Console(quiet=True)))
+    written = {key for row in rows for key in (*row, *row["seconds"], *row["speed"])} - {"seconds", "speed"}
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", text, re.MULTILINE))))
+    elsewhere = {"refused", "bad_groups", "mfu", "sync_seconds", "sync_drift_mean", "sync_drift_max"}
+    assert written | elsewhere == named
 
 
 def test_the_place_of_the_table_is_marked() -> None:
