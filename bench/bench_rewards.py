@@ -27,6 +27,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+sys.path.append(str(Path(__file__).parent))
+from maps import processor
+
 from rewardmap.rewards import Networks, Rubric
 from rewardmap.rewards.parse import clean, clean_network, split_legs, strip_markers
 from rewardmap.rewards.rubric import MODES
@@ -304,7 +307,7 @@ def measure(threads: tuple[int, ...] = (1, 2)) -> dict[str, object]:
         "second_core": rivals.gain(),
         "mib_at_rest": before,
         "mib_added_by_8_times_as_many": resident() - before,
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": processor(),
         "load_average": load,
         "cores_allowed": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
