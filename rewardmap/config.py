@@ -172,6 +172,9 @@ class RewardConfig:
     """Difficulty weight of easy, middle and hard maps."""
     transfer_weight: float = 0.5
     """Added to the difficulty weight of planning questions that need a transfer."""
+    function: str | None = None
+    """A reward of your own, ``module:function`` of (Problem, response), in place of format, correctness and detail.
+    ``mode`` still says what is right."""
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

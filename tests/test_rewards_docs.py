@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,3 +42,11 @@ def test_the_page_shows_what_the_code_gives() -> None:
         scores = " | ".join(f"{batch.score[i]:.2f}" for batch in batches.values())
         row = f"| {i + 1} | {scores} | {FAILURES[batches['graph'].failure[i]]} |"
         assert row in page, row
+
+
+def test_the_reward_of_ones_own_that_the_page_shows_works() -> None:
+    (block,) = re.findall(r"^```python\n(# my_rewards\.py\n.*?)^```$", PAGE.read_text("utf-8"), re.M | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    asked = replace(ASKED, kind="Counting2", answer=3)
+    assert [names["near"](asked, text) for text in (r"\boxed{3}", r"\boxed{4}", "three")] == [10, 5, 0]

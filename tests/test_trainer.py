@@ -8,17 +8,19 @@ import pytest
 import torch
 from small_run import SMALL, changed, stages
 
-from rewardmap.config import Config
+from rewardmap.config import Config, ConfigError
 from rewardmap.config_file import load_config
 from rewardmap.curriculum import Curriculum
 from rewardmap.policy import assemble, load_policy
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import WARM_START
 from rewardmap.train.faults import RefusedUpdatesError
+from rewardmap.train.scoring import stage_rubric
 from rewardmap.train.supervised import gold_answers
 from rewardmap.train.trainer import Trainer
 from rewardmap.transit.questions import gold_response
 from rewardmap.transit.reasonmap import load_dataset
+from rewardmap.types import DataError
 
 
 @pytest.fixture
@@ -59,6 +61,46 @@ def test_tokens_the_engine_found_less_likely_weigh_more(config, correction, time
         trainer.engine.generate = shifted
         norms.append(trainer.train_step()["grad_norm"])
     assert norms[0] > 0 and norms[1] == pytest.approx(times * norms[0], rel=1e-4)
+
+
+OWN = """
+def by_kind(problem, response):
+    return {"TorF1": 1, "TorF2": 3.0}[problem.kind]
+
+def none(problem, response):
+    return None
+"""
+
+
+def test_a_reward_of_ones_own_takes_the_place_of_the_score_alone(config, tmp_path, monkeypatch):
+    (tmp_path / "own_reward.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = [*SMALL, f"data.path={config.data.path}", "reward.function=own_reward:by_kind"]
+    row, published = make_trainer(load_config("tiny", settings)).train_step(), make_trainer(config).train_step()
+    asked = row["asked"]
+    assert row["reward"] == (asked.get("TorF1", 0) + 3 * asked.get("TorF2", 0)) / sum(asked.values())
+    assert row["accuracy"] == published["accuracy"] and row["equal_groups"] == 1 and row["loss"] == 0
+
+    weighted = load_config("tiny", [*settings, "reward.weight_on=reward"])
+    loaded = load_dataset(config.data.path, "train")
+    problems = [problem for problem in loaded.problems if problem.kind in ("TorF1", "TorF2")]
+    batch = stage_rubric(weighted, weighted.train.stages[1]).score(problems, [""] * len(problems), loaded.networks)
+    assert len(set(batch.weight)) > 1
+    assert batch.score.tolist() == [
+        {"TorF1": 1, "TorF2": 3}[problem.kind] * weight
+        for problem, weight in zip(problems, batch.weight, strict=True)
+    ]
+
+
+def test_rewards_of_ones_own_that_fail_are_named(config, tmp_path, monkeypatch):
+    (tmp_path / "own_reward.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = [*SMALL, f"data.path={config.data.path}"]
+    with pytest.raises(ConfigError, match=r"stage 'warm': reward function 'own_reward:absent': cannot be imported"):
+        make_trainer(load_config("tiny", [*settings, "reward.function=own_reward:absent"]))
+    trainer = make_trainer(load_config("tiny", [*settings, "reward.function=own_reward:none"]))
+    with pytest.raises(DataError, match=r"question '\S+': reward\.function returned None, not a finite number"):
+        trainer.train_step()
 
 
 def test_micro_batches_do_not_change_the_step(config):

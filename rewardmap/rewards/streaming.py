@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,35 @@ class RewardFunctionError(RuntimeError):
         self.scores = scores
 
 
+RewardFunction: TypeAlias = Callable[[Problem, str], float]
+"""A user's: what a response to a problem is worth."""
+
+
+def reward_function(name: str) -> RewardFunction:
+    """The function that ``"module:function"`` names. Raises ValueError where it cannot be imported."""
+    if name.count(":") != 1:
+        raise ValueError(f"reward function {name!r}: name it as 'module:function'")
+    module, _, attribute = name.partition(":")
+    try:
+        function: RewardFunction = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        why = f"cannot be imported ({type(error).__name__}: {error})"
+        raise ValueError(f"reward function {name!r}: {why}; PYTHONPATH has to hold its folder") from error
+    if not callable(function):
+        raise ValueError(f"reward function {name!r}: is {type(function).__name__}, not a function")
+    return function
+
+
+def reward_of(function: RewardFunction, problem: Problem, response: str) -> float | str:
+    """The finite number that it returns, or what went wrong."""
+    try:
+        value = function(problem, response)
+        number = float(value) if isinstance(value, int | float | np.number) else math.nan
+    except Exception as error:
+        return f"raised {type(error).__name__}: {error}"
+    return number if math.isfinite(number) else f"returned {value!r}, not a finite number"
+
+
 @dataclass
 class _Worker:
     process: BaseProcess
@@ -91,8 +120,6 @@ class RewardPool:
 
     def __init__(self, function: str, *, workers: int = 1, time_limit_s: float = 10.0) -> None:
         """Raises ValueError where the function cannot be imported."""
-        if function.count(":") != 1:
-            raise ValueError(f"reward function {function!r}: name it as 'module:function'")
         if workers < 1 or not time_limit_s > 0:
             raise ValueError(f"workers {workers}, time_limit_s {time_limit_s}: at least 1, and above 0")
         self._function = function
@@ -166,9 +193,9 @@ class RewardPool:
             problem = worker.pipe.recv()
         except EOFError:
             worker.process.join()
-            problem = f"its process ended with code {worker.process.exitcode}"
+            problem = f"reward function {self._function!r}: its process ended with code {worker.process.exitcode}"
         if problem:
-            raise ValueError(f"reward function {self._function!r}: {problem}")
+            raise ValueError(problem)
 
     def _replace(self, worker: _Worker) -> _Worker:
         _end(worker)
@@ -204,21 +231,15 @@ def _end(worker: _Worker) -> None:
 
 def _serve(pipe: Connection, name: str) -> None:
     """In the process: answer (problem, response) with a float, or with the text of what went wrong."""
-    module, _, attribute = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:
-        pipe.send(f"cannot be imported ({type(error).__name__}: {error})")
+        function = reward_function(name)
+    except ValueError as error:
+        pipe.send(str(error))
         return
-    pipe.send(None if callable(function) else f"is {type(function).__name__}, not a function")
+    pipe.send(None)
     while True:
         try:
             problem, response = pipe.recv()
         except EOFError:
             return
-        try:
-            value = function(problem, response)
-            number = float(value) if isinstance(value, int | float | np.number) else math.nan
-            pipe.send(number if math.isfinite(number) else f"returned {value!r}, not a finite number")
-        except Exception as error:
-            pipe.send(f"raised {type(error).__name__}: {error}")
+        pipe.send(reward_of(function, problem, response))

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from rewardmap.config import Config, ConfigError, StageConfig, stage_reward
-from rewardmap.rewards import RewardBatch, Rubric
-from rewardmap.types import LEVELS, RolloutGroup
+from rewardmap.rewards import Networks, RewardBatch, Rubric
+from rewardmap.rewards.streaming import RewardFunction, reward_function, reward_of
+from rewardmap.types import LEVELS, DataError, Problem, RolloutGroup
 
 
 class GroupScores:
@@ -48,16 +49,37 @@ def join(batches: Sequence[RewardBatch]) -> RewardBatch:
     return RewardBatch(*map(np.concatenate, columns))
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnReward(Rubric):
+    """A rubric whose score is a user's; what is right, and all else, stays the mode's."""
+
+    function: RewardFunction
+
+    def score(self, problems: Sequence[Problem], responses: Sequence[str], networks: Networks) -> RewardBatch:
+        """Raises DataError where the function has no reward for an answer, beside what ``Rubric.score`` raises."""
+        batch = super().score(problems, responses, networks)
+        own = np.empty(len(problems))
+        for row, (problem, response) in enumerate(zip(problems, responses, strict=True)):
+            reward = reward_of(self.function, problem, response)
+            if isinstance(reward, str):
+                raise DataError(f"question '{problem.uid}': reward.function {reward}")
+            own[row] = reward
+        return replace(batch, score=own * batch.weight if self.weight_on == "reward" else own)
+
+
 def stage_rubric(config: Config, stage: StageConfig) -> Rubric:
     """The rubric inside a stage. Raises ConfigError for values that do not go together."""
     reward = stage_reward(config.reward, stage)
     try:
-        return Rubric(
+        rubric = Rubric(
             mode=reward.mode,
             weight_on=reward.weight_on,
             map_weights=dict(zip(LEVELS, reward.map_weights, strict=True)),
             transfer_weight=reward.transfer_weight,
             alpha=reward.alpha,
         )
+        if reward.function is None:
+            return rubric
+        return OwnReward(**vars(rubric), function=reward_function(reward.function))
     except ValueError as error:
         raise ConfigError(f"stage '{stage.name}': {error}") from None
