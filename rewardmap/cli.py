@@ -50,8 +50,8 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="CONFIG KEY=VALUE",
-            help="A TOML file or the name of a shipped one (default: tiny), then settings that override it, "
-            "such as train.seed=3.",
+            help="A TOML file or the name of a shipped one (default: tiny), then what overrides it: settings such as "
+            "train.seed=3, and further TOML files.",
         ),
     ] = None,
     run_dir: Annotated[
@@ -92,7 +92,7 @@ def plan(
         list[str], typer.Argument(metavar="CONFIG KEY=VALUE", help="As for train; policy.model names the weights.")
     ],
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of a node.")] = 8,
-    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
     gpu: Annotated[str, typer.Option(help="H100, H200 or A100.")] = "H100",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Of a question with its map.")] = 6_000,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 500,
@@ -209,8 +209,7 @@ def serve(
         list[str] | None,
         typer.Argument(
             metavar="CONFIG KEY=VALUE",
-            help="A TOML file or the name of a shipped one (default: tiny), then settings that override it, "
-            "such as rollout.server.replicas=2.",
+            help="As for train (default: tiny); for example rollout.server.replicas=2.",
         ),
     ] = None,
     folder: Annotated[
@@ -240,7 +239,7 @@ def serve(
 
 @app.command()
 def generate(
-    out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that does not exist yet.")],
     maps: Annotated[int, typer.Option(min=2, help="Maps in all, a third of each difficulty.")] = 30,
     test_maps: Annotated[
         int | None, typer.Option(min=1, help="How many of them are held out. Default: two fifths, as published.")
