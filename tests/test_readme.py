@@ -1,9 +1,10 @@
-"""What the README shows works as written."""
+"""What the README and the docs show works as written."""
 
 from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from small_run import SMALL
 from typer.testing import CliRunner
 
 from rewardmap.cli import app
+from rewardmap.config import Config
 from rewardmap.config_file import load_config
 from rewardmap.report import read_metrics
 from rewardmap.rewards import Rubric
@@ -21,6 +23,7 @@ from rewardmap.transit import gold_response, load_dataset, reasonmap, write_data
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 
 
@@ -60,11 +63,36 @@ def test_commands_exist() -> None:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0, command
 
 
+def headings(page: Path) -> set[str]:
+    """Of a page, as links name them."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
+        file, _, heading = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
+
+
 def test_paths_exist() -> None:
-    for path in re.findall(r"\]\((?!http)([^)]+)\)", TEXT) + re.findall(r"configs/\w+\.toml", TEXT):
-        file, _, heading = path.partition("#")
-        assert (ROOT / file).exists(), path
-        assert not heading or f"\n## {heading.replace('-', ' ')}\n" in (ROOT / file).read_text("utf-8").lower(), path
+    for path in re.findall(r"configs/\w+\.toml", TEXT):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_settings_named_are_settings(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    sections = "|".join(field.name for field in fields(Config))
+    for name in re.findall(rf"`((?:{sections})\.[a-z_.]+)", text):
+        value: object = Config()
+        for part in name.split("."):
+            assert hasattr(value, part) or name == "train.steps", name  # of an order of stages, in a file alone
+            value = getattr(value, part, None)
 
 
 def test_settings_shown_are_settings() -> None:
