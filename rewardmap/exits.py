@@ -75,7 +75,7 @@ def _alone() -> bool:
 
 
 def explain(error: BaseException) -> str:
-    """One line about a failure: the path and the remedy where the disk is the cause."""
+    """One line about a failure, with the remedy where the disk or the GPU's memory is the cause."""
     if _disk_is_full(error):
         place = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
         return (
@@ -84,6 +84,11 @@ def explain(error: BaseException) -> str:
         )
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported for it
+        return (
+            f"{error}; lower train.max_tokens_per_micro_batch, or rollout.batch_sequences where the local engine "
+            "samples; docs/scaling.md, 'Out of memory', has more"
+        )
     return f"{type(error).__name__}: {error} (--debug shows where)"
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 import rewardmap
@@ -141,6 +142,7 @@ def test_a_wrong_setting_ends_in_one_line(arguments: list[str], named: str, call
             "run/model.safetensors",
         ),
         (RuntimeError("IoError(Os { code: 28, kind: StorageFull })"), 1, "no space left"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1, "train.max_tokens_per_micro_batch"),
         (RuntimeError("the gradient\nis nan"), 1, "RuntimeError: the gradient is nan"),
         (RolloutError("http://x: the key is refused"), 1, "error: http://x: the key is refused\n"),
         (KeyboardInterrupt("saved after step 7"), 130, "saved after step 7"),
