@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,11 @@ import pytest
 from PIL import Image
 
 from rewardmap.files import open_picture
-from rewardmap.transit import gold_response, load_dataset
+from rewardmap.transit import Line, Network, gold_response, load_dataset
 from rewardmap.transit.draw import encode_png
 from rewardmap.transit.questions import question_text
 from rewardmap.transit.reasonmap import DATA_FOLDER, write_rows
+from rewardmap.transit.topology import network_as_json
 from rewardmap.types import DataError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -226,6 +228,30 @@ def test_a_city_whose_name_no_file_can_have_has_no_geometry_file(root: Path) -> 
     write_rows(root, [row(city="y" * 300)])
     data = load_dataset(root)
     assert len(data.topology(data.problems[0].network_id).lines) == 2
+
+
+@pytest.mark.parametrize(("country", "city"), [("..", "outside"), ("x", "../../outside"), ("{root}", "outside")])
+def test_a_city_that_names_a_file_outside_has_no_geometry_file(root: Path, country: str, city: str) -> None:
+    country = country.format(root=root)
+    elsewhere = Network(f"{country}/{city}", "hard", (Line("Other", "#000000", ("P", "Q")),), {})
+    (root / "outside.json").write_text(json.dumps(network_as_json(elsewhere)), encoding="utf-8")
+    (root / "geometry" / "x").mkdir(parents=True)
+    write_rows(root, [row(country=country, city=city)])
+    data = load_dataset(root)
+    assert [line.name for line in data.topology(data.problems[0].network_id).lines] == list(NETWORK)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.arrow", "{absolute}"])
+def test_rows_are_read_from_the_split_alone(root: Path, name: str) -> None:
+    write_rows(root, [row()])
+    data = root / DATA_FOLDER
+    elsewhere = (data / "train/data-00000-of-00001.arrow").rename(data / "elsewhere.arrow")
+    state = json.loads((data / "train/state.json").read_text())
+    name = name.format(absolute=elsewhere)
+    state["_data_files"] = [{"filename": name}]
+    (data / "train/state.json").write_text(json.dumps(state))
+    with pytest.raises(DataError, match=re.escape(f"state.json: {name!r} is no file of this folder")):
+        load_dataset(root)
 
 
 def test_wrong_column_types_are_named(root: Path) -> None:

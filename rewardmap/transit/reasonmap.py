@@ -166,7 +166,10 @@ def _arrow_table(data: Path) -> tuple[Path, pa.Table]:
         raise DataError(f"{data / 'state.json'}: field '_data_files' does not list files; save the data set again")
     tables = []
     for entry in files:
-        path = data / str(entry["filename"])
+        name = str(entry["filename"])
+        if Path(name).name != name:
+            raise DataError(f"{data / 'state.json'}: {name!r} is no file of this folder; save the data set again")
+        path = data / name
         try:
             with pa.memory_map(str(path)) as source:
                 tables.append(pa.ipc.open_stream(source).read_all())

@@ -24,7 +24,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rewardmap.transit.graph import Branch, Line, Network
@@ -145,12 +145,14 @@ def network_from_json(content: Mapping[str, Any]) -> Network:
 
 def read_network(root: Path, network_id: str, lists: MetroData) -> Network:
     """The true network of a map: from ``geometry/<network_id>.json`` where the data set has it, else from the
-    lists.
+    lists. A name that leads out of ``geometry/`` has no file there.
 
     Raises DataError for a geometry file that cannot be read.
     """
-    path = root / "geometry" / f"{network_id}.json"
-    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
+    name = PurePosixPath(f"{network_id}.json")
+    path = root / "geometry" / name
+    # Path.is_file raises for a name that is too long.
+    if name.is_absolute() or ".." in name.parts or not os.path.isfile(path):
         return network_from_lists(network_id, lists)
     try:
         return network_from_json(json.loads(path.read_text(encoding="utf-8")))
