@@ -10,7 +10,7 @@ import numpy as np
 
 from rewardmap.evaluate.reading import StatedLeg
 from rewardmap.rewards.topology import line_key, station_key
-from rewardmap.transit.graph import Line, Network
+from rewardmap.transit.graph import Network
 from rewardmap.transit.overlay import track
 from rewardmap.types import Problem
 
@@ -53,17 +53,17 @@ def draw_legs(network: Network, legs: Sequence[StatedLeg]) -> tuple[list[Drawn],
         unknown.update({name: None for name, stop in zip((leg.departure, leg.arrival), ends, strict=True) if not stop})
         if ends[0] is None or ends[1] is None:
             continue
-        stops = _ridden(line, ends[0], ends[1]) if line else None
+        ride = network.ride(line.name, ends[0], ends[1]) if line else None
         points: list[Point] = []
-        for a, b in pairwise(stops or (ends[0], ends[1])):
-            along = track(network, line.name, a, b) if line and stops else [network.positions[a], network.positions[b]]
+        for a, b in pairwise((ends[0], *ride.via, ends[1]) if ride else (ends[0], ends[1])):
+            along = track(network, ride.line, a, b) if ride else [network.positions[a], network.positions[b]]
             piece = [(float(x), float(y)) for x, y in along]
             start = network.positions[a]
             # A track has no direction: it is laid the way that it is ridden.
             if _distance(piece[0], start) > _distance(piece[-1], start):
                 piece.reverse()
             points += piece
-        drawn.append(Drawn(tuple(points), bool(stops)))
+        drawn.append(Drawn(tuple(points), ride is not None))
     return drawn, list(unknown)
 
 
@@ -79,26 +79,6 @@ def closest(network: Network) -> float:
     places = np.array(list(network.positions.values()))
     gaps = np.hypot(*(places[:, None] - places[None]).transpose(2, 0, 1))
     return float(gaps[gaps > 0].min(initial=np.hypot(*network.size)))
-
-
-def _ridden(line: Line, a: str, b: str) -> tuple[str, ...] | None:
-    """The stops that a train of the line passes from ``a`` to ``b``, ends included; None where none does."""
-    ways: list[tuple[str, ...]] = []
-    for service in line.services():
-        closed = len(service) > 3 and service[0] == service[-1]
-        ring = service[:-1] if closed else service
-        if a not in ring or b not in ring or a == b:
-            continue
-        i, j = ring.index(a), ring.index(b)
-        if closed:
-            ways.append((*ring[i:], *ring[: j + 1]) if i > j else ring[i : j + 1])
-            if not line.one_way:
-                ways.append(tuple(reversed((*ring[j:], *ring[: i + 1]) if j > i else ring[j : i + 1])))
-        elif i < j:
-            ways.append(ring[i : j + 1])
-        elif not line.one_way:
-            ways.append(tuple(reversed(ring[j : i + 1])))
-    return min(ways, key=len, default=None)
 
 
 def _distance(a: Point, b: Point) -> float:
