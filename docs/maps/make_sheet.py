@@ -50,7 +50,8 @@ def main() -> None:
     for x, network in enumerate(tiny):
         small = draw_map(network).resize((side, side), Image.Resampling.BICUBIC)
         sheet.paste(small, (GAP + x * (side + GAP), GAP + 3 * (HEIGHT + GAP)))
-    sheet.save(Path(__file__).with_name("contact_sheet.png"), optimize=True)
+    # 256 colours look the same at this size, in a third of the bytes.
+    sheet.quantize(256, kmeans=2).save(Path(__file__).with_name("contact_sheet.png"), optimize=True)
 
 
 if __name__ == "__main__":
