@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from rewardmap.evaluate import TRANSFER, Evaluation, Record, TextPrior
 from rewardmap.files import replacing
 from rewardmap.report import MetricsLog, draw_curves, draw_samples, read_metrics, write_report
 from rewardmap.report.curves import smooth, stage_spans
-from rewardmap.report.samples import choose, gold_text, short_answer, short_question
+from rewardmap.report.samples import _font, choose, gold_text, short_answer, short_question
 from rewardmap.report.table import NAMES, _rich
+from rewardmap.transit.names import make_names, station_name
 from rewardmap.transit.questions import question_text
 from rewardmap.types import KINDS, Problem
 
@@ -172,6 +174,17 @@ def test_sample_pictures_may_be_bytes(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "map.png")
     some = evaluation(0, 0.5, cities=1)
     assert draw_samples(some, problems(some, (tmp_path / "map.png").read_bytes()), tmp_path, 1)
+
+
+def test_names_of_generated_maps_need_no_font_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rewardmap.report.samples.CJK_FONTS", ())
+    _font.cache_clear()
+    face = _font(18, cjk=True)
+    absent = bytes(face.getmask("\U000f0000"))  # the box that stands for what a typeface lacks
+    names = [station_name(name, "chinese") for name in make_names(np.random.default_rng(1), 200, "chinese")]
+    for character in sorted({*"".join(names), *string.printable.split()[0], "→"}):
+        assert bytes(face.getmask(character)) != absent, character
+    _font.cache_clear()
 
 
 def test_a_missing_map_is_named_and_leaves_nothing(tmp_path: Path) -> None:

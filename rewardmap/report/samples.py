@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rewardmap.evaluate import GROUPS, Evaluation, Record
 from rewardmap.files import open_picture, replacing
+from rewardmap.transit.fonts import map_font
 from rewardmap.types import Problem
 
 INK, MUTED, PAPER, CARD, RULE = "#1c2430", "#6b7482", "#eceff3", "#ffffff", "#d9dee5"
@@ -204,10 +205,12 @@ def _is_cjk(text: str) -> bool:
 
 @lru_cache(maxsize=32)
 def _font(size: int, bold: bool = False, cjk: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which comes with matplotlib; for Chinese text a system font where there is one."""
+    """DejaVu Sans, which comes with matplotlib; for Chinese text a system font, else that of the generated maps."""
     from matplotlib.font_manager import FontProperties, findfont, fontManager
 
     installed = {font.name for font in fontManager.ttflist}
-    names = [name for name in CJK_FONTS if cjk and name in installed]
-    path = findfont(FontProperties(family=[*names[:1], "DejaVu Sans"], weight="bold" if bold else "normal"))
+    family = next((name for name in CJK_FONTS if name in installed), None) if cjk else "DejaVu Sans"
+    if family is None:
+        return map_font(size, bold, "han")
+    path = findfont(FontProperties(family=[family], weight="bold" if bold else "normal"))
     return ImageFont.truetype(path, size)
