@@ -148,6 +148,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(item: Any) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
+    if item["type"] == "value_error":  # of several settings together: it names those that matter
+        return ": ".join(filter(None, (key, str(item["ctx"]["error"]))))
+    if item["type"] == "string_type":
+        value = f"{item['input']!s:.80}"
+        return f"{key}={value}: not text in TOML; write it in quotes, in a shell as '\"{value}\"'"
     if item["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{key}={item['input']!r}: {item['msg']}"
     near = difflib.get_close_matches(location[-1], _known_keys(location[:-1]), n=1, cutoff=0.0)

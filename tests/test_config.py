@@ -146,6 +146,8 @@ def test_overrides() -> None:
         ("reward.alpha=nan", ["reward.alpha=nan", "finite"]),
         ("eval.max_problems=-5", ["eval.max_problems=-5"]),
         ("policy.max_pixels=100", ["min_pixels=3136", "max_pixels=100"]),
+        ("data.path=2024-01-01", ["data.path=2024-01-01", "in quotes", """'"2024-01-01"'"""]),
+        ("policy.model=7", ["policy.model=7", "in quotes"]),
         ("parallel.shard=-1", ["parallel.shard=-1"]),
     ],
 )
@@ -153,6 +155,20 @@ def test_a_wrong_setting_is_named_with_its_remedy(override: str, named: list[str
     with pytest.raises(ConfigError) as caught:
         load_config("tiny", [override])
     assert all(word in str(caught.value) for word in named), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("rollout.group_size=1", "tiny.toml: group_size=1 in stage 'true/false': "),
+        ("rollout.staleness=1", "tiny.toml: rollout: staleness=1 trains on answers "),
+        ('train.stages=[{name="a", steps=3, min_steps=4}]', "tiny.toml: train.stages.0: min_steps=4: not more than"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named_without_the_others(override: str, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("tiny", [override])
+    assert str(caught.value).startswith(f"{PACKAGE_CONFIGS}/{line}")
 
 
 @pytest.mark.parametrize("steps", ["x", -3])
