@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -28,6 +29,8 @@ from rewardmap_kernels.tree_routes import describe
 transformers_logging.disable_progress_bar()  # its bars for loading and saving would cut through ours
 
 Tensor = torch.Tensor
+IMAGE_TOKEN = "<|image_pad|>"
+"""The placeholder of a picture in prompts of all known families."""
 PATCHES_AT_ONCE = 65_536
 """Patches of pictures that go through a trainable tower side by side, unless one picture has more."""
 
@@ -148,7 +151,7 @@ class Policy:
         if len(places) != 1:
             raise DataError(
                 f"{problem.uid}: the prompt holds {len(places)} image placeholders, expected 1; "
-                "remove '<|image_pad|>' from the question"
+                f"remove '{IMAGE_TOKEN}' from the question"
             )
         place = places[0]
         ids[place : place + 1] = [config.image_token_id] * image_tokens
@@ -256,25 +259,37 @@ def load_policy(source: str | Path, config: PolicyConfig) -> Policy:
     """Load a model folder or hub name with its tokenizer and image processor.
 
     Raises:
-        ConfigError: not a checkpoint of a family that can be trained on maps, or nothing loadable there.
+        ConfigError: not a checkpoint of a family that can be trained on maps, or not a whole one.
     """
     from transformers import Qwen2VLImageProcessorPil
 
+    name = f"policy.model='{source}'"
     try:
         model_config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"policy.model='{source}': no model configuration there ({error})") from None
+        raise ConfigError(f"{name}: no model configuration there ({error})") from None
     if model_config.model_type not in VISION_MODELS:
-        raise ConfigError(
-            f"policy.model='{source}' is a '{model_config.model_type}'; maps are read by {', '.join(VISION_MODELS)}"
-        )
-    model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=getattr(torch, config.dtype))
-    model.to(pick_device(config))
-    tokenizer = AutoTokenizer.from_pretrained(source)
+        raise ConfigError(f"{name} is a '{model_config.model_type}'; maps are read by {', '.join(VISION_MODELS)}")
+    device = pick_device(config)
     pixels = {"shortest_edge": config.min_pixels, "longest_edge": config.max_pixels}
-    # Published processors name the older pair too, which would go before ``size``.
-    image_processor = Qwen2VLImageProcessorPil.from_pretrained(source, size=pixels, min_pixels=None, max_pixels=None)
-    return assemble(model, tokenizer, image_processor, config.freeze_vision, config.image_cache_bytes)
+    remedy = "copy or download the whole checkpoint: weights, tokenizer and image processor"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        # Published processors name the older pair too, which would go before ``size``.
+        processor = Qwen2VLImageProcessorPil.from_pretrained(source, size=pixels, min_pixels=None, max_pixels=None)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source, dtype=getattr(torch, config.dtype), output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"{name} cannot be loaded ({error}); {remedy}") from None
+    model, report = loaded
+    # transformers draws missing weights at random, and makes a tokenizer of its special tokens where there is none.
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(f"{name} lacks {len(missing)} of the model's weights, the first '{missing[0]}'; {remedy}")
+    image_token = model_config.image_token_id
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != image_token:
+        raise ConfigError(f"{name}: '{IMAGE_TOKEN}' is not its tokenizer's token {image_token}; {remedy}")
+    return assemble(model.to(device), tokenizer, processor, config.freeze_vision, config.image_cache_bytes)
 
 
 def pick_device(config: PolicyConfig) -> torch.device:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from rewardmap.config import PolicyConfig
+from rewardmap.config import ConfigError, PolicyConfig
 from rewardmap.families import mrope_positions
 from rewardmap.policy import load_policy
 from rewardmap.rollout.engine import RolloutEngine
@@ -134,6 +135,42 @@ def test_limits_of_a_published_processor_give_way_to_the_configuration_s(tmp_pat
     _, rows, columns = loaded.image(encode_png(Image.new("RGB", (1000, 1000)))).grid_thw
     patch = loaded.image_processor.patch_size
     assert 80_000 < rows * columns * patch * patch <= 100_000
+
+
+def without_layer(folder):
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers.1." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_shard(folder):
+    (folder / "model.safetensors").unlink()
+    places = {"lm_head.weight": "model-00001-of-00002.safetensors"}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def cut_short(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_layer, r"lacks 12 of the model's weights, the first 'model\.language_model\.layers\.1\."),
+        (without_shard, r"cannot be loaded \(.*model-00001-of-00002\.safetensors"),
+        (cut_short, r"cannot be loaded \(Error while deserializing header"),
+        (lambda folder: (folder / "model.safetensors").unlink(), r"cannot be loaded \(.*no file named model"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), r"cannot be loaded \(.*image processor"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), r"'<\|image_pad\|>' is not its tokenizer's token 261"),
+    ],
+    ids=["layer", "shard", "half", "weights", "processor", "tokenizer"],
+)
+def test_a_checkpoint_that_is_not_whole_is_refused(damage, message, tmp_path):
+    shutil.copytree(WARM_START, tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(ConfigError, match=rf"policy\.model='.*model'.*{message}.*whole checkpoint"):
+        load_policy(str(tmp_path / "model"), PolicyConfig())
 
 
 def test_same_seed_same_answers(policy, problems):
