@@ -242,7 +242,7 @@ def test_a_stopped_evaluation_goes_on_and_nothing_is_asked_twice(tmp_path: Path)
     first = Engine(lives=6)
     with pytest.raises(RuntimeError, match="power cut"):
         ask(first, problems, greedy, AnswerStore(path, "w"), batch=3)
-    path.write_text(path.read_text(encoding="utf-8") + '{"key": "tor', encoding="utf-8")  # killed while writing
+    path.write_bytes(path.read_bytes() + '{"key": "站'.encode()[:-1])  # killed while writing, inside a letter
     second, calls = Engine(), []
     answers = ask(second, problems, greedy, AnswerStore(path, "w"), lambda *done: calls.append(done), batch=3)
     assert second.asked == [f"u{n}" for n in range(6, 10)] and calls == [(6, 10), (9, 10), (10, 10)]

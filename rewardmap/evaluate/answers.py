@@ -44,7 +44,7 @@ class AnswerStore:
         self._pictures: dict[str | bytes, str] = {}
         self._kept: dict[str, Answer] = {}
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = path.read_bytes().split(b"\n")  # the last may end inside a character
             for number, line in enumerate(lines[:-1], 1):
                 try:
                     row = json.loads(line)
@@ -52,7 +52,7 @@ class AnswerStore:
                 except (ValueError, TypeError, KeyError, RecursionError):
                     raise DataError(f"{path}, line {number}: not a kept answer; remove the file to ask anew") from None
             if lines[-1]:  # cut off by a kill
-                write_text(path, "".join(f"{line}\n" for line in lines[:-1]))
+                write_text(path, b"".join(line + b"\n" for line in lines[:-1]).decode())
 
     def key(self, problem: Problem, sampling: SamplingParams) -> str:
         """Digest of all that decides a greedy answer. Raises DataError for a picture that cannot be read."""

@@ -192,8 +192,6 @@ class Evaluation:
                 records.append(Record(**json.loads(line)))
             except (ValueError, TypeError, RecursionError) as error:
                 raise DataError(f"{path}, line {number}: not an evaluation record: {error}") from None
-        if not records:
-            raise DataError(f"{path}: holds no evaluation record")
         return cls(tuple(records))
 
     @cached_property
