@@ -103,6 +103,12 @@ def test_one_request_a_group_with_one_picture(policy, problems, server, make):
     assert server.keys["Bearer sample-key"] == 7 and not server.keys["Bearer admin-key"]
 
 
+def test_top_k_of_0_takes_all_tokens_at_a_server_too(problems, server, make):
+    """Which SGLang writes -1, and refuses 0."""
+    make(server.url).generate(problems[:1], 1, SamplingParams(top_k=0))
+    assert [body["sampling_params"]["top_k"] for body in server.bodies] == [-1]
+
+
 def test_resized_picture_gives_the_processor_its_own_pixels(policy, make, server, tmp_path):
     noise = torch.randint(0, 256, (95, 133, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "odd.png"

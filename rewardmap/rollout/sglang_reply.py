@@ -48,7 +48,7 @@ def generate_body(
             "n": group_size,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
+            "top_k": sampling.top_k or -1,  # SGLang knows no 0
             "max_new_tokens": sampling.max_new_tokens,
             "stop_token_ids": list(stop),
             "logit_bias": bans(banned),
