@@ -16,9 +16,11 @@ from rich.console import Console
 
 from rewardmap.config import ConfigError
 from rewardmap.evaluate import Evaluation
+from rewardmap.rollout.local import LocalEngine
+from rewardmap.tiny import WARM_START
 from rewardmap.train.examine import EvalRequest, evaluate_target
 from rewardmap.transit.reasonmap import load_dataset, write_dataset, write_rows
-from rewardmap.types import DataError
+from rewardmap.types import DataError, Problem, RolloutGroup
 
 QUIET = Console(quiet=True)
 WEIGHT = {"ee": 1, "me": 1.5, "em": 1.5, "he": 2, "mm": 2, "eh": 2, "mh": 2.5, "hm": 2.5, "hh": 3}
@@ -318,6 +320,22 @@ def test_odd_line_separators_inside_an_answer_break_no_line(
     # An evaluation's own records are a file of responses too.
     again = evaluate(data, tmp_path / "a-eval-maps-test" / "after.jsonl")[1]
     assert again == evaluation
+
+
+def test_answers_to_a_smaller_picture_are_no_answers_to_the_whole_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, generate = [], LocalEngine.generate
+
+    def noted(self: LocalEngine, problems: Sequence[Problem], *rest: Any) -> list[RolloutGroup]:
+        asked.append(len(problems))
+        return generate(self, problems, *rest)
+
+    monkeypatch.setattr(LocalEngine, "generate", noted)
+    for setting in ("max_pixels=4000", "max_pixels=4000", "max_pixels=20000", "dtype=bfloat16"):
+        settings = ("eval.max_problems=3", "rollout.max_new_tokens=4", f"policy.{setting}")
+        evaluate_target(EvalRequest(str(WARM_START), data=data, out=tmp_path, settings=settings), QUIET)
+    assert asked == [3, 3, 3]
 
 
 def test_mistakes_are_named_before_anything_runs(data: Path, rows: list[dict[str, Any]], tmp_path: Path) -> None:

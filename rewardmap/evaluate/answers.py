@@ -38,7 +38,7 @@ class AnswerStore:
         """
         Args:
             path: of the file; made when the first answer comes.
-            model: what identifies the weights, such as ``digest_folder`` of a checkpoint.
+            model: what identifies the weights, such as ``digest_folder`` of a checkpoint, and how they are used.
         """
         self.path, self._model = path, model
         self._pictures: dict[str | bytes, str] = {}

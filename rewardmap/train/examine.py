@@ -88,6 +88,8 @@ class Examiner:
             model: what identifies the weights within ``out``.
         """
         sampling = SamplingParams(temperature=0.0, max_new_tokens=self.config.rollout.max_new_tokens)
+        policy = self.config.policy
+        store = AnswerStore(out / ANSWERS, f"{model} {policy.dtype} {policy.min_pixels} {policy.max_pixels}")
         own = bar is None
         bar = bar or progress_bar(self.console)
         if own:
@@ -98,7 +100,7 @@ class Examiner:
                 engine,
                 self.problems,
                 sampling,
-                AnswerStore(out / ANSWERS, model),
+                store,
                 lambda done, _: bar.update(task, completed=done),
             )
         finally:
