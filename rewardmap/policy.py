@@ -23,7 +23,16 @@ from transformers.utils import logging as transformers_logging
 from rewardmap.config import ConfigError, PolicyConfig
 from rewardmap.families import VISION_MODELS, mrope_positions, take_forests
 from rewardmap.types import DataError, Problem
-from rewardmap.vision import Bounded, EncodedImage, FeatureCache, ImageFeatures, ImageStore, Keep, to_device
+from rewardmap.vision import (
+    Bounded,
+    EncodedImage,
+    FeatureCache,
+    ImageFeatures,
+    ImageInfo,
+    ImageStore,
+    Keep,
+    to_device,
+)
 from rewardmap_kernels.tree_routes import describe
 
 transformers_logging.disable_progress_bar()  # its bars for loading and saving would cut through ours
@@ -102,6 +111,10 @@ class Policy:
         """Decode and resize one picture, once. Raises DataError with the path when it cannot be read."""
         return self._images.get(source)
 
+    def image_info(self, source: str | bytes) -> ImageInfo:
+        """Grid and digest of one picture, without its pixels. Raises as ``image``."""
+        return self._images.info(source)
+
     def prefetch(self, problems: Sequence[Problem]) -> None:
         """Begin to decode the pictures of problems that come next, in threads; returns at once."""
         self._images.prefetch([problem.image for problem in problems])
@@ -122,7 +135,7 @@ class Policy:
                 f"{problem.uid}: a '{self.model.config.model_type}' cannot see the map; choose a policy.model of "
                 f"{', '.join(VISION_MODELS)}"
             )
-        key = (problem.uid, problem.question, self.image(problem.image).digest)
+        key = (problem.uid, problem.question, self.image_info(problem.image).digest)
         found = self._prompts.get(key)
         if found is None:
             found = self._encode(problem)
@@ -144,7 +157,7 @@ class Policy:
         )
         config = self.model.config
         merge = config.vision_config.spatial_merge_size
-        grid = self.image(problem.image).grid_thw
+        grid = self.image_info(problem.image).grid_thw
         image_tokens = grid[0] * grid[1] * grid[2] // merge**2
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         places = [index for index, token in enumerate(ids) if token == config.image_token_id]
@@ -165,22 +178,23 @@ class Policy:
         With a frozen tower they are kept while its weights are the same; with a trainable one they carry gradients and
         are never kept.
         """
-        images = {source: self.image(source) for source in dict.fromkeys(sources)}
-        if not images:
+        infos = {source: self.image_info(source) for source in dict.fromkeys(sources)}
+        if not infos:
             return []
         found: dict[str | bytes, ImageFeatures] = {}
         if self.freeze_vision:
             self._features.open(self.vision_tower)
-            kept = {source: self._features.get(image, self.device) for source, image in images.items()}
+            kept = {source: self._features.get(info.digest, self.device) for source, info in infos.items()}
             found = {source: features for source, features in kept.items() if features is not None}
-        missing = {source: image for source, image in images.items() if source not in found}
+        missing = {source: info.patches for source, info in infos.items() if source not in found}
         # What is kept must not depend, in its last bits, on which pictures happened to be missing together.
         for chosen in _side_by_side(missing, 0 if self.freeze_vision else PATCHES_AT_ONCE):
-            fresh = self._see(list(chosen.values()))
+            images = [self.image(source) for source in chosen]  # no more pixels at a time than the tower takes
+            fresh = self._see(images)
             found |= dict(zip(chosen, fresh, strict=True))
             if self.freeze_vision:
-                for image, features in zip(chosen.values(), fresh, strict=True):
-                    self._features.put(image, features)
+                for digest, features in zip([image.digest for image in images], fresh, strict=True):
+                    self._features.put(digest, features)
         return [found[source] for source in sources]
 
     def blank_features(self) -> ImageFeatures:
@@ -336,18 +350,16 @@ def cast_weights(module: torch.nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
 
 
-def _side_by_side(
-    images: dict[str | bytes, EncodedImage], patches_at_once: int
-) -> list[dict[str | bytes, EncodedImage]]:
+def _side_by_side(patches: dict[str | bytes, int], patches_at_once: int) -> list[list[str | bytes]]:
     """Split pictures into runs of at most so many patches, or of one picture."""
-    runs: list[dict[str | bytes, EncodedImage]] = []
-    patches = 0
-    for source, image in images.items():
-        patches += len(image.pixel_values)
-        if not runs or patches > patches_at_once:
-            runs.append({})
-            patches = len(image.pixel_values)
-        runs[-1][source] = image
+    runs: list[list[str | bytes]] = []
+    used = 0
+    for source, count in patches.items():
+        used += count
+        if not runs or used > patches_at_once:
+            runs.append([])
+            used = count
+        runs[-1].append(source)
     return runs
 
 

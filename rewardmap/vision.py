@@ -8,6 +8,7 @@ shows in, and by a checksum over all of the tower's weights.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -37,6 +38,17 @@ class EncodedImage:
     grid_thw: tuple[int, int, int]
     digest: bytes
     """Of pixels and grid."""
+
+
+class ImageInfo(NamedTuple):
+    """What is remembered of a picture when its pixels have made room for others."""
+
+    grid_thw: tuple[int, int, int]
+    digest: bytes
+
+    @property
+    def patches(self) -> int:
+        return math.prod(self.grid_thw)
 
 
 Keep = Callable[[object, Callable[[], EncodedImage]], EncodedImage]
@@ -87,6 +99,7 @@ class ImageStore:
     def __init__(self, processor: Any, limit: int) -> None:
         self._processor = processor
         self._done: Bounded[EncodedImage] = Bounded(limit, lambda image: image.pixel_values.nbytes)
+        self._infos: dict[object, ImageInfo] = {}
         self._running: dict[object, Future[EncodedImage]] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -107,6 +120,14 @@ class ImageStore:
         """Raises DataError, with the path, for a picture that cannot be read."""
         found = self._start(source)
         return found.result() if isinstance(found, Future) else found
+
+    def info(self, source: str | bytes) -> ImageInfo:
+        """Of a picture, which is decoded the first time only. Raises as ``get``."""
+        found = self._infos.get(_identity(source))
+        if found is None:
+            image = self.get(source)
+            found = ImageInfo(image.grid_thw, image.digest)
+        return found
 
     def prefetch(self, sources: Sequence[str | bytes]) -> None:
         """Begin to decode pictures that will be asked for; an unreadable one raises when it is."""
@@ -135,6 +156,7 @@ class ImageStore:
             raise
         with self._lock:
             self._done.put(key, image)
+            self._infos[key] = ImageInfo(image.grid_thw, image.digest)
             del self._running[key]
         return image
 
@@ -168,12 +190,13 @@ class FeatureCache:
             self._kept.clear()
             self._tower = found
 
-    def get(self, image: EncodedImage, device: torch.device) -> ImageFeatures | None:
-        kept = self._kept.get(image.digest)
+    def get(self, digest: bytes, device: torch.device) -> ImageFeatures | None:
+        """Of the picture with that digest, on ``device``."""
+        kept = self._kept.get(digest)
         return None if kept is None else _moved(kept, device)
 
-    def put(self, image: EncodedImage, features: ImageFeatures) -> None:
-        self._kept.put(image.digest, _to_host(features))
+    def put(self, digest: bytes, features: ImageFeatures) -> None:
+        self._kept.put(digest, _to_host(features))
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -1,7 +1,9 @@
 """Pictures are decoded once and seen once; nothing stale is served; the stores are bounded."""
 
+import io
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +55,52 @@ def test_a_frozen_tower_sees_each_picture_once_per_run(policy, seen):
     assert len(first[0].deep) == (2 if policy.model.config.model_type == "qwen3_vl" else 0)
     fresh = policy.frozen_copy().image_features([one])
     assert same(fresh[0], first[0])
+
+
+@pytest.fixture
+def little_room(policy):
+    """The policy's store holds one picture at a time. Weak references to the pixels that were decoded."""
+    decoded = []
+
+    def noted(images, return_tensors):
+        out = policy.image_processor(images=images, return_tensors=return_tensors)
+        decoded.append(weakref.ref(out["pixel_values"]))
+        return out
+
+    policy._images = ImageStore(noted, 0)
+    return decoded
+
+
+def test_what_is_known_of_a_picture_outlives_its_pixels(policy, little_room):
+    one, two = models.PICTURES
+    first = policy.image(one)
+    policy.image(two)
+    assert policy.image_info(one) == (first.grid_thw, first.digest)
+    assert len(little_room) == 2
+
+
+def test_kept_features_need_no_pixels(policy, little_room):
+    policy.image_features(models.PICTURES)
+    decoded = len(little_room)
+    policy.image_features(models.PICTURES)
+    assert len(little_room) == decoded
+
+
+def test_a_frozen_tower_holds_the_pixels_of_one_picture(policy, little_room, monkeypatch):
+    pictures = []
+    for shade in range(4):
+        file = io.BytesIO()
+        Image.new("L", (64, 64), 50 * shade).save(file, "PNG")
+        pictures.append(file.getvalue())
+    tower, alive = policy.model.model.get_image_features, []
+
+    def counted(pixels, grids, **options):
+        alive.append(sum(pixels() is not None for pixels in little_room))
+        return tower(pixels, grids, **options)
+
+    monkeypatch.setattr(policy.model.model, "get_image_features", counted)
+    policy.image_features(pictures)
+    assert alive == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("way", ["in-place", "data", "load", "buffer"])

@@ -287,10 +287,10 @@ class SGLangEngine:
 
         The server's own resizing then does nothing, so its pixels are ours; two libraries resize a little differently.
         """
-        image = self.policy.image(source)
-        uri = self._pictures.get(image.digest)
+        grid, digest = self.policy.image_info(source)
+        uri = self._pictures.get(digest)
         if uri is None:
-            grid, patch = image.grid_thw, self.policy.model.config.vision_config.patch_size
+            patch = self.policy.model.config.vision_config.patch_size
             size = (grid[2] * patch, grid[1] * patch)
             picture = read_image(source)
             if picture.size != size:
@@ -298,7 +298,7 @@ class SGLangEngine:
             file = io.BytesIO()
             picture.save(file, "PNG", compress_level=1)
             uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-            self._pictures.put(image.digest, uri)
+            self._pictures.put(digest, uri)
         return uri
 
 
