@@ -17,6 +17,7 @@ from rewardmap.types import DataError, Problem, SamplingParams
 Progress = Callable[[int, int], None]
 """Called with (problems done, problems in all)."""
 SHOWN = 5
+"""Uids that an error names; the rest are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +161,7 @@ def read_responses(path: Path, problems: Sequence[Problem]) -> list[Answer]:
         found[uid] = answer
     asked = {problem.uid for problem in problems}
     complaints = [
-        f"{len(uids)} {what}: {', '.join(uids[:SHOWN])}{', …' if len(uids) > SHOWN else ''}"
+        f"{len(uids)} {what}: {named(uids)}"
         for what, uids in (
             ("questions have no response", [problem.uid for problem in problems if problem.uid not in found]),
             ("responses answer no question of the split", [uid for uid in found if uid not in asked]),
@@ -171,6 +172,12 @@ def read_responses(path: Path, problems: Sequence[Problem]) -> list[Answer]:
     if complaints:
         raise DataError(f"{path} does not match the data: {'; '.join(complaints)}; check --data and --split")
     return [found[problem.uid] for problem in problems]
+
+
+def named(uids: Sequence[str]) -> str:
+    """The first few uids, and how many more there are."""
+    shown = ", ".join(uids[:SHOWN])
+    return f"{shown} and {len(uids) - SHOWN} more" if len(uids) > SHOWN else shown
 
 
 def _response(line: str, where: str) -> tuple[str, Answer]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rewardmap.evaluate.answers import Answer
+from rewardmap.evaluate.answers import Answer, named
 from rewardmap.evaluate.map_score import map_score, reference_plans
 from rewardmap.evaluate.reading import (
     Normaliser,
@@ -21,9 +21,6 @@ from rewardmap.evaluate.weights import evaluation_weight
 from rewardmap.rewards import Networks, Rubric
 from rewardmap.transit.graph import Network
 from rewardmap.types import DataError, Problem
-
-SHOWN = 5
-"""Uids that an error names; the rest are counted."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +137,3 @@ def _rides(graph: Rubric, problem: Problem, text: str, topologies: Networks) -> 
         return bool(graph.score([problem], [text], topologies).correct[0])
     except DataError:
         return None
-
-
-def named(uids: Sequence[str]) -> str:
-    """The first few uids, and how many more there are."""
-    shown = ", ".join(uids[:SHOWN])
-    return f"{shown} and {len(uids) - SHOWN} more" if len(uids) > SHOWN else shown
