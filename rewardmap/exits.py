@@ -30,12 +30,10 @@ def errors(debug: bool, user_errors: tuple[type[Exception], ...] = ()) -> Iterat
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         nonlocal code
         code = 128 + number
-        os.write(2, f"{signal.Signals(number).name}: leaving\n".encode())
+        _say_leaving(number)
         raise KeyboardInterrupt
 
-    # A rank that waits for others in a collective could not leave by an exception: signals end it as they are.
-    caught = SIGNALS if _alone() and threading.current_thread() is threading.main_thread() else ()
-    with on_signals(caught, leave):
+    with _signals_leave(leave):
         try:
             yield
         except (typer.Exit, typer.BadParameter):
@@ -59,6 +57,46 @@ def errors(debug: bool, user_errors: tuple[type[Exception], ...] = ()) -> Iterat
 
 
 @contextmanager
+def _signals_leave(leave: Callable[[int, FrameType | None], NoReturn]) -> Iterator[None]:
+    """Signals ``leave`` a process alone, and end one of several ranks at once: in a collective no exception reaches it.
+    Nothing changes in another thread than the main one, which alone may take signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+    elif _alone():
+        with on_signals(SIGNALS, leave):
+            yield
+    else:
+        with _ended_by_signals():
+            yield
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """A signal that nothing takes inside ends the process with its own exit code, whatever the main thread is at."""
+
+    def nothing(number: int, frame: FrameType | None) -> None:
+        """Python writes to the pipe only where there is a handler."""
+
+    def watch() -> None:
+        while number := os.read(told, 1):
+            if signal.getsignal(number[0]) is nothing:
+                _say_leaving(number[0])
+                os._exit(128 + number[0])
+        os.close(told)
+
+    told, tell = os.pipe()
+    os.set_blocking(tell, False)
+    before = signal.set_wakeup_fd(tell)
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+    try:
+        with on_signals(SIGNALS, nothing):
+            yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(tell)
+
+
+@contextmanager
 def on_signals(numbers: Sequence[signal.Signals], handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """``handler`` takes these signals inside, and what took them before takes them again behind."""
     before = {number: signal.signal(number, handler) for number in numbers}
@@ -72,6 +110,15 @@ def on_signals(numbers: Sequence[signal.Signals], handler: Callable[[int, FrameT
 def _alone() -> bool:
     """Whether this process is not one of several ranks."""
     return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def _say_leaving(number: int) -> None:
+    os.write(2, f"{_who()}{signal.Signals(number).name}: leaving\n".encode())
+
+
+def _who() -> str:
+    """What a rank's lines begin with."""
+    return "" if _alone() else f"rank {os.environ.get('RANK')}: "
 
 
 def explain(error: BaseException) -> str:
@@ -101,7 +148,5 @@ def _disk_is_full(error: BaseException) -> bool:
 
 def _fail(code: int, line: str) -> NoReturn:
     sys.stdout.flush()
-    if not _alone():
-        line = f"rank {os.environ.get('RANK')}: {line}"
-    typer.echo(" ".join(line.split()), err=True)
+    typer.echo(_who() + " ".join(line.split()), err=True)
     raise typer.Exit(code)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -222,6 +224,39 @@ def test_a_signal_while_maps_are_drawn_is_said_and_leaves_nothing_half_made(tmp_
         f"interrupted; go on with: rewardmap train --resume {tmp_path / 'run'}",
     ]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
+
+
+def test_a_signal_ends_a_rank_that_waits_for_another_with_its_own_code(tmp_path: Path) -> None:
+    code = (
+        "import pathlib, sys, time, torch.distributed as dist\n"
+        "from rewardmap.exits import errors\n"
+        "from rewardmap.train.ranks import join_ranks\n"
+        "with errors(debug=False), join_ranks(timeout_seconds=120) as ranks:\n"
+        "    pathlib.Path(sys.argv[1], str(ranks.rank)).touch()\n"
+        "    time.sleep(120) if ranks.is_first else ranks.wait()\n"
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", code, str(tmp_path)],
+            env={**os.environ, **meeting, "RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    )
+    with first, second:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for process, number in ((second, signal.SIGTERM), (first, signal.SIGUSR1)):
+            process.send_signal(number)
+            _, told = process.communicate(timeout=60)
+            assert process.returncode == 128 + number
+            rank = "1" if process is second else "0"
+            assert told.splitlines()[-1] == f"rank {rank}: {number.name}: leaving"
 
 
 def test_version() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from safetensors.torch import load_file
 from small_run import SMALL, changed, stages
@@ -19,6 +20,7 @@ from transformers import AutoModelForImageTextToText
 from rewardmap.config import Config, ConfigError
 from rewardmap.config_file import load_config
 from rewardmap.evaluate import ask
+from rewardmap.exits import errors
 from rewardmap.report import read_metrics
 from rewardmap.train import checkpoint, examine, run
 from rewardmap.train.examine import EvalRequest, evaluate_target
@@ -148,7 +150,25 @@ def test_a_signal_saves_and_stops(tmp_path, config, console, monkeypatch, number
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
-def test_a_signal_leaves_an_evaluation_at_once_and_its_answers_are_kept(tmp_path, config, console, monkeypatch):
+def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(tmp_path, config, console, monkeypatch):
+    write = checkpoint.Checkpoints._write
+
+    def interrupted(self, step, *rest):
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        write(self, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "_write", interrupted)
+        with pytest.raises(Stopped, match="saved after step 5"):
+            run.train(config, tmp_path / "run", console=console)
+    assert checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "step-000005"
+    assert not (tmp_path / "run/evaluation/after.jsonl").exists()
+
+
+def test_a_signal_leaves_an_evaluation_at_once_and_its_answers_are_kept(
+    tmp_path, config, console, monkeypatch, capfd
+):
     def interrupted(engine, problems, sampling, store, progress):
         ask(engine, problems[:3], sampling, store)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -156,9 +176,11 @@ def test_a_signal_leaves_an_evaluation_at_once_and_its_answers_are_kept(tmp_path
 
     with monkeypatch.context() as patch:
         patch.setattr(examine, "ask", interrupted)
-        with pytest.raises(Stopped, match=r"^go on with: rewardmap train --resume .*/run$") as stopped:
+        with pytest.raises(typer.Exit) as left, errors(debug=False):
             run.train(config, tmp_path / "run", console=console)
-    assert stopped.value.exit_code == 143
+    assert left.value.exit_code == 143
+    said = capfd.readouterr().err
+    assert said == f"SIGTERM: leaving\ninterrupted; go on with: rewardmap train --resume {tmp_path / 'run'}\n"
     assert len((tmp_path / "run/evaluation/answers.jsonl").read_text().splitlines()) == 3
     run.resume(tmp_path / "run", console=console)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]

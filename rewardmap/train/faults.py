@@ -102,8 +102,6 @@ class StopRequest:
     """Which signal asked for a stop; 0 for none."""
 
     number: int = 0
-    at_once: bool = False
-    """Whether the first signal raises, too: there is nothing to save."""
 
 
 @contextmanager
@@ -112,7 +110,7 @@ def stop_request(then: str, say: Callable[[str], object]) -> Iterator[StopReques
     stop = StopRequest()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if stop.number or stop.at_once:
+        if stop.number:
             raise Stopped("", number)
         stop.number = number
         with suppress(RuntimeError):  # what it writes to may be in the middle of writing

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 
 from rewardmap.config import Config, ConfigError, StageConfig
 from rewardmap.config_file import load_config, to_dict, with_absolute_paths
@@ -140,31 +140,42 @@ class _Job:
 def _train_loop(job: _Job) -> None:
     trainer, config, curriculum = job.trainer, job.trainer.config, job.trainer.curriculum
     first_rl = sum(stage.steps for stage in _leading_sft(config))
-    accuracy: list[float] = []
-    then = "stopping after the step in progress"
-    with progress_bar(job.console) as bar, stop_request(then, bar.console.print) as stop:
+    with progress_bar(job.console) as bar:
         task = bar.add_task("train", total=curriculum.total_steps, completed=trainer.step)
-        while trainer.step < curriculum.total_steps:
-            if trainer.step == first_rl and config.eval.before:
-                # Answers are kept as they come; several ranks leave together, after a step.
-                stop.at_once = trainer.ranks.size == 1
-                with trainer.timer.phase("evaluate"):
-                    _examine(trainer, job.examiner, "before", job.out, bar)
-                stop.at_once = False
+        _make_steps(job, bar, task, first_rl)
+        if config.eval.before and trainer.step == first_rl < curriculum.total_steps:
+            with trainer.timer.phase("evaluate"):
+                _examine(trainer, job.examiner, "before", job.out, bar)
+        _make_steps(job, bar, task, None)
+
+
+def _make_steps(job: _Job, bar: Progress, task: TaskID, end: int | None) -> None:
+    """Train up to step ``end`` (None: the curriculum's last) and save. A signal stops all ranks after the step in
+    progress, saved."""
+    trainer, curriculum = job.trainer, job.trainer.curriculum
+    accuracy: list[float] = []
+
+    def at_end() -> bool:
+        return trainer.step >= (curriculum.total_steps if end is None else end)
+
+    with stop_request("stopping after the step in progress", bar.console.print) as stop:
+        while not at_end():
             row = trainer.train_step()
             accuracy += [row["accuracy"]] if "accuracy" in row else []
             seconds = trainer.timer.end_step()
             job.log.append(row | {"seconds": seconds, "speed": speed_of(trainer, row, seconds)})
             bar.update(task, completed=trainer.step, total=curriculum.total_steps, description=_describe(row))
             signal = trainer.ranks.most(stop.number)  # what one rank is asked all do
-            due = trainer.step % config.train.checkpoint_every == 0 or trainer.stage_ended
+            due = trainer.step % trainer.config.train.checkpoint_every == 0 or trainer.stage_ended
             with trainer.timer.phase("checkpoint"):
                 job.checkpoints.check()
-                if due or signal or trainer.step == curriculum.total_steps:
+                if due or signal or at_end():
                     _save(job, row["stage"], accuracy)
                     accuracy.clear()
-                if signal:
+                if signal or at_end():
                     job.checkpoints.wait()
+                    signal = trainer.ranks.most(stop.number)
+                if signal:
                     raise Stopped(f"saved after step {trainer.step}; {_how_to_go_on(job.run_dir)}", signal)
 
 
