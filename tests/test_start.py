@@ -26,6 +26,23 @@ def test_a_folder_that_is_not_there(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_of_two_jobs_that_begin_one_folder_one_has_it(tmp_path, monkeypatch):
+    """The second begins between the first's look and its writing, and again once that has written."""
+    out, config, write = tmp_path / "run", load_config("tiny"), start.write_text
+
+    def meanwhile(path, text):
+        with pytest.raises(ConfigError, match="another job begins a run there; choose another --run-dir"):
+            start.begin_folder(load_config("tiny", ["train.seed=1"]), out)
+        write(path, text)
+
+    monkeypatch.setattr(start, "write_text", meanwhile)
+    start.begin_folder(config, out)
+    assert load_config(out / "config.toml") == config
+    with pytest.raises(ConfigError, match="already holds a run"):
+        start.begin_folder(config, out)
+    assert [path.name for path in out.iterdir()] == ["config.toml"]
+
+
 def test_questions_about_stations_off_their_maps_are_refused_or_skipped(tmp_path):
     folder, console = tmp_path / "maps", Console(quiet=True)
     write_dataset(folder, maps={"train": 2, "test": 2}, seed=1)

@@ -51,13 +51,23 @@ def join(config: Config) -> AbstractContextManager[Ranks]:
 
 
 def begin_folder(config: Config, run_dir: Path) -> None:
-    """A new run folder with its ``config.toml``. Raises ConfigError where anything is there already."""
-    if (run_dir / "config.toml").exists():
-        remedy = f"resume it with --resume {run_dir}, or choose another --run-dir"
-        raise ConfigError(f"{run_dir} already holds a run; {remedy}")
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise ConfigError(f"{run_dir} is not empty; choose another --run-dir")
-    write_text(run_dir / "config.toml", dump_toml(config))
+    """A new run folder with its ``config.toml``. Raises ConfigError where anything is there already, or another job
+    begins there."""
+    claim = run_dir / ".begins"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        claim.mkdir()  # by one job alone, on every file system
+    except FileExistsError:
+        raise ConfigError(f"{run_dir}: another job begins a run there; choose another --run-dir") from None
+    try:
+        if (run_dir / "config.toml").exists():
+            remedy = f"resume it with --resume {run_dir}, or choose another --run-dir"
+            raise ConfigError(f"{run_dir} already holds a run; {remedy}")
+        if any(path != claim for path in run_dir.iterdir()):
+            raise ConfigError(f"{run_dir} is not empty; choose another --run-dir")
+        write_text(run_dir / "config.toml", dump_toml(config))
+    finally:
+        claim.rmdir()
 
 
 def set_up(
