@@ -111,18 +111,17 @@ class Curriculum:
         """Whether the step drawn last was its stage's last one."""
         return self._passed or self._in_stage >= self.stages[self._stage].steps
 
-    @property
-    def success(self) -> float | None:
-        """What the current stage's gate compares with ``advance_at``; None before the first update of a stage."""
-        window = self._rates[-self.stages[self._stage].advance_window :]
-        return sum(window) / len(window) if window else None
+    def success(self, stage: StageConfig) -> float | None:
+        """What a stage's gate compares with ``advance_at``; None before its first update and once the next stage has
+        been drawn from."""
+        window = self._rates[-stage.advance_window :]
+        return sum(window) / len(window) if window and stage is self.stages[self._stage] else None
 
-    @property
-    def pool_shares(self) -> dict[str, float]:
+    def pool_shares(self, stage: StageConfig) -> dict[str, float]:
         """Present share of each pool of an adaptive stage; empty for a uniform one."""
-        pools = self._pools[self._stage]
-        if self.stages[self._stage].pools == "uniform":
+        if stage.pools == "uniform":
             return {}
+        pools = self._pools[self.stages.index(stage)]
         return dict(zip((pool.name for pool in pools), self._shares(pools).tolist(), strict=True))
 
     def sample(self) -> tuple[StageConfig, list[Problem]]:

@@ -35,7 +35,8 @@ SMALL = [
     "eval.max_problems=2",
     "eval.samples=0",
     "train.stages=[{name='warm', kind='sft', steps=0, checkpoint='shipped'}, {name='study', kind='sft', steps=1}, "
-    "{name='yes or no', steps=3, question_kinds=['TorF1', 'TorF2'], advance_at=0.01, advance_window=1}, "
+    "{name='yes or no', steps=3, question_kinds=['TorF1', 'TorF2'], advance_at=0.01, advance_window=1, "
+    "pools='adaptive'}, "
     "{name='routes', steps=3, question_kinds=['planning'], replay=0.5, pools='adaptive'}]",
 ]
 
@@ -62,6 +63,10 @@ def test_answers_lag_by_one_update_and_a_killed_run_resumes_to_the_same_numbers(
     whole = run.train(config, tmp_path / "whole", console=console)
     rows = read_metrics(whole)
     assert [row["stage"] for row in rows] == ["study", *["yes or no"] * 2, *["routes"] * 3]
+    # Also of a stage's last step, after which the next stage has been drawn from.
+    assert [{pool.split("/")[0] for pool in row["pools"]} for row in rows[1:]] == (
+        [{"TorF1", "TorF2"}] * 2 + [{"planning"}] * 3
+    )
     assert [row.get("staleness") for row in rows] == [None, 1, 1, 1, 1, 1]
     assert all(row["rollout_drift"] > 1e-6 for row in rows[1:])  # the weights did change in between
     assert [path.name for path in list_checkpoints(whole / "checkpoints")] == ["step-000004", "step-000006"]

@@ -142,12 +142,14 @@ def walk_adaptive(curriculum: Curriculum, steps: int) -> list[list[str]]:
 
 def test_adaptive_pools_turn_to_what_teaches():
     curriculum = adaptive()
-    assert curriculum.pool_shares == pytest.approx(dict.fromkeys(curriculum.pool_shares, 1 / 6))
+    [stage] = curriculum.stages
+    shares = curriculum.pool_shares(stage)
+    assert shares == pytest.approx(dict.fromkeys(shares, 1 / 6))
     drawn = walk_adaptive(curriculum, 100)
     late = Counter(uid.split("-")[0] for uids in drawn[-40:] for uid in uids)
     assert all(late[kind] < 0.3 * late["Counting2"] for kind in ("planning", "TorF1"))
     assert all(late[kind] > 0 for kind in KINDS)  # never forgotten for good
-    shares = curriculum.pool_shares
+    shares = curriculum.pool_shares(stage)
     assert shares["planning/easy/0"] == pytest.approx(0.1 / 4.6, rel=0.3)
 
 

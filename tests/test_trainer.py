@@ -143,6 +143,15 @@ def test_learning_goes_the_right_way(config):
     assert np.mean(rewards[-8:]) > np.mean(rewards[:8]) + 1
 
 
+def test_a_warm_up_shows_in_the_rows(config):
+    trainer = make_trainer(changed(config, warmup_steps=4, learning_rate=1e-3))
+    rates = []
+    for _ in range(5):
+        rates.append(trainer.train_step()["learning_rate"])
+        assert [group["lr"] for group in trainer.optimizer.param_groups] == rates[-1:]
+    assert rates == [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3]
+
+
 def test_supervised_steps_learn(config):
     stage = "[{name='study', kind='sft', steps=20, question_kinds=['planning'], learning_rate=0.001}]"
     trainer = make_trainer(load_config("tiny", [*SMALL, f"data.path={config.data.path}", f"train.stages={stage}"]))

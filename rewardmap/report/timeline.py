@@ -162,7 +162,7 @@ def _lanes(axes: Any, rows: Sequence[Row]) -> None:
     for lane, (_, value) in enumerate(LANES):
         seen: dict[str, str] = {}
         for _, first, last in stage_spans(rows):
-            text = value(by_step[first])
+            text = value(by_step[last])  # past a warm-up
             colour = seen.setdefault(text, BANDS[len(seen) % len(BANDS)])
             axes.barh(lane, last - first + 1, 0.86, first - 0.5, color=colour, edgecolor="white", linewidth=1.5)
             if len(text) <= (last - first + 1) / whole * 150:

@@ -191,7 +191,7 @@ class Trainer:
             metrics = {"loss": loss} | self._update(stage, loss, kl=0.0)
         if "refused" in metrics:
             self._refuse(problems, (), metrics)
-        return self._sums(forests) | metrics | {"learning_rate": self._rate(stage)} | self._sync()
+        return self._sums(forests) | metrics | self._sync()
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values: everything of the loop but weights and optimizer."""
@@ -334,21 +334,24 @@ class Trainer:
         return {"loss": loss} | {name: value / max(rows, 1) for name, value in totals.items()}
 
     def _update(self, stage: StageConfig, loss: float, kl: float) -> dict[str, Any]:
-        """Clip, step, count, unless the guard refuses. Returns the gradient norm before clipping."""
+        """Clip, step, count, unless the guard refuses. Returns the gradient norm before clipping, and the rate."""
         self._before_update()
         train = self.config.train
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, train.max_grad_norm)))
+        rate = train.learning_rate if stage.learning_rate is None else stage.learning_rate
+        rate *= min(1.0, (self.version + 1) / max(1, train.warmup_steps))
+        row = {"grad_norm": norm, "learning_rate": rate}
         refused = self.guard.check(loss, norm, kl)
         if refused:
             self.optimizer.zero_grad()
-            return {"grad_norm": norm, "refused": refused}
+            return row | {"refused": refused}
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(stage) * min(1.0, (self.version + 1) / max(1, train.warmup_steps))
+            group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.version += 1
-        return {"grad_norm": norm}
+        return row
 
     def _before_update(self) -> None:
         """The weights are about to change."""
@@ -370,19 +373,15 @@ class Trainer:
         counts = {name: int(count) for name, count in self.ranks.sum(sums).items()}
         return counts | {"train_flop": self.ranks.gather(flop)}
 
-    def _rate(self, stage: StageConfig) -> float:
-        return self.config.train.learning_rate if stage.learning_rate is None else stage.learning_rate
-
     def _stage_metrics(self, stage: StageConfig) -> dict[str, Any]:
         """What the stage sets, and where its gate and its pools stand."""
         row: dict[str, Any] = {
             "reward_mode": self._rubrics[stage].mode,
             "group_size": stage.group_size or self.config.rollout.group_size,
-            "learning_rate": self._rate(stage),
         }
         if stage.advance_at is not None:
-            row |= {"gate": self.curriculum.success, "advance_at": stage.advance_at}
-        return row | ({"pools": self.curriculum.pool_shares} if stage.pools == "adaptive" else {})
+            row |= {"gate": self.curriculum.success(stage), "advance_at": stage.advance_at}
+        return row | ({"pools": self.curriculum.pool_shares(stage)} if stage.pools == "adaptive" else {})
 
 
 def _row_normalizer(objective: PolicyObjective, sequence: Tensor, lengths: Tensor, max_length: int) -> Tensor:
