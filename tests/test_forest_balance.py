@@ -110,4 +110,10 @@ def test_the_cost_model_counts_a_configuration():
     assert cost.row == 6 * 128 * config.text_config.vocab_size
     assert cost.patch == 3 * 2 * (4 * 64**2 + 3 * 64 * 128) and cost.merge == 4
     assert CostModel.of(config, freeze_vision=True).patch == 0
+    adapters, both = (
+        CostModel.of(config, freeze_vision=False, adapters=True, reference=reference) for reference in (False, True)
+    )
+    assert (adapters.token, adapters.pair, adapters.row) == (cost.token * 2 / 3, cost.pair, cost.row * 2 / 3)
+    assert (both.token, both.pair, both.row) == (cost.token, cost.pair * 4 / 3, cost.row)
+    assert both.patch == adapters.patch == cost.patch
     assert CostModel.of(config, freeze_vision=True, checkpointing=True).token == cost.token * 4 / 3

@@ -71,8 +71,8 @@ def test_speed_counts_shared_tokens_and_waiting_ranks() -> None:
     assert row["computed_tokens_per_second"] == 300 and row["logical_tokens_per_second"] == 900
     assert row["sharing"] == 3 and row["padding"] == 0.25
     assert row["idle"] == 0.25  # the second rank waits half of the time
-    assert row["mfu"] == pytest.approx(6e9 / 2 / 2e10)
-    assert "mfu" not in speed({"train": 2.0}, **counts, peak_flops=None)
+    assert row["hfu"] == pytest.approx(6e9 / 2 / 2e10)
+    assert "hfu" not in speed({"train": 2.0}, **counts, peak_flops=None)
     assert speed({"train": 2.0}, packed_tokens=0, logical_tokens=0, slots=0, flop=[0.0], peak_flops=None).keys() == {
         "peak_memory_gb"
     }

@@ -14,6 +14,7 @@ from rewardmap.curriculum import Curriculum
 from rewardmap.policy import assemble, load_policy
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import WARM_START
+from rewardmap.train.balance import CostModel
 from rewardmap.train.faults import RefusedUpdatesError
 from rewardmap.train.scoring import stage_rubric
 from rewardmap.train.supervised import gold_answers
@@ -150,6 +151,20 @@ def test_a_warm_up_shows_in_the_rows(config):
         rates.append(trainer.train_step()["learning_rate"])
         assert [group["lr"] for group in trainer.optimizer.param_groups] == rates[-1:]
     assert rates == [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3]
+
+
+def test_the_arithmetic_of_a_step_counts_a_tower_that_trains_once_a_picture(config):
+    flop = []
+    for freeze in (True, False):
+        settings = [f"data.path={config.data.path}", f"policy.freeze_vision={str(freeze).lower()}"]
+        more = ["train.skip_equal_groups=false", "train.max_tokens_per_micro_batch=150"]
+        trainer = make_trainer(load_config("tiny", [*SMALL, *settings, *more]))
+        problems = trainer.curriculum.peek()
+        flop.append(trainer.train_step()["train_flop"][0])
+    pictures = {problem.image: 4 * trainer.policy.encode(problem).image_tokens for problem in problems}
+    cost = CostModel.of(trainer.policy.model.config, freeze_vision=False)
+    assert len(pictures) < len(problems)
+    assert flop[1] - flop[0] == sum(cost.patch * n + cost.patch_pair * n**2 for n in pictures.values())  # n patches
 
 
 def test_supervised_steps_learn(config):

@@ -36,20 +36,31 @@ class CostModel:
     """Patches per image token."""
 
     @classmethod
-    def of(cls, config: Any, *, freeze_vision: bool, checkpointing: bool = False) -> CostModel:
+    def of(
+        cls,
+        config: Any,
+        *,
+        freeze_vision: bool,
+        checkpointing: bool = False,
+        adapters: bool = False,
+        reference: bool = False,
+    ) -> CostModel:
         """Counted from a transformers configuration (Qwen2.5-VL, Qwen3-VL, Qwen2, Qwen3).
 
-        A backward is two forwards, recomputation one more. A frozen tower's outputs are kept: it costs nothing.
+        A backward is two forwards, recomputation one more, and a KL term's reference another. Under adapters, which
+        are too small to count, the decoder's weights and the head take no gradient. A frozen tower's outputs are kept:
+        it costs nothing.
         """
         text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", None)
-        passes = 4.0 if checkpointing else 3.0
+        passes = 4.0 if checkpointing else 3.0  # of what trains
+        through = passes + reference  # what all gradients go through
         heads, hidden, layers = text.num_attention_heads, text.hidden_size, text.num_hidden_layers
         dim = getattr(text, "head_dim", None) or hidden // heads
         projections = hidden * dim * 2 * (heads + text.num_key_value_heads)
         own: dict[str, Any] = {
-            "token": passes * 2 * layers * (projections + 3 * hidden * text.intermediate_size),
-            "pair": passes * 4 * layers * heads * dim,
-            "row": 6.0 * hidden * text.vocab_size,
+            "token": (through - adapters) * 2 * layers * (projections + 3 * hidden * text.intermediate_size),
+            "pair": through * 4 * layers * heads * dim,
+            "row": (3.0 - adapters + reference) * 2 * hidden * text.vocab_size,
         }
         if vision is not None and not freeze_vision:
             gated = 3 if config.model_type == "qwen2_5_vl" else 2
@@ -66,15 +77,13 @@ class CostModel:
         """Of packed tokens, visible pairs of them and response rows; without the vision tower."""
         return self.token * tokens + self.pair * pairs + self.row * rows
 
+    def tower(self, image_tokens: int) -> float:
+        """Of the vision tower for one picture."""
+        patches = image_tokens * self.merge
+        return self.patch * patches + self.patch_pair * patches**2
+
     def __call__(self, tree: Tree) -> float:
-        patches = tree.image_tokens * self.merge
-        return (
-            self.token * tree.tokens
-            + self.pair * tree.pairs
-            + self.row * tree.rows
-            + self.patch * patches
-            + self.patch_pair * patches**2
-        )
+        return self.flop(tree.tokens, tree.pairs, tree.rows) + self.tower(tree.image_tokens)
 
 
 def balance(

@@ -39,6 +39,8 @@ class PackedForest:
     """[T] int64; see ``rewardmap_kernels.tree_attention``."""
     images: tuple[str | bytes, ...]
     """Pictures in the order of their placeholders."""
+    image_tokens: tuple[int, ...]
+    """Of each picture."""
     hidden_index: Tensor
     """[N] int64: the packed token whose hidden state predicts this row's target."""
     target: Tensor
@@ -112,6 +114,7 @@ def _pack_row(trees: Sequence[Tree]) -> PackedForest:
         position_ids=torch.from_numpy(positions),
         subtree_end=torch.from_numpy(ends),
         images=tuple(tree.image for tree in trees if tree.image is not None),
+        image_tokens=tuple(tree.image_tokens for tree in trees if tree.image is not None),
         hidden_index=torch.from_numpy(np.concatenate(rows.hidden)),
         target=torch.from_numpy(np.concatenate(rows.target)),
         sequence=torch.from_numpy(np.concatenate(rows.sequence)),
@@ -153,6 +156,7 @@ def _filler(token: int) -> PackedForest:
         position_ids=torch.zeros(3, 1, dtype=torch.int64),
         subtree_end=zero + 1,
         images=(),
+        image_tokens=(),
         hidden_index=zero,
         target=zero,
         sequence=zero,

@@ -20,7 +20,7 @@ from rewardmap.train.balance import CostModel
 from rewardmap.train.parallel import computes_in, freeze_matching
 from rewardmap_kernels._head import CHUNK_BYTES
 
-MFU, BANDWIDTH_SHARE = 0.4, 0.6
+HFU, BANDWIDTH_SHARE = 0.4, 0.6
 """Assumed: shares of a device's arithmetic in training and of its memory bandwidth in decoding."""
 ADAM_STATES = 2
 
@@ -266,17 +266,18 @@ def _timed(
         model.config,
         freeze_vision=config.policy.freeze_vision,
         checkpointing=config.parallel.activation_checkpointing,
+        adapters=bool(config.policy.lora_rank),
+        reference=bool(config.train.kl_coef),
     )
     flop = cost.flop(packed, pairs, answers * answer)
-    patches = prompt * cost.merge
-    flop += groups * (cost.patch * patches + cost.patch_pair * patches**2)
-    train = flop / (gpus * device.flops * MFU)
+    flop += groups * cost.tower(prompt)
+    train = flop / (gpus * device.flops * HFU)
     weights = _size(model.parameters()) * 2
     text = model.config.text_config
     cache = 2 * text.num_hidden_layers * _head_dim(text) * text.num_key_value_heads * 2
     mine = ceil(answers / gpus)
     read = weights + cache * (mine * (prompt + answer / 2))
-    prefill = 2 * _size(model.parameters()) * ceil(groups / gpus) * prompt / (device.flops * MFU)
+    prefill = 2 * _size(model.parameters()) * ceil(groups / gpus) * prompt / (device.flops * HFU)
     decode = answer * read / (device.bandwidth * BANDWIDTH_SHARE)
     return Plan(
         memory,
@@ -286,7 +287,7 @@ def _timed(
         logical / train,
         (
             f"{groups} questions of {prompt:,} tokens with {size} answers of {answer:,}, no picture shared",
-            f"training at {MFU:.0%} of the data sheet's bf16 arithmetic, communication hidden behind it",
+            f"training at {HFU:.0%} of the data sheet's bf16 arithmetic, communication hidden behind it",
             f"decoding in bf16 at {BANDWIDTH_SHARE:.0%} of the memory bandwidth, all answers of a GPU side by side",
             "memory beside the parts (context, fragments, NCCL) is not counted: leave a tenth of the GPU",
             *(

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity
 from rewardmap.config import Config
 from rewardmap.files import replacing, write_text
 from rewardmap.train.parallel import computes_in
-from rewardmap.train.plan import MFU
+from rewardmap.train.plan import HFU
 from rewardmap.train.run import speed_of
 from rewardmap.train.shared_pictures import share_pictures
 from rewardmap.train.start import begin_folder, join, set_up
@@ -104,11 +104,11 @@ def report(rows: Sequence[Mapping[str, Any]], products: Sequence[Product], event
     lines = [f"Mean of {len(rows)} steps, under the profiler.", "", "| phase | s | share |", "| --- | ---: | ---: |"]
     lines += [f"| {phase} | {s:.3f} | {s / whole:.0%} |" for phase, s in sorted(phases.items(), key=lambda x: -x[1])]
     lines.append(f"| in all | {whole:.3f} | |")
-    planned = sum(max(row["train_flop"]) for row in rows) / len(rows) / (flops * MFU)
+    planned = sum(max(row["train_flop"]) for row in rows) / len(rows) / (flops * HFU)
     if planned:
         lines += [
             "",
-            f"`train` as `rewardmap plan` counts it, at {MFU:.0%} of the {flops / 1e9:,.0f} GFLOP/s of a large matrix "
+            f"`train` as `rewardmap plan` counts it, at {HFU:.0%} of the {flops / 1e9:,.0f} GFLOP/s of a large matrix "
             f"product here: {planned:.3f} s; measured {phases['train'] / planned - 1:+.0%}.",
         ]
     lines += ["", "| speed | |", "| --- | ---: |"]

@@ -101,6 +101,8 @@ class Trainer:
             self.policy.model.config,
             freeze_vision=self.policy.freeze_vision,
             checkpointing=self.config.parallel.activation_checkpointing,
+            adapters=bool(self.config.policy.lora_rank),
+            reference=bool(train.kl_coef),
         )
         self._rubrics = {stage: stage_rubric(self.config, stage) for stage in self.curriculum.stages}
         trainable = [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
@@ -369,7 +371,9 @@ class Trainer:
             "logical_tokens": sum(forest.logical_tokens for forest in real),
             "micro_batches": len(forests),
         }
+        seen = {image: size for forest in real for image, size in zip(forest.images, forest.image_tokens, strict=True)}
         flop = sum(self._cost.flop(len(forest.input_ids), forest.pairs, len(forest.target)) for forest in real)
+        flop += sum(map(self._cost.tower, seen.values()))
         counts = {name: int(count) for name, count in self.ranks.sum(sums).items()}
         return counts | {"train_flop": self.ranks.gather(flop)}
 
