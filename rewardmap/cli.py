@@ -108,7 +108,7 @@ def plan(
             raise ConfigError(f"--gpu {gpu}: choose one of {', '.join(planning.DEVICES)}")
         config = load_config(settings[0], settings[1:])
         work = planning.Workload(prompt_tokens, answer_tokens)
-        found = planning.plan(config, planning.shapes_of(config), gpus * nodes, gpu, work)
+        found = planning.plan(config, planning.shapes_of(config), gpus * nodes, gpu, work, nodes)
         typer.echo(planning.table(found, gpus * nodes, gpu))
 
 

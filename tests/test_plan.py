@@ -155,21 +155,21 @@ def test_planned_memory_of_the_local_engine_is_the_measured_peak(tmp_path, promp
 
 RECIPES = [("3b", TEXT_3B, 3.75), ("7b", TEXT_7B, 8.29)]
 LAYOUTS = [
-    ("one_node_colocated", 8),
-    ("one_node_disaggregated", 4),
-    ("four_nodes_colocated", 32),
-    ("four_nodes_disaggregated", 24),
+    ("one_node_colocated", 8, 1, 8),
+    ("one_node_disaggregated", 4, 1, 4),
+    ("four_nodes_colocated", 32, 4, 32),
+    ("four_nodes_disaggregated", 24, 3, 8),
 ]
-"""Of ``configs/layouts``, with the GPUs that train."""
+"""Of ``configs/layouts``, with the GPUs that train, their nodes, and the GPUs that sample."""
 
 
 def test_every_layout_is_tested():
-    assert sorted(name for name, _ in LAYOUTS) == sorted(path.stem for path in (CONFIGS / "layouts").iterdir())
+    assert sorted(name for name, *_ in LAYOUTS) == sorted(path.stem for path in (CONFIGS / "layouts").iterdir())
 
 
 @pytest.mark.parametrize(("name", "text", "billions"), RECIPES)
-@pytest.mark.parametrize(("layout", "gpus"), LAYOUTS)
-def test_recipes_plan_in_every_layout(name, text, billions, layout, gpus):
+@pytest.mark.parametrize(("layout", "gpus", "nodes", "samplers"), LAYOUTS)
+def test_recipes_plan_in_every_layout(name, text, billions, layout, gpus, nodes, samplers):
     recipe = CONFIGS / f"rewardmap_qwen2_5_vl_{name}.toml"
     config, alone = load_config(recipe, [str(CONFIGS / "layouts" / f"{layout}.toml")]), load_config(recipe)
     budget = alone.train.max_tokens_per_micro_batch  # how a batch is split does not change what is learned
@@ -177,10 +177,13 @@ def test_recipes_plan_in_every_layout(name, text, billions, layout, gpus):
     shapes = qwen(text)
     model = build_meta(config, shapes)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
-    found = plan(config, shapes, gpus, "H100", Workload())
+    found = plan(config, shapes, gpus, "H100", Workload(), nodes)
     assert 16 * billions / 8 < found.total / 1e9 < 0.9 * 80  # a tenth stays for what is not counted
     assert found.logical_tokens_per_second > found.computed_tokens_per_second
-    assert "assumed" in table(found, gpus, "H100")
+    assert f"of the memory bandwidth on {samplers} GPUs" in table(found, gpus, "H100")
+    embedded = replace(alone, policy=replace(alone.policy, freeze_vision=True))  # samples where it trains
+    decode = plan(embedded, shapes, samplers, "H100", Workload()).seconds["rollout: decode"]
+    assert found.seconds["rollout: decode"] == pytest.approx(decode, rel=1e-12)
 
 
 @pytest.mark.parametrize(("name", "text", "billions"), RECIPES)

@@ -68,8 +68,8 @@ class Plan:
         return sum(self.memory.values())
 
 
-def plan(config: Config, model_config: Any, gpus: int, device: str, work: Workload) -> Plan:
-    """Plan a run on ``gpus`` devices in all.
+def plan(config: Config, model_config: Any, gpus: int, device: str, work: Workload, nodes: int = 1) -> Plan:
+    """Plan a run that trains on ``gpus`` devices in all, of so many nodes.
 
     Raises:
         ConfigError: ``parallel.shard`` does not divide the GPUs, a sequence is more than a micro-batch takes, or the
@@ -96,7 +96,7 @@ def plan(config: Config, model_config: Any, gpus: int, device: str, work: Worklo
                 f"{largest} ({parts[largest] / 1e9:.1f} GB). What makes it fit: "
                 f"{remedies or 'no single change: take more GPUs'}"
             )
-    return _timed(config, model, memory, sampling, gpus, DEVICES[device], work)
+    return _timed(config, model, memory, sampling, gpus, nodes, DEVICES[device], work)
 
 
 def shapes_of(config: Config) -> Any:
@@ -253,6 +253,7 @@ def _timed(
     memory: dict[str, float],
     sampling: dict[str, float],
     gpus: int,
+    nodes: int,
     device: Device,
     work: Workload,
 ) -> Plan:
@@ -272,12 +273,16 @@ def _timed(
     flop = cost.flop(packed, pairs, answers * answer)
     flop += groups * cost.tower(prompt)
     train = flop / (gpus * device.flops * HFU)
-    weights = _size(model.parameters()) * 2
+    weights = _size(model.parameters()) * 2.0
     text = model.config.text_config
     cache = 2 * text.num_hidden_layers * _head_dim(text) * text.num_key_value_heads * 2
-    mine = ceil(answers / gpus)
+    samplers, server = gpus, config.rollout.server
+    if config.rollout.engine == "sglang":
+        samplers = (len(server.urls) or nodes * server.replicas) * server.tensor_parallel
+        weights /= server.tensor_parallel
+    mine = ceil(answers / samplers)
     read = weights + cache * (mine * (prompt + answer / 2))
-    prefill = 2 * _size(model.parameters()) * ceil(groups / gpus) * prompt / (device.flops * HFU)
+    prefill = 2 * _size(model.parameters()) * ceil(groups / samplers) * prompt / (device.flops * HFU)
     decode = answer * read / (device.bandwidth * BANDWIDTH_SHARE)
     return Plan(
         memory,
@@ -288,7 +293,8 @@ def _timed(
         (
             f"{groups} questions of {prompt:,} tokens with {size} answers of {answer:,}, no picture shared",
             f"training at {HFU:.0%} of the data sheet's bf16 arithmetic, communication hidden behind it",
-            f"decoding in bf16 at {BANDWIDTH_SHARE:.0%} of the memory bandwidth, all answers of a GPU side by side",
+            f"decoding in bf16 at {BANDWIDTH_SHARE:.0%} of the memory bandwidth on {samplers} GPUs, all answers of one "
+            "side by side",
             "memory beside the parts (context, fragments, NCCL) is not counted: leave a tenth of the GPU",
             *(
                 ["the servers of rollout.server.colocated keep a part of the GPU while they sleep: not counted"]
