@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from rewardmap.config import ConfigError, PolicyConfig, ServerConfig
 from rewardmap.config_file import load_config
@@ -20,8 +21,10 @@ from rewardmap.rollout.sglang_engine import SGLangEngine
 from rewardmap.rollout.sglang_reply import MismatchError
 from rewardmap.rollout.sglang_server import Keys
 from rewardmap.tiny import WARM_START
+from rewardmap.train import examine
 from rewardmap.train.adapter_sync import AdapterSync
 from rewardmap.train.engines import attach
+from rewardmap.train.examine import EvalRequest, Examiner
 from rewardmap.train.lora import add_lora
 from rewardmap.train.synced import SyncedEngine
 from rewardmap.train.weights import whole_weights
@@ -284,6 +287,22 @@ def test_an_evaluation_of_a_running_server_uses_the_adapter_left_there(policy, p
             engine.close()
         assert server.bodies[0].get("lora_path") == (None if label else sync.adapter(5))
         assert identity.endswith(server.version)
+
+
+def test_a_run_that_sent_adapters_alone_is_evaluated_by_its_merged_weights(plain, problem, server, tmp_path):
+    checkpoint = tmp_path / "step-000001"
+    plain.save(checkpoint)
+    rollout = [f"rollout.server.urls=['{server.url}']", "rollout.engine=sglang", "rollout.server.lora_sync=adapter"]
+    config = load_config("tiny", [*rollout, "policy.lora_rank=2", "policy.lora_alpha=6"])
+    networks = {"a/0": {"Red": ["A", "B"], "Blue": ["B", "C"]}}
+    examiner = Examiner(config, [problem], [], networks, {}, Console(quiet=True))
+    engine, _ = examine._engine(EvalRequest(str(tmp_path)), checkpoint, config, examiner, tmp_path / "eval")
+    try:
+        engine.generate([problem], 1, SAMPLING)
+    finally:
+        engine.close()
+    assert not server.adapters and "lora_path" not in json.dumps(server.bodies)
+    assert all(torch.equal(server.weights[name], weight) for name, weight in whole_weights(plain.model))
 
 
 def test_merged_requests_name_no_adapter(plain, problem, server, tmp_path):

@@ -343,6 +343,13 @@ def _engine(
     """The engine that answers, and what identifies its weights."""
     if _is_url(request):
         return attach(config, str(request.target), examiner.problems)
+    if config.policy.lora_rank:  # the checkpoint holds the weights with the adapters multiplied in
+        server = replace(config.rollout.server, lora_sync="merged")
+        config = replace(
+            config,
+            policy=replace(config.policy, lora_rank=0),
+            rollout=replace(config.rollout, server=server),
+        )
     policy = load_policy(checkpoint, config.policy)
     show = partial(examiner.console.print, highlight=False, soft_wrap=True)
     return make_engine(config, policy, out, examiner.problems, show), digest_folder(checkpoint)
