@@ -6,9 +6,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from rewardmap.config import ConfigError
+from rewardmap.config_file import load_config
 from rewardmap.report import MetricsLog, read_metrics
+from rewardmap.train import run
 from rewardmap.train.trackers import open_trackers
 
 
@@ -89,3 +92,6 @@ def test_a_tracker_that_is_not_installed_says_how_to_get_it(tmp_path, monkeypatc
     with pytest.raises(ConfigError, match=r"'wandb', which is not installed: pip install 'rewardmap\[wandb\]'"):
         open_trackers(["trackio", "wandb"], tmp_path, {})
     assert sys.modules["trackio"].begun == []
+    with pytest.raises(ConfigError, match="'wandb', which is not installed"):
+        run.train(load_config("tiny", ["train.trackers=['wandb']"]), tmp_path / "run", console=Console(quiet=True))
+    assert not (tmp_path / "run").exists()  # nothing was drawn or loaded

@@ -30,7 +30,7 @@ from rewardmap.train.parallel import computes_in
 from rewardmap.train.ranks import Ranks, restarted
 from rewardmap.train.shared_pictures import share_pictures
 from rewardmap.train.start import begin_folder, join, set_up
-from rewardmap.train.trackers import open_trackers
+from rewardmap.train.trackers import need_trackers, open_trackers
 from rewardmap.train.trainer import Trainer
 from rewardmap.types import DataError
 
@@ -71,6 +71,7 @@ def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console, new: boo
     shared = share_pictures(ranks, config.policy.image_cache_bytes)
     with interrupts_say(_how_to_go_on(run_dir)), _alone_in(run_dir, ranks), shared as pictures:
         try:
+            need_trackers(config.train.trackers)
             trainer, examiner, itself = set_up(config, run_dir, console, ranks, pictures)
         except (ConfigError, DataError):
             if new and ranks.is_first:

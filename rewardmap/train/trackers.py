@@ -50,8 +50,8 @@ def open_trackers(names: Sequence[str], run_dir: Path, settings: Mapping[str, An
     Raises:
         ConfigError: a library is not installed; before any is told of the run.
     """
-    libraries = {name: _library(name) for name in names}
-    if not names:
+    libraries = need_trackers(names)
+    if not libraries:
         return []
     kept = run_dir / ID
     if not kept.exists():
@@ -65,10 +65,15 @@ def open_trackers(names: Sequence[str], run_dir: Path, settings: Mapping[str, An
     return [_WandbRun(run) if name == "wandb" else run for name, run in runs.items()]
 
 
-def _library(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        raise ConfigError(
-            f"train.trackers names '{name}', which is not installed: pip install 'rewardmap[{name}]', or leave it out"
-        ) from None
+def need_trackers(names: Sequence[str]) -> dict[str, Any]:
+    """The trackers' libraries by name. Raises ConfigError for one that is not installed."""
+    libraries = {}
+    for name in names:
+        try:
+            libraries[name] = import_module(name)
+        except ModuleNotFoundError:
+            raise ConfigError(
+                f"train.trackers names '{name}', which is not installed: pip install 'rewardmap[{name}]', or leave it "
+                "out"
+            ) from None
+    return libraries
