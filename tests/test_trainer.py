@@ -167,6 +167,14 @@ def test_the_arithmetic_of_a_step_counts_a_tower_that_trains_once_a_picture(conf
     assert flop[1] - flop[0] == sum(cost.patch * n + cost.patch_pair * n**2 for n in pictures.values())  # n patches
 
 
+def test_a_policy_of_which_nothing_trains_is_refused(config):
+    trainer = make_trainer(config)
+    trainer.policy.model.requires_grad_(False)
+    frozen = replace(config, policy=replace(config.policy, freeze=("*",)))
+    with pytest.raises(ConfigError, match=r"policy\.freeze=\['\*'\] leaves nothing to train"):
+        replace(trainer, config=frozen)
+
+
 def test_supervised_steps_learn(config):
     stage = "[{name='study', kind='sft', steps=20, question_kinds=['planning'], learning_rate=0.001}]"
     trainer = make_trainer(load_config("tiny", [*SMALL, f"data.path={config.data.path}", f"train.stages={stage}"]))
