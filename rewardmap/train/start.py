@@ -58,7 +58,8 @@ def begin_folder(config: Config, run_dir: Path) -> None:
     try:
         claim.mkdir()  # by one job alone, on every file system
     except FileExistsError:
-        raise ConfigError(f"{run_dir}: another job begins a run there; choose another --run-dir") from None
+        remedy = f"choose another --run-dir, or remove {claim} where none does"
+        raise ConfigError(f"{run_dir}: another job begins a run there; {remedy}") from None
     try:
         if (run_dir / "config.toml").exists():
             remedy = f"resume it with --resume {run_dir}, or choose another --run-dir"
