@@ -65,6 +65,7 @@ def speed(
     logical_tokens: int,
     slots: int,
     flop: Sequence[float],
+    model_flop: float,
     peak_flops: float | None,
 ) -> dict[str, float]:
     """How fast a step trained, over all ranks.
@@ -73,14 +74,15 @@ def speed(
         seconds: by phase, of this rank; ``train`` is forward, backward and update.
         packed_tokens: computed ones; ``logical_tokens`` those of the sequences without sharing.
         slots: tokens that the step's micro-batches have room for.
-        flop: of each rank's micro-batches, by the cost model.
-        peak_flops: of one rank's device in the computing dtype, FLOP/s; None: not known, and no ``hfu``.
+        flop: of each rank's micro-batches, by the cost model; ``model_flop`` in all, without what is computed again.
+        peak_flops: of one rank's device in the computing dtype, FLOP/s; None: not known, and no ``mfu``.
 
     Returns:
         ``computed_tokens_per_second`` and ``logical_tokens_per_second`` of the phase ``train``; ``sharing``, logical
         over computed tokens; ``padding``, the share of room left empty; ``idle``, the share of all ranks' time spent
-        waiting for the slowest, by the cost model; ``hfu``, hardware FLOP utilisation (arXiv 2204.02311), in which what
-        is computed again counts; ``peak_memory_gb`` of this rank's device, or resident.
+        waiting for the slowest, by the cost model; ``mfu`` and ``hfu``, model and hardware FLOP utilisation (arXiv
+        2204.02311), of which the second counts what is computed again; ``peak_memory_gb`` of this rank's device, or
+        resident.
     """
     row = {"peak_memory_gb": peak_memory_bytes() / 1e9}
     if not packed_tokens or not seconds.get("train"):
@@ -93,7 +95,10 @@ def speed(
         "padding": 1 - packed_tokens / slots,
         "idle": 1 - sum(flop) / (len(flop) * max(flop)),
     }
-    return row if peak_flops is None else row | {"hfu": sum(flop) / train / (len(flop) * peak_flops)}
+    if peak_flops is None:
+        return row
+    could = train * len(flop) * peak_flops
+    return row | {"mfu": model_flop / could, "hfu": sum(flop) / could}
 
 
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12, "A100": 312e12, "B200": 2250e12}

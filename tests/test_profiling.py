@@ -66,13 +66,12 @@ def test_peak_memory_is_in_bytes_and_never_falls() -> None:
 
 
 def test_speed_counts_shared_tokens_and_waiting_ranks() -> None:
-    counts = {"packed_tokens": 600, "logical_tokens": 1800, "slots": 800, "flop": [4e9, 2e9]}
+    counts = {"packed_tokens": 600, "logical_tokens": 1800, "slots": 800, "flop": [4e9, 2e9], "model_flop": 5e9}
     row = speed({"rollout": 9.0, "train": 2.0}, **counts, peak_flops=1e10)
     assert row["computed_tokens_per_second"] == 300 and row["logical_tokens_per_second"] == 900
     assert row["sharing"] == 3 and row["padding"] == 0.25
     assert row["idle"] == 0.25  # the second rank waits half of the time
-    assert row["hfu"] == pytest.approx(6e9 / 2 / 2e10)
-    assert "hfu" not in speed({"train": 2.0}, **counts, peak_flops=None)
-    assert speed({"train": 2.0}, packed_tokens=0, logical_tokens=0, slots=0, flop=[0.0], peak_flops=None).keys() == {
-        "peak_memory_gb"
-    }
+    assert (row["mfu"], row["hfu"]) == pytest.approx((5e9 / 2 / 2e10, 6e9 / 2 / 2e10))
+    assert not {"mfu", "hfu"} & speed({"train": 2.0}, **counts, peak_flops=None).keys()
+    nothing = dict.fromkeys(counts, 0) | {"flop": [0.0]}
+    assert speed({"train": 2.0}, **nothing, peak_flops=None).keys() == {"peak_memory_gb"}

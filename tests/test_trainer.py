@@ -167,6 +167,13 @@ def test_the_arithmetic_of_a_step_counts_a_tower_that_trains_once_a_picture(conf
     assert flop[1] - flop[0] == sum(cost.patch * n + cost.patch_pair * n**2 for n in pictures.values())  # n patches
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_blocks_computed_again_count_as_work_of_the_hardware_alone(config, again):
+    settings = [f"data.path={config.data.path}", f"parallel.activation_checkpointing={str(again).lower()}"]
+    row = make_trainer(load_config("tiny", [*SMALL, *settings, "train.skip_equal_groups=false"])).train_step()
+    assert (row["train_flop"][0] > row["model_flop"]) == again and row["train_flop"][0] >= row["model_flop"] > 0
+
+
 def test_a_policy_of_which_nothing_trains_is_refused(config):
     trainer = make_trainer(config)
     trainer.policy.model.requires_grad_(False)

@@ -189,6 +189,7 @@ def speed_of(trainer: Trainer, row: Mapping[str, Any], seconds: Mapping[str, flo
         logical_tokens=row["logical_tokens"],
         slots=row["micro_batches"] * config.train.max_tokens_per_micro_batch,
         flop=row["train_flop"],
+        model_flop=row["model_flop"],
         peak_flops=device_peak_flops(computes_in(config)),
     )
 

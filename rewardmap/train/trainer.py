@@ -97,13 +97,15 @@ class Trainer:
             raise ConfigError(f"train.kl_coef={train.kl_coef} needs a reference policy; see train/reference.py")
         self.guard = Guard(self.config.guard)
         self._forward: Forward = self.forward or partial(response_hidden, self.policy)
-        self._cost = CostModel.of(
+        cost = partial(
+            CostModel.of,
             self.policy.model.config,
             freeze_vision=self.policy.freeze_vision,
-            checkpointing=self.config.parallel.activation_checkpointing,
             adapters=bool(self.config.policy.lora_rank),
             reference=bool(train.kl_coef),
         )
+        self._cost = cost(checkpointing=self.config.parallel.activation_checkpointing)
+        self._cost_once = cost(checkpointing=False)
         self._rubrics = {stage: stage_rubric(self.config, stage) for stage in self.curriculum.stages}
         trainable = [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
         if not trainable:
@@ -368,16 +370,20 @@ class Trainer:
     def _sums(self, forests: Sequence[PackedForest]) -> dict[str, Any]:
         """What the step's micro-batches hold, over all ranks, and each rank's arithmetic."""
         real = [forest for forest in forests if forest.logical_tokens]
-        sums = {
+        sums: dict[str, float] = {
             "packed_tokens": sum(len(forest.input_ids) for forest in real),
             "logical_tokens": sum(forest.logical_tokens for forest in real),
             "micro_batches": len(forests),
         }
         seen = {image: size for forest in real for image, size in zip(forest.images, forest.image_tokens, strict=True)}
-        flop = sum(self._cost.flop(len(forest.input_ids), forest.pairs, len(forest.target)) for forest in real)
-        flop += sum(map(self._cost.tower, seen.values()))
+
+        def flop(cost: CostModel) -> float:
+            decoder = sum(cost.flop(len(forest.input_ids), forest.pairs, len(forest.target)) for forest in real)
+            return decoder + sum(map(cost.tower, seen.values()))
+
+        sums["model_flop"] = flop(self._cost_once)
         counts = {name: int(count) for name, count in self.ranks.sum(sums).items()}
-        return counts | {"train_flop": self.ranks.gather(flop)}
+        return counts | {"train_flop": self.ranks.gather(flop(self._cost))}
 
     def _stage_metrics(self, stage: StageConfig) -> dict[str, Any]:
         """What the stage sets, and where its gate and its pools stand."""
