@@ -21,6 +21,7 @@ from rewardmap_kernels import (
     policy_loss,
     reference,
     selective_log_softmax,
+    use_implementation,
 )
 
 sys.path.append(str(Path(__file__).parent))
@@ -252,6 +253,20 @@ def test_a_target_of_probability_zero() -> None:
         torch.testing.assert_close(got, expected)
         mine, theirs = (torch.autograd.grad(each.sum(), logits)[0] for each in (got, expected))
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_closed_columns_add_nothing_to_a_large_entropy_gradient(dtype: torch.dtype) -> None:
+    """A row with one open column too."""
+    logits = torch.randn(4, 7, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    logits[:, 3:], logits[0, 1:] = -torch.inf, -torch.inf
+    logits.requires_grad_()
+    targets, upstream = torch.tensor([0, 1, 2, 0]), torch.tensor([1e6, -7.0, 3.0, 2.0], dtype=dtype)
+    expected = reference.selective_log_softmax(logits[:, :3], targets)[1][1:] @ upstream[1:]
+    wanted = torch.autograd.grad(expected, logits)[0]
+    with use_implementation("torch"):
+        got = torch.autograd.grad(selective_log_softmax(logits, targets)[1] @ upstream, logits)[0]
+    torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["first chunk", "later chunk"])

@@ -15,6 +15,8 @@ from torch import Tensor
 from ._checks import compute_dtype
 from .policy_loss import policy_loss
 
+LOWEST_LOG_PROB = -1e3
+"""Columns at -inf have this log-probability: e^-1000 is 0 in float64 too, and a coefficient times it is finite."""
 NATS_PER_UNIT = 1.0
 """Of the log-sum-exp in this implementation."""
 PRODUCTS_ON_CPU: tuple[torch.dtype, ...] = ()
@@ -85,9 +87,9 @@ def _log_probs(logits: Tensor, temperature: Tensor | float, keep: Tensor | None)
 
 
 def _logprob_and_entropy(log_probs: Tensor, probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns at -inf become the lowest finite number in ``log_probs``, so that they add 0 to sums over p log p."""
+    """Columns at -inf become finite in ``log_probs``, so that they add 0 to sums over p log p."""
     picked = log_probs.gather(1, targets.long()[:, None])[:, 0]
-    log_probs.clamp_(min=torch.finfo(log_probs.dtype).min)
+    log_probs.clamp_(min=LOWEST_LOG_PROB)
     return picked, -torch.linalg.vecdot(probs, log_probs)
 
 
@@ -139,7 +141,7 @@ def gradient(
     wide = rows.lse.dtype
     log_probs = _scaled(logits, temperature, (d_logprob != 0) | (d_entropy != 0)) - rows.lse[:, None]
     probs = log_probs.exp()
-    log_probs.clamp_(min=torch.finfo(wide).min)
+    log_probs.clamp_(min=LOWEST_LOG_PROB)
     c, e = d_logprob.to(wide), d_entropy.to(wide)
     return _stored(
         _gradient(log_probs, probs, targets, temperature, rows.entropy, c, e, scale), logits, dtype, in_place
