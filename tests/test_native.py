@@ -86,6 +86,19 @@ def test_the_objective_is_that_of_policy_loss(objective: PolicyObjective, spread
         torch.testing.assert_close(done.d_logprob.double(), wanted.d_logprob, rtol=4e-6, atol=absolute)
 
 
+def test_no_rows_are_no_error() -> None:
+    objective = PolicyObjective("grpo", kl_coef=0.1, importance_correction="truncate")
+    logits = torch.empty(0, 9, requires_grad=True)
+    none = torch.empty(0)
+    with use_implementation("native"):
+        out = logits_policy_loss(
+            logits, none.long(), advantages=none, old_logprobs=none, ref_logprobs=none, rollout_logprobs=none,
+            normalizer=1.0, objective=objective,
+        )  # fmt: skip
+    out.loss.backward()
+    assert out.loss == 0 and logits.grad is not None and logits.grad.shape == (0, 9)
+
+
 def operator_calls() -> dict[str, tuple[Any, ...]]:
     """Arguments of every operator."""
     g = torch.Generator().manual_seed(0)

@@ -235,9 +235,10 @@ std::tuple<Tensor, Tensor, Tensor> policy_into(const Tensor& out, const Tensor& 
   Policy policy{objective, advantages.const_data_ptr<float>(), floats("old_logprobs", old_logprobs, n),
                 floats("ref_logprobs", ref_logprobs, n), floats("rollout_logprobs", rollout_logprobs, n), nullptr,
                 normalizer.dim() ? 1 : 0, nullptr};
-  policy.objective.has_old = policy.old_logprobs != nullptr;
-  STD_TORCH_CHECK(objective.kl == Kl::none || policy.ref_logprobs, "the KL term needs ref_logprobs");
-  STD_TORCH_CHECK(objective.importance == Importance::none || policy.rollout_logprobs,
+  // Asked of the tensors: the pointer of one without rows is null.
+  policy.objective.has_old = old_logprobs.has_value();
+  STD_TORCH_CHECK(objective.kl == Kl::none || ref_logprobs, "the KL term needs ref_logprobs");
+  STD_TORCH_CHECK(objective.importance == Importance::none || rollout_logprobs,
                   "the importance correction needs rollout_logprobs");
   if (normalizer.dim()) check_vector("normalizer", normalizer, n, ScalarType::Float);
   policy.normalizer = normalizer.const_data_ptr<float>();
