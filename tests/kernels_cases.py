@@ -37,6 +37,17 @@ def objective_id(objective: PolicyObjective) -> str:
     return "-".join([objective.name, *changed])
 
 
+def read_by_derivative(objective: PolicyObjective) -> list[str]:
+    """The inputs of a row that its derivative with respect to the log-probability depends on."""
+    corrected = objective.importance_correction != "none"
+    names = ["advantages"]
+    if objective.name != "reinforce" or corrected:
+        names.append("old_logprobs")
+    if objective.kl_coef and (objective.kl_estimator != "k1" or objective.kl_bias_correction):
+        names.append("ref_logprobs")
+    return [*names, "rollout_logprobs"] if corrected else names
+
+
 def row_inputs(n: int, seed: int = 0, dtype: torch.dtype = torch.float64, sequences: int = 3) -> dict[str, Any]:
     """Everything ``policy_loss`` reads beside logprobs and entropy; log-ratios of about 0.3, a fifth of rows
     masked."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
 from rewardmap_kernels import (
     PolicyObjective,
@@ -130,6 +133,27 @@ def test_the_coefficient_is_policy_loss_s_in_float64(objective: PolicyObjective,
         # 1 - e^gap of a small gap keeps what 1 holds; sapo: as in test_kernels_policy_loss.py.
         absolute = 4e-6 if objective.name == "sapo" else 3e-8 * (objective.kl_coef + 0.1)
         torch.testing.assert_close(done.d_logprob.double(), wanted.d_logprob, rtol=5e-6, atol=absolute)
+
+
+@pytest.fixture
+def minima_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's minimum and maximum of NaN and a number are NaN, a GPU's the number."""
+    for name, of_a_gpu in (("create_minnumf", np.fmin), ("create_maxnumf", np.fmax)):
+        monkeypatch.setattr(InterpreterBuilder, name, partialmethod(InterpreterBuilder.binary_op, op=of_a_gpu))
+
+
+@pytest.mark.usefixtures("minima_of_a_gpu")
+def test_nan_that_a_row_reads_reaches_its_coefficient() -> None:
+    n = 8
+    logits, targets = torch.randn(n, 9, generator=torch.Generator().manual_seed(2)), torch.arange(n)
+    choose("logits_policy_loss", logits)
+    for objective in TOKEN_LEVEL:
+        for name in cases.read_by_derivative(objective):
+            rows = cases.row_inputs(n, dtype=torch.float32)
+            rows[name][5], mask = float("nan"), rows.pop("loss_mask") | True
+            inputs = {"objective": objective, "num_sequences": None, **rows}
+            done = triton_launch.fused("logits_policy_loss", logits, targets, 1.0, mask, inputs, None, False)
+            assert done.d_logprob.isnan().nonzero().tolist() == [[5]], (objective, name)
 
 
 @pytest.mark.parametrize("objective", [DAPO, SEQUENCE_LEVEL[0]], ids=cases.objective_id)
@@ -310,6 +334,7 @@ def test_runs_are_bitwise_equal_and_no_rows_is_fine() -> None:
     assert out.loss == 0 and (torch.autograd.grad(out.loss, weight)[0] == 0).all()
 
 
+@pytest.mark.usefixtures("minima_of_a_gpu")
 @pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "batch_mean", "none"])
 @pytest.mark.parametrize("scale", ["group", "batch", "none", "max_min", "mad"])
 def test_group_advantage(scale: str, baseline: str) -> None:
@@ -336,7 +361,8 @@ def test_group_advantage(scale: str, baseline: str) -> None:
             assert (got.advantages[46:] == 0).all() and got.advantages[5] == 0
     rewards[2] = float("nan")
     got = group_advantage(rewards, torch.tensor(offsets), **options)
-    assert got.advantages[:5].isnan().any() and not got.degenerate[0]
+    assert not got.degenerate[0] and got.advantages[2].isnan()
+    assert got.advantages[:5].isnan().all() or (scale, baseline) == ("none", "none")
 
 
 def test_group_advantage_is_one_node_of_a_compiled_graph() -> None:

@@ -66,11 +66,16 @@ def test_adding_a_constant_or_permuting_a_group_changes_nothing_else() -> None:
     torch.testing.assert_close(group_advantage(rewards[order], offsets).advantages, base[order], rtol=1e-9, atol=1e-12)
 
 
-def test_a_bad_reward_stays_in_its_group() -> None:
-    rewards, _ = rewards_and_weights()
-    base = group_advantage(rewards, torch.tensor(OFFSETS)).advantages
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out", "none"])
+@pytest.mark.parametrize("scale", ["group", "max_min", "mad"])
+def test_a_bad_reward_stays_in_its_group(scale: str, baseline: str, dtype: torch.dtype) -> None:
+    """float32 is the C++ code's where there is a compiler."""
+    rewards = rewards_and_weights()[0].to(dtype)
+    options = {"scale": scale, "baseline": baseline}
+    base = group_advantage(rewards, torch.tensor(OFFSETS), **options).advantages
     rewards[3] = float("nan")
-    got = group_advantage(rewards, torch.tensor(OFFSETS)).advantages
+    got = group_advantage(rewards, torch.tensor(OFFSETS), **options).advantages
     assert got[:8].isnan().all() and torch.equal(got[8:], base[8:])
 
 

@@ -131,6 +131,21 @@ def test_extreme_ratios_stay_finite_and_nan_is_not_hidden() -> None:
             assert out.row_loss[2].isnan()
 
 
+@pytest.mark.parametrize("objective", cases.OBJECTIVES, ids=cases.objective_id)
+def test_nan_that_a_row_reads_reaches_its_loss_and_its_derivative(objective: PolicyObjective) -> None:
+    logprobs, entropy = logprobs_and_entropy(20)
+    row = 7
+    for name in cases.read_by_derivative(objective):
+        for sign in (1.0, -1.0):
+            rows = cases.row_inputs(20)
+            rows["loss_mask"][row], rows["advantages"][row] = True, sign
+            rows[name][row] = float("nan")
+            out = policy_loss(logprobs, entropy=entropy, objective=objective, **rows)
+            assert out.row_loss[row].isnan() and out.d_logprob[row].isnan(), name
+            others = rows["sequence"] != rows["sequence"][row]
+            assert out.row_loss[others].isfinite().all() and out.d_logprob[others].isfinite().all(), name
+
+
 def test_no_rows_and_all_rows_masked() -> None:
     for n in (0, 5):
         rows = cases.row_inputs(n)

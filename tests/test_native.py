@@ -86,6 +86,18 @@ def test_the_objective_is_that_of_policy_loss(objective: PolicyObjective, spread
         torch.testing.assert_close(done.d_logprob.double(), wanted.d_logprob, rtol=4e-6, atol=absolute)
 
 
+def test_nan_that_a_row_reads_reaches_its_coefficient() -> None:
+    logits, targets = torch.randn(20, 9, generator=torch.Generator().manual_seed(5)), torch.arange(20) % 9
+    for objective in (o for o in cases.OBJECTIVES if not o.needs_sequence):
+        for name in cases.read_by_derivative(objective):
+            rows = cases.row_inputs(20, dtype=torch.float32)
+            rows[name][7], keep = float("nan"), rows.pop("loss_mask") | True
+            inputs = {"objective": objective, **rows}
+            choose("logits_policy_loss", logits)
+            done = native_rows.fused("logits_policy_loss", logits, targets, 1.0, keep, inputs, None, False)
+            assert done.d_logprob.isnan().nonzero().tolist() == [[7]], (objective, name)
+
+
 def test_no_rows_are_no_error() -> None:
     objective = PolicyObjective("grpo", kl_coef=0.1, importance_correction="truncate")
     logits = torch.empty(0, 9, requires_grad=True)

@@ -61,15 +61,16 @@ void group_advantage(const Advantages& a, const AdvantageOptions& options, const
       std::fill(out, out + count, 0.0f);
       continue;
     }
+    const double spoilt = own.mean - own.mean;  // not a number where a reward is not finite: an order hides it
     double divisor = 1.0;
     if (options.scale == Scale::group || options.scale == Scale::batch) {
       const double variance = options.scale == Scale::group ? own.variance : batch.variance;
       divisor = options.eps_inside ? std::sqrt(variance + options.eps) : std::sqrt(variance) + options.eps;
     } else if (options.scale == Scale::max_min && count > 0) {
       const auto [low, high] = std::minmax_element(r, r + count);
-      divisor = static_cast<double>(*high) - static_cast<double>(*low) + options.eps;
+      divisor = static_cast<double>(*high) - static_cast<double>(*low) + options.eps + spoilt;
     } else if (options.scale == Scale::mad) {
-      divisor = median_deviation(r, count, scratch) + options.eps;
+      divisor = median_deviation(r, count, scratch) + options.eps + spoilt;
     }
     double baseline = own.mean, factor = 1.0;
     if (options.baseline == Baseline::batch_mean) baseline = batch.mean;

@@ -244,6 +244,7 @@ def _evaluate(
     variance = torch.where(sizes > ddof, variance, 0.0)
     high, low = reduce(r, "amax"), reduce(r, "amin")
     degenerate = high == low
+    spoilt = mean - mean  # NaN where a reward is not finite: an order hides it
     if baseline == "leave_one_out":
         centred = deviation * per_row(sizes.to(r.dtype) / (sizes - 1).clamp(min=1))
     elif baseline == "batch_mean":
@@ -257,10 +258,10 @@ def _evaluate(
         spread = per_row(variance) if scale == "group" else batch
         centred = centred / ((spread + eps).sqrt() if eps_inside else spread.sqrt() + eps)
     elif scale == "max_min":
-        centred = centred / (per_row(high - low) + eps)
+        centred = centred / (per_row(high - low + spoilt) + eps)
     elif scale == "mad":
         distance = (r - per_row(_group_median(r, group, offsets, sizes))).abs()
-        centred = centred / (per_row(_group_median(distance, group, offsets, sizes)) + eps)
+        centred = centred / (per_row(_group_median(distance, group, offsets, sizes) + spoilt) + eps)
     if baseline in ("mean", "leave_one_out"):
         centred = torch.where(per_row(degenerate), 0.0, centred)
     if weights is not None:

@@ -79,12 +79,15 @@ class _AttachDerivatives(torch.autograd.Function):
 def sequence_sums(values: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
     """Sum of values [N] over the rows of each row's sequence, as [N]. Exact in any order, hence reproducible.
 
-    |values| <= LOG_RATIO_BOUND; resolution 2^-38; a sequence may have up to 2^20 rows.
+    |values| <= LOG_RATIO_BOUND; resolution 2^-38; a sequence may have up to 2^20 rows. NaN, which integers have none
+    of, makes its sequence's sum NaN.
     """
     fixed = (values.double() * _FIXED_POINT).round().to(torch.int64)
     totals = torch.zeros(num_sequences, dtype=torch.int64, device=values.device)
     totals.scatter_add_(0, sequence.long(), fixed)
-    return (totals[sequence.long()].double() / _FIXED_POINT).to(values.dtype)
+    not_a_number = torch.zeros(num_sequences, dtype=values.dtype, device=values.device)
+    not_a_number.scatter_add_(0, sequence.long(), values - values)
+    return (totals[sequence.long()].double() / _FIXED_POINT).to(values.dtype) + not_a_number[sequence.long()]
 
 
 def sequence_counts(mask: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
@@ -136,13 +139,13 @@ def _policy_terms(objective: PolicyObjective, logprobs: Tensor, ratio: Tensor, i
     capped, capped_slope = ratio, slope
     if objective.delta is not None:
         capped = ratio.clamp(max=objective.delta)
-        capped_slope = torch.where(ratio <= objective.delta, slope, 0.0)
+        capped_slope = torch.where(ratio > objective.delta, 0.0, slope)
     plain, clipped = capped * adv, ratio.clamp(low, high) * adv
-    take_plain = plain <= clipped
-    value = torch.where(take_plain, plain, clipped)
+    cut = plain > clipped
+    value = torch.where(cut, clipped, plain)
     # Where the clipped branch wins strictly, the ratio is outside [low, high] and the clip's derivative is
     # zero.
-    derivative = torch.where(take_plain, capped_slope * adv, 0.0)
+    derivative = torch.where(cut, 0.0, capped_slope * adv)
     if objective.dual_clip is not None:
         floor = objective.dual_clip * adv
         bounded = (adv < 0) & (value < floor)
@@ -199,6 +202,7 @@ def policy_loss(
     sequence in [0, num_sequences), for sequence-level objectives (``num_sequences`` defaults to N);
     ``loss_mask`` non-zero where the row counts: masked rows get loss and derivatives of exactly 0 whatever
     they hold. All but ``logprobs`` and ``entropy`` are constants, and there are first-order gradients only.
+    Log-ratios are clamped to +-20 before exp; outside, their gradient is 0.
 
     gspo follows GSPO-token (arXiv 2507.18071, eq. 14): the ratio is the sequence's geometric mean, held
     constant, times pi/sg(pi) of the row; with a constant advantage per sequence this is the gradient of GSPO.
@@ -265,8 +269,7 @@ def _evaluate(
         assert sequence is not None
         bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
         counts = sequence_counts(mask, sequence, num_sequences).clamp(min=1)
-        mean = sequence_sums(bounded, sequence, num_sequences) / counts
-        log_ratio = torch.where(torch.isnan(log_ratio), log_ratio, mean)
+        log_ratio = sequence_sums(bounded, sequence, num_sequences) / counts
     bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = torch.exp(bounded)
     terms = _policy_terms(objective, logp, ratio, ~(log_ratio.abs() > LOG_RATIO_BOUND), adv)

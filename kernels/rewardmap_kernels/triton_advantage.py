@@ -146,7 +146,7 @@ def group_advantage_kernel(
         if SCALE == "none":
             divisor = 1.0
         elif SCALE == "max_min":
-            divisor = high - low + eps
+            divisor = high - low + eps + (mean - mean)  # NaN where a reward is not finite: a GPU's maximum hides it
         elif SCALE == "mad":
             centre = _median(rewards_ptr, parts_ptr, begin, end, 0.0, False, k if EACH else -1, COMPONENTS, BLOCK)
             gap = _median(rewards_ptr, parts_ptr, begin, end, centre, True, k if EACH else -1, COMPONENTS, BLOCK)

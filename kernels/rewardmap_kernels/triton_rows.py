@@ -133,8 +133,10 @@ def _coefficient(
     OBJECTIVE: tl.constexpr, DUAL_CLIP: tl.constexpr, DELTA: tl.constexpr, KL: tl.constexpr,
     KL_BIAS: tl.constexpr, IMPORTANCE: tl.constexpr, HAS_OLD: tl.constexpr,
 ):  # fmt: skip
-    """d l / d logprob of one unmasked row before normalisation: ``policy_loss`` at token level, in
-    scalars."""
+    """d l / d logprob of one unmasked row before normalisation: ``policy_loss`` at token level, in scalars.
+
+    A GPU's minimum and maximum return the number where the other is NaN, which has to reach the derivative.
+    """
     adv = tl.load(adv_ptr + row).to(tl.float32)
     old = logprob
     ratio = 1.0 + (logprob - logprob)
@@ -158,8 +160,8 @@ def _coefficient(
     else:
         capped = ratio
         if DELTA:
-            capped = tl.minimum(ratio, delta)
-            slope = tl.where(ratio <= delta, slope, 0.0)
+            capped = tl.where(ratio > delta, delta, ratio)
+            slope = tl.where(ratio > delta, 0.0, slope)
         plain = capped * adv
         clipped = bounded * adv
         c = tl.where(plain > clipped, 0.0, -slope * adv)
@@ -172,7 +174,7 @@ def _coefficient(
             weight = tl.minimum(tl.maximum(weight, importance_min), importance_max)
         else:
             weight = tl.where((weight < importance_min) | (weight > importance_max), 0.0, weight)
-        c *= weight
+        c *= tl.where(gap != gap, gap, weight)
     if KL != "none":
         gap = tl.load(ref_ptr + row).to(tl.float32) - logprob
         if KL == "k1":
@@ -183,7 +185,7 @@ def _coefficient(
             d_kl = -gap
         else:
             bounded_gap = tl.minimum(tl.maximum(gap, -LOG_RATIO_BOUND), LOG_RATIO_BOUND)
-            growth = tl.exp(bounded_gap)
+            growth = tl.where(gap != gap, gap, tl.exp(bounded_gap))
             kl = growth - bounded_gap - 1.0
             d_kl = tl.where(tl.abs(gap) > LOG_RATIO_BOUND, 0.0, 1.0 - growth)
         if KL_BIAS:
