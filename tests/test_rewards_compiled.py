@@ -367,6 +367,21 @@ def test_without_a_writable_cache_it_still_scores(tmp_path: Path) -> None:
     assert f"in every process, for {tmp_path / 'file' / 'cache'} cannot be written; set NUMBA_CACHE_DIR" in done.stderr
 
 
+def test_without_a_home_directory_it_compiles_and_names_the_remedy() -> None:
+    """As a container's user without a name: no ``HOME``, and no entry among the users."""
+    script = """
+import os
+os.getuid = lambda: 2**31 - 2
+from rewardmap.rewards import jit
+jit.announce("twice")
+print(jit.entry(lambda number: 2 * number)(21))
+"""
+    env = {key: os.environ[key] for key in os.environ.keys() - {"HOME", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"}}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
+    assert done.stdout == "42\n", done.stderr
+    assert "in every process, for there is no home directory; set NUMBA_CACHE_DIR" in done.stderr
+
+
 @pytest.mark.slow
 def test_processes_that_compile_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}

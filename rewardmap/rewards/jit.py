@@ -31,14 +31,16 @@ def cache_folder() -> Path:
 
 
 @cache
-def _can_keep() -> bool:
-    """Whether machine code can be kept. Numba would go on to look for room in the package's own folder."""
+def _unkept() -> str | None:
+    """Why machine code cannot be kept, if so. Numba would go on to look for room in the package's own folder."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache_folder()).close()
+    except RuntimeError:
+        return "there is no home directory"
     except OSError:
-        return False
-    return True
+        return f"{cache_folder().parent} cannot be written"
+    return None
 
 
 def entry(function: Callable[..., Any], *, nogil: bool = True) -> Any:
@@ -47,12 +49,14 @@ def entry(function: Callable[..., Any], *, nogil: bool = True) -> Any:
     It allocates nothing: without the runtime (``_nrt``) its arrays are not reference-counted, which would cost more
     than the work done on a name.
     """
+    options: dict[str, Any] = {"nogil": nogil, "_nrt": False}
+    if _unkept():
+        return numba.njit(**options)(function)
     config: Any = numba.config
     before = config.CACHE_DIR
     config.CACHE_DIR = str(cache_folder())
-    options: dict[str, Any] = {"nogil": nogil, "_nrt": False}
     try:
-        return numba.njit(cache=_can_keep(), **options)(function)
+        return numba.njit(cache=True, **options)(function)
     finally:
         config.CACHE_DIR = before
 
@@ -89,8 +93,8 @@ def _helper(function: Callable[..., Any], *, forceinline: bool) -> Any:
 @cache
 def announce(name: str) -> None:
     """Say once per process, on stderr, when the first call of an ``entry`` has to compile it."""
-    if not _can_keep():
-        often = f"in every process, for {cache_folder().parent} cannot be written; set NUMBA_CACHE_DIR"
+    if why := _unkept():
+        often = f"in every process, for {why}; set NUMBA_CACHE_DIR"
     elif not any(cache_folder().rglob(f"*.{name}-*.nbi")):
         often = "once"
     else:
