@@ -1,9 +1,10 @@
-"""The wheel: both import names, the shipped files, and nothing else."""
+"""The source distribution and the wheel made of it: both import names, the shipped files, and nothing else."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,32 +14,39 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """Built from a copy of what the wheel is made of, so that the checkout stays clean."""
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the files that may enter it, so that the checkout stays clean."""
     pytest.importorskip("setuptools", minversion="77")
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md"):
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("sdist")
+    for name in ("pyproject.toml", "README.md", "MANIFEST.in"):
         (source / name).write_bytes((ROOT / name).read_bytes())
-    for folder in ("rewardmap", "kernels", "csrc"):
+    for folder in ("rewardmap", "kernels", "csrc", "tests"):
         for file in (ROOT / folder).rglob("*"):
             if file.is_file() and "__pycache__" not in file.parts:
                 copy = source / file.relative_to(ROOT)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(file.read_bytes())
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(out),
-        str(source),
-    ]
+    build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    command = [sys.executable, "-c", build, str(out)]
+    built = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return next(out.glob("rewardmap-*.tar.gz"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(out), str(sdist)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
     return zipfile.ZipFile(next(out.glob("rewardmap-*.whl")))
+
+
+def test_the_source_distribution_holds_what_the_wheel_is_made_of_and_no_part_of_the_tests(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        tops = {name.split("/")[1] for name in archive.getnames() if "/" in name}
+    metadata = {"PKG-INFO", "rewardmap.egg-info", "setup.cfg"}
+    assert tops - metadata == {"pyproject.toml", "README.md", "MANIFEST.in", "rewardmap", "kernels", "csrc"}
 
 
 def test_top_level_names(wheel: zipfile.ZipFile) -> None:
