@@ -6,6 +6,8 @@ says; ``--debug`` shows the traceback.
 
 from __future__ import annotations
 
+import io
+import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +28,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # not where it is closed
+            stream.reconfigure(errors="replace")  # no work is lost to a sign that the terminal's encoding lacks
     app()
 
 

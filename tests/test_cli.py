@@ -259,6 +259,21 @@ def test_a_signal_ends_a_rank_that_waits_for_another_with_its_own_code(tmp_path:
             assert told.splitlines()[-1] == f"rank {rank}: {number.name}: leaving"
 
 
+def test_tables_are_printed_where_the_terminal_lacks_some_of_their_signs(tmp_path: Path) -> None:
+    from rewardmap.transit import gold_response, load_dataset, write_dataset
+
+    write_dataset(tmp_path / "maps", maps={"train": 1, "test": 1})
+    test = load_dataset(tmp_path / "maps", "test").problems
+    rows = [json.dumps({"uid": problem.uid, "response": gold_response(problem)}) for problem in test]
+    (tmp_path / "answers.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    command = [sys.executable, "-P", "-c", "from rewardmap.cli import main; main()", "eval"]
+    command += ["--responses", str(tmp_path / "answers.jsonl"), "--data", str(tmp_path / "maps")]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "?" in done.stdout
+
+
 def test_version() -> None:
     assert invoke("--version").output.strip() == f"rewardmap {rewardmap.__version__}"
 
