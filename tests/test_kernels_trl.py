@@ -282,6 +282,28 @@ def test_a_trl_of_another_version_keeps_its_own_loss(tmp_path: Path, monkeypatch
     fuse_grpo(trainer, fused_loss=False)
 
 
+class Earlier(torch.autograd.Function):
+    """The head of TRL 1.10, which GRPOTrainer did not use."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, last_hidden: Any, weight: Any, targets: Any, temperature: Any, chunk_size: Any,
+        final_logit_softcapping: Any = None, logit_scale: Any = 1.0,
+    ) -> Any: ...  # fmt: skip
+
+
+@pytest.mark.parametrize("fused_loss", [True, False])
+@pytest.mark.parametrize("head", [None, Earlier], ids=["none", "another"])
+def test_a_trl_with_another_head_is_refused(
+    head: Any, fused_loss: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(tmp_path)
+    monkeypatch.setattr(trl, "__version__", "1.10.0")
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", head)
+    with pytest.raises(ValueError, match=r"the head of TRL 1\.16; TRL 1\.10\.0 has another or none"):
+        fuse_grpo(trainer, fused_loss=fused_loss)
+
+
 def test_a_subclass_keeps_its_own_loss(tmp_path: Path) -> None:
     trainer = build(tmp_path)
     trainer.__class__ = OwnLoss

@@ -11,6 +11,7 @@ DeepSpeed hook a module's outputs, and would not know that a loss beside them ha
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,15 +76,17 @@ class _Head:
     @staticmethod
     def apply(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk_size: int,
-        softcap: float | None = None, logit_scale: float = 1.0, outputs: tuple[str, ...] = (),
+        final_logit_softcapping: float | None = None, logit_scale: float = 1.0, outputs: tuple[str, ...] = (),
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
         if not _active:
             result: tuple[Tensor | None, ...] = _Head.original.apply(
-                hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs
+                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
             )
             return result
-        if bias is not None or softcap is not None:
-            raise ValueError(f"a head with bias ({bias is not None}) or soft-capping ({softcap}) has no fused kernel")
+        if bias is not None or final_logit_softcapping is not None:
+            raise ValueError(
+                f"a head with bias ({bias is not None}) or soft-capping ({final_logit_softcapping}) has no fused kernel"
+            )
         if not logit_scale > 0:
             raise ValueError(f"a logit scale must be positive for the fused head, got {logit_scale}")
         temperature = temperature / logit_scale
@@ -204,6 +207,15 @@ def _rows(trainer: Any, inputs: dict[str, Any]) -> tuple[dict[str, Tensor], Tens
     return {name: with_prompt(values) for name, values in found.items()}, with_prompt(completion) != 0
 
 
+def _takes_what_ours_takes(function: Any) -> bool:
+    """Whether this is the autograd function of TRL 1.16. That of 1.10 to 1.14 takes less, and GRPOTrainer does not call
+    it by the name that is replaced."""
+    if function is None:
+        return False
+    _, *names = inspect.signature(function.forward).parameters  # without ctx
+    return names == list(inspect.signature(_Head.apply).parameters)
+
+
 @contextlib.contextmanager
 def _at_work(state: _FusedTrainer) -> Iterator[None]:
     _active.append(state)
@@ -221,7 +233,7 @@ def fuse_grpo(trainer: Any, *, fused_loss: bool = True) -> Any:
 
     Raises ValueError for an option of the trainer that the fused loss cannot honour (the message names it), for a
     subclass with a loss or scoring of its own, whose head alone can be fused, for a trainer that was fused before,
-    for a TRL without the function that is replaced, and, with the loss, for another than 1.16. An option that changes
+    for a TRL without the head that is replaced, and, with the loss, for another than 1.16. An option that changes
     during training is checked again.
     """
     import trl.trainer.grpo_trainer
@@ -230,8 +242,8 @@ def fuse_grpo(trainer: Any, *, fused_loss: bool = True) -> Any:
     utils: Any = trl.trainer.utils
     base: Any = trl.trainer.grpo_trainer.GRPOTrainer
     found = getattr(utils, "_ChunkedLogProbFunction", None)
-    if found is None:
-        raise ValueError("this TRL has no trl.trainer.utils._ChunkedLogProbFunction; fuse_grpo knows TRL 1.16")
+    if found is not _Head and not _takes_what_ours_takes(found):
+        raise ValueError(f"fuse_grpo replaces the head of TRL 1.16; TRL {trl.__version__} has another or none")
     if fused_loss and not trl.__version__.startswith("1.16."):
         raise ValueError(
             f"the fused loss knows the options of TRL 1.16, got {trl.__version__}: it would ignore a new one; "
