@@ -245,6 +245,27 @@ print(rk.last_path("group_advantage"))
 """
 
 
+FIRST_USE = """
+import threading, time
+import rewardmap_kernels.native as native
+
+def slow(path):
+    time.sleep(0.2)
+    load(path)
+
+load, native.load, found = native.load, slow, []
+threads = [threading.Thread(target=lambda: found.append(native.unavailable_reason())) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(found)
+"""
+
+
+def test_threads_that_begin_together_load_once() -> None:
+    done = python("-c", FIRST_USE)
+    assert done.stdout == "[None, None, None, None]\n", done.stderr
+
+
 @pytest.mark.parametrize("lack", ["compiler", "cache", "sources"])
 def test_what_is_missing_is_said_once_and_plain_torch_runs(lack: str, tmp_path: Path) -> None:
     environment = {"XDG_CACHE_HOME": str(tmp_path)}

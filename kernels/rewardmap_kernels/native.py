@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ import torch
 Part = Literal["cpu", "cuda"]
 
 _LOGGER = logging.getLogger("rewardmap_kernels")
+_FIRST_USE = threading.Lock()  # torch refuses an operator that two threads register
 _ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # 2.11, the oldest torch that the libraries load into
 _CXX_FLAGS = ("-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", _ABI)
 _NVCC_FLAGS = (
@@ -191,12 +193,17 @@ def _device_refusal() -> str | None:
     return None if (major, minor) == (9, 0) else f"the GPU is sm_{major}{minor}; the kernel is for sm_90"
 
 
-@functools.cache
 def unavailable_reason(part: Part = "cpu") -> str | None:
     """None when the library is there (built and loaded by this call, once per process); else why not, in a line.
 
     ``part``: "cpu", or "cuda", the experimental Hopper kernel. The reason is logged once.
     """
+    with _FIRST_USE:
+        return _reason(part)
+
+
+@functools.cache
+def _reason(part: Part) -> str | None:
     try:
         refusal = _device_refusal() if part == "cuda" else None
         if refusal is not None:
