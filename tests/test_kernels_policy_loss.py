@@ -225,6 +225,12 @@ def test_bad_input_raises(objective: dict[str, Any], change: dict[str, Any], mes
         policy_loss(torch.zeros(4), objective=PolicyObjective(**objective), **arguments)
 
 
+def test_forward_mode_is_refused() -> None:
+    rows: dict[str, Any] = {"advantages": torch.ones(3), "normalizer": 1.0, "objective": PolicyObjective()}
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: policy_loss(x, **rows).row_loss, (torch.zeros(3),), (torch.ones(3),))
+
+
 def test_bad_normalizer_arguments_raise() -> None:
     mask = torch.ones(4)
     for name, options, message in (

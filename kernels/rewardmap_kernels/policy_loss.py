@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from ._checks import check_floating, check_normalizer, check_range, check_rows, compute_dtype, first_order_only
 from .objective import PolicyObjective, require_inputs
@@ -233,6 +234,10 @@ def policy_loss(
     buckets = n if num_sequences is None else num_sequences
     if sequence is not None and objective.needs_sequence:
         check_range("sequence", sequence, 0, buckets)
+    if not torch.compiler.is_compiling() and any(
+        value is not None and unpack_dual(value).tangent is not None for value in (logprobs, entropy)
+    ):  # no_grad does not end forward mode, whose result through _evaluate would be another
+        raise RuntimeError("policy_loss has no forward-mode derivative; differentiate by backward")
     with torch.no_grad():
         output = _evaluate(
             logprobs, advantages, normalizer, objective, entropy, old_logprobs, ref_logprobs,
