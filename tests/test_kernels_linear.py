@@ -186,7 +186,8 @@ def test_bad_input_raises_before_any_work() -> None:
         ((hidden[0], weight, targets), {}, r"hidden must have 2 dimension\(s\)"),
         ((hidden.long(), weight, targets), {}, "hidden must be floating point"),
         ((hidden.float(), weight, targets), {}, "float64 does not mix"),
-        ((hidden, weight, targets), {"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ((hidden, weight, targets), {"temperature": 0.0}, "temperature must be positive and finite, got 0.0"),
+        ((hidden, weight, targets), {"temperature": float("inf")}, "temperature must be positive and finite, got inf"),
         ((hidden, weight, targets), {"temperature": torch.ones(3)}, r"temperature must have shape \(37,\)"),
         ((hidden, weight, targets), {"chunk_rows": 0}, "chunk_rows must be >= 1, got 0"),
         ((hidden, weight, targets), {"old_logprobs": torch.ones(2)}, "old_logprobs must have shape"),
@@ -228,6 +229,38 @@ def test_second_derivatives_are_refused() -> None:
     ):
         with pytest.raises(RuntimeError, match="first-order gradients only"):
             torch.autograd.grad(value, hidden, create_graph=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "apart"),
+    [
+        ((V, H), (0, 1), False),
+        ((V, H), (1, 0), False),
+        ((V, H), (H // 2, 1), False),
+        ((V, H), (1, V // 2), False),
+        ((V, H), (H - 1, 1), False),
+        ((V, H), (H, 1), True),
+        ((V, H), (2 * H, 2), True),
+        ((V, H), (1, V), True),
+        ((V, 1), (1, 0), True),
+        ((1, H), (0, 1), True),
+    ],
+)
+def test_a_weight_s_gradient_needs_memory_of_its_own(
+    shape: tuple[int, int], strides: tuple[int, int], apart: bool
+) -> None:
+    hidden, weight, _ = tensors(v=shape[0], h=shape[1])
+    hidden, weight = hidden.detach().float(), weight.detach().float().requires_grad_()
+    inputs = (hidden, weight, torch.zeros(N, dtype=torch.long))
+    rows: dict[str, Any] = {"advantages": torch.ones(N), "normalizer": 1.0, "objective": PolicyObjective()}
+    given = torch.zeros(2 * V * H).as_strided(shape, strides)
+    if not apart:
+        with pytest.raises(ValueError, match=rf"elements overlap: shape \({shape[0]}, {shape[1]}\), strides"):
+            linear_policy_loss(*inputs, weight_grad=given, **rows)
+        return
+    linear_policy_loss(*inputs, weight_grad=given, **rows).loss.backward()
+    (expected,) = torch.autograd.grad(linear_policy_loss(*inputs, **rows).loss, weight)
+    torch.testing.assert_close(given, expected)
 
 
 def test_in_place_needs_memory_of_its_own() -> None:

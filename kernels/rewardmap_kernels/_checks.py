@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,16 @@ def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
         torch._assert_async(((tensor >= low) & (tensor < high)).all(), f"{name} has values outside {bounds}")
 
 
+def check_no_overlap(name: str, matrix: Tensor) -> None:
+    """Raise unless every element of ``matrix`` [R, C], which is written to, has memory of its own."""
+    dimensions = list(zip(matrix.shape, matrix.stride(), strict=True))
+    row_major = matrix.stride(1) <= matrix.stride(0)
+    (outer, outer_stride), (inner, inner_stride) = dimensions if row_major else dimensions[::-1]
+    if (inner > 1 and inner_stride < 1) or (outer > 1 and outer_stride <= (inner - 1) * inner_stride):
+        shape = tuple(matrix.shape)
+        raise ValueError(f"{name} is written to, but its elements overlap: shape {shape}, strides {matrix.stride()}")
+
+
 def check_normalizer(normalizer: Tensor | float, like: Tensor, rows: int) -> None:
     """Raise unless ``normalizer`` is a positive number, a 0-d tensor or a [rows] tensor on ``like``'s
     device."""
@@ -72,13 +84,13 @@ def check_normalizer(normalizer: Tensor | float, like: Tensor, rows: int) -> Non
 
 
 def check_temperature(temperature: Tensor | float, like: Tensor, rows: int) -> None:
-    """Raise unless ``temperature`` is a positive number or a [rows] floating tensor on ``like``'s device."""
+    """Raise unless ``temperature`` is a positive, finite number or a [rows] floating tensor on ``like``'s device."""
     if isinstance(temperature, Tensor):
         check_rows("temperature", temperature, like, rows)
         if temperature.requires_grad and torch.is_grad_enabled():
             raise ValueError("temperature gets no gradient; pass it detached")
-    elif temperature is None or not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    elif temperature is None or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 
 def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, slices: int = 1) -> None:

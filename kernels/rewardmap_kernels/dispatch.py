@@ -33,7 +33,11 @@ _said: set[str] = set()
 
 @contextlib.contextmanager
 def use_implementation(name: Implementation) -> Iterator[None]:
-    """Run every operation inside the block by ``name``; "triton" or "native" where it cannot run raises ValueError."""
+    """Run every operation of the process, in all its threads, by ``name`` until the block ends.
+
+    ``name``: "triton", "native" or "torch"; where it cannot run, the operation raises ValueError. Raises ValueError for
+    another name.
+    """
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation = {name!r} is not one of {', '.join(IMPLEMENTATIONS)}")
     _forced.append(name)

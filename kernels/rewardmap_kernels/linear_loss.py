@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _rows
-from ._checks import check_linear, check_row_index, compute_dtype
+from ._checks import check_linear, check_no_overlap, check_row_index, compute_dtype
 from ._head import Head, chunk_size, full_weight, operand_dtype
 from ._scale import scaled, taken
 from ._shard import VocabShard
@@ -227,6 +227,7 @@ def _check_weight_grad(weight_grad: Tensor, hidden: Tensor, weight: Tensor) -> N
         )
     if weight_grad.device != weight.device:
         raise ValueError(f"weight_grad is on {weight_grad.device}, expected {weight.device}")
+    check_no_overlap("weight_grad", weight_grad)
     hooks = None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(False)
     if hooks is not None and "_checkpoint_hook" in hooks[0].__qualname__:
         raise ValueError("weight_grad would be added to twice inside activation checkpointing: call the head outside")
@@ -259,10 +260,10 @@ def linear_policy_loss(
     [N] int32 or int64 token ids. ``temperature`` a positive number or [N]. ``chunk_rows`` rows per chunk (None: 5
     GiB of logits, on a CPU 64 MiB). ``rows`` int64 [M], distinct: only these enter the products, the others count as
     masked (they must not be able to contribute: see ``contributing_rows``; a sequence-level objective must
-    see whole sequences). ``weight_grad`` [V, H] float32: the weight's gradient is added to it in this call
-    and the weight, which must require a gradient, gets none; backward must then start at the loss itself, and the call
-    be outside activation checkpointing, which would make it twice. ``logits_dtype`` bfloat16 rounds
-    the logits as an engine that computes them so does. ``group``: the head is split over these ranks, ``weight``
+    see whole sequences). ``weight_grad`` [V, H] float32, whose elements do not overlap: the weight's gradient is added
+    to it in this call and the weight, which must require a gradient, gets none; backward must then start at the loss
+    itself, and the call be outside activation checkpointing, which would make it twice. ``logits_dtype`` bfloat16
+    rounds the logits as an engine that computes them so does. ``group``: the head is split over these ranks, ``weight``
     [V / ranks, H] is this rank's slice, in rank order; every rank passes the same rows and gets the whole loss and
     hidden gradient, and its slice's weight gradient; one collective per chunk, one for the hidden gradient. The
     others are those of ``policy_loss``; ``normalizer`` is a divisor and counts every row it is meant to.
