@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,12 +22,14 @@ import torch.distributed as dist
 import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from rewardmap_kernels import last_path
+from rewardmap_kernels import PolicyObjective, last_path
+from rewardmap_kernels.integrations import trl as integration
 from rewardmap_kernels.integrations.trl import fuse_grpo
 
 WORDS = ["<pad>", "<eos>", *(f"w{i}" for i in range(30))]
@@ -356,6 +359,20 @@ def test_a_scaled_head_has_trl_s_loss_and_a_capped_one_raises(fused_loss: bool, 
     head(final_logit_softcapping=30.0)
     with pytest.raises(ValueError, match=r"soft-capping \(30\.0\)"):
         trainer._compute_loss(trainer.model, inputs)
+
+
+def test_a_head_on_another_device_than_the_batch() -> None:
+    """As of a model that device_map splits; fake tensors stand for those of two GPUs."""
+    with FakeTensorMode():
+        rows = {"advantages": torch.ones(2, 3), "normalizer": torch.ones(2, 3), "loss_mask": torch.ones(2, 3)}
+        state = SimpleNamespace(
+            objective=PolicyObjective(), rows=rows, scored=torch.ones(2, 3, dtype=torch.bool), loss=None
+        )
+        hidden, weight = torch.empty(6, 4, device="cuda:1"), torch.empty(8, 4, device="cuda:1")
+        targets = torch.empty(6, dtype=torch.long, device="cuda:1")
+        with integration._at_work(state):
+            integration._Head.apply(hidden, weight, None, targets, 1.0, 8)
+    assert state.loss.device == torch.device("cuda:1")
 
 
 _KEPT: list[Any] = []

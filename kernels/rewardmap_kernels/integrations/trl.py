@@ -103,6 +103,8 @@ class _Head:
         rows: dict[str, Any] = {name: grid.reshape(-1) for name, grid in state.rows.items()}
         if hidden.shape[0] != state.scored.numel():  # TRL took the scored positions only
             rows = {name: values[state.scored.reshape(-1)] for name, values in rows.items()}
+        # A model split by device_map: TRL has brought hidden and targets to the head's device.
+        rows = {name: values.to(hidden.device) for name, values in rows.items()}
         out = linear_policy_loss(
             hidden, weight, targets, objective=state.objective, temperature=temperature,
             num_sequences=state.scored.shape[0], **rows,
