@@ -99,10 +99,8 @@ def test_ten_updates_with_and_without_sharing_give_the_same_parameters(monkeypat
     found = []
     for share in (True, False):
         monkeypatch.setattr(trainer_module, "pack_forest", functools.partial(pack_forest, share=share))
-        trainer = make(double(), max_tokens_per_micro_batch=600)
-        parameters = trainer.optimizer.param_groups[0]["params"]
-        trainer.optimizer = torch.optim.SGD(parameters, lr=0.05)
-        trainer._rate = lambda stage: 0.05
+        trainer = make(double(), max_tokens_per_micro_batch=600, learning_rate=0.05)
+        trainer.optimizer = torch.optim.SGD(trainer.optimizer.param_groups[0]["params"])
         rows = [trainer.train_step() for _ in range(10)]
         assert rows[0]["packed_tokens"] < rows[0]["logical_tokens"] or not share
         assert all(row["grad_norm"] > 0 for row in rows)
