@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -228,20 +227,20 @@ def test_a_signal_while_maps_are_drawn_is_said_and_leaves_nothing_half_made(tmp_
 
 def test_a_signal_ends_a_rank_that_waits_for_another_with_its_own_code(tmp_path: Path) -> None:
     code = (
-        "import pathlib, sys, time, torch.distributed as dist\n"
+        "import pathlib, sys, time\n"
         "from rewardmap.exits import errors\n"
         "from rewardmap.train.ranks import join_ranks\n"
         "with errors(debug=False), join_ranks(timeout_seconds=120) as ranks:\n"
         "    pathlib.Path(sys.argv[1], str(ranks.rank)).touch()\n"
         "    time.sleep(120) if ranks.is_first else ranks.wait()\n"
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": "2"}
+    # They meet here, as torchrun's ranks meet at its own store: no port is let go of before it is used.
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     first, second = (
         subprocess.Popen(
             [sys.executable, "-P", "-c", code, str(tmp_path)],
-            env={**os.environ, **meeting, "RANK": rank},
+            env={**os.environ, **meeting, "WORLD_SIZE": "2", "RANK": rank},
             stderr=subprocess.PIPE,
             text=True,
         )
