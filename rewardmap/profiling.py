@@ -75,7 +75,7 @@ def speed(
         packed_tokens: computed ones; ``logical_tokens`` those of the sequences without sharing.
         slots: tokens that the step's micro-batches have room for.
         flop: of each rank's micro-batches, by the cost model; ``model_flop`` in all, without what is computed again.
-        peak_flops: of one rank's device in the computing dtype, FLOP/s; None: not known, and no ``mfu``.
+        peak_flops: of one rank's device in the computing dtype, FLOP/s; None: not known, and no ``mfu``, ``hfu``.
 
     Returns:
         ``computed_tokens_per_second`` and ``logical_tokens_per_second`` of the phase ``train``; ``sharing``, logical
