@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,10 +194,14 @@ def test_a_signal_leaves_an_evaluation_at_once_and_its_answers_are_kept(
         evaluate_target(EvalRequest(str(tmp_path / "run")), console)
 
 
-def test_values_of_a_stage_that_do_not_go_together_are_named(config, console, tmp_path):
+def test_values_of_a_stage_that_do_not_go_together_are_named(config, console, tmp_path, monkeypatch):
+    monkeypatch.delattr(run, "set_up")  # nothing is drawn or loaded
     wrong = stages(config, "{name='routes', steps=1, reward_mode='graph', alpha=3.0}")
     with pytest.raises(ConfigError, match=r"stage 'routes': alpha 3\.0"):
         run.train(wrong, tmp_path / "run", console=console)
+    own = replace(config, reward=replace(config.reward, function="no_such_module:reward"))
+    with pytest.raises(ConfigError, match=r"reward function 'no_such_module:reward': cannot be imported"):
+        run.train(own, tmp_path / "run", console=console)
     assert not (tmp_path / "run").exists()
 
 

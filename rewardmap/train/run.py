@@ -28,6 +28,7 @@ from rewardmap.train.faults import Stopped, interrupts_say, stop_request
 from rewardmap.train.identity import random_state
 from rewardmap.train.parallel import computes_in
 from rewardmap.train.ranks import Ranks, restarted
+from rewardmap.train.scoring import stage_rubric
 from rewardmap.train.shared_pictures import share_pictures
 from rewardmap.train.start import begin_folder, join, set_up
 from rewardmap.train.trackers import need_trackers, open_trackers
@@ -72,6 +73,8 @@ def _run(config: Config, run_dir: Path, ranks: Ranks, console: Console, new: boo
     with interrupts_say(_how_to_go_on(run_dir)), _alone_in(run_dir, ranks), shared as pictures:
         try:
             need_trackers(config.train.trackers)
+            for stage in config.train.stages:  # what is wrong with one is said before maps are drawn
+                stage_rubric(config, stage)
             trainer, examiner, itself = set_up(config, run_dir, console, ranks, pictures)
         except (ConfigError, DataError):
             if new and ranks.is_first:
