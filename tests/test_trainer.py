@@ -16,6 +16,7 @@ from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import WARM_START
 from rewardmap.train.balance import CostModel
 from rewardmap.train.faults import RefusedUpdatesError
+from rewardmap.train.parallel import prepare_policy
 from rewardmap.train.scoring import stage_rubric
 from rewardmap.train.supervised import gold_answers
 from rewardmap.train.trainer import Trainer
@@ -174,12 +175,10 @@ def test_blocks_computed_again_count_as_work_of_the_hardware_alone(config, again
     assert (row["train_flop"][0] > row["model_flop"]) == again and row["train_flop"][0] >= row["model_flop"] > 0
 
 
-def test_a_policy_of_which_nothing_trains_is_refused(config):
-    trainer = make_trainer(config)
-    trainer.policy.model.requires_grad_(False)
-    frozen = replace(config, policy=replace(config.policy, freeze=("*",)))
+def test_a_policy_of_which_nothing_trains_is_refused():
+    config = load_config("tiny", ["policy.freeze=['*']"])
     with pytest.raises(ConfigError, match=r"policy\.freeze=\['\*'\] leaves nothing to train"):
-        replace(trainer, config=frozen)
+        prepare_policy(load_policy(WARM_START, config.policy), config)
 
 
 def test_supervised_steps_learn(config):

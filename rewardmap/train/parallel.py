@@ -58,13 +58,16 @@ def prepare_policy(policy: Policy, config: Config) -> None:
     """Freeze, add adapters, compile and checkpoint blocks as the configuration asks; before ``shard_policy``.
 
     Raises:
-        ConfigError: a pattern of ``policy.freeze`` that no parameter has, or LoRA without peft.
+        ConfigError: a pattern of ``policy.freeze`` that no parameter has, patterns that leave nothing to train, or LoRA
+            without peft.
     """
     freeze_matching(policy.model, config.policy.freeze)
     if config.policy.lora_rank:
         with torch.random.fork_rng(devices=[]):  # peft draws adapters on the host, from the global generator
             torch.default_generator.manual_seed(config.train.seed)
             add_lora(policy, config.policy)
+    if not any(parameter.requires_grad for parameter in policy.model.parameters()):
+        raise ConfigError(f"policy.freeze={list(config.policy.freeze)} leaves nothing to train; freeze less")
     blocks = list(policy.text_model.layers)
     if config.parallel.compile:
         for block in blocks:

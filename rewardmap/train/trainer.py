@@ -108,8 +108,6 @@ class Trainer:
         self._cost_once = cost(checkpointing=False)
         self._rubrics = {stage: stage_rubric(self.config, stage) for stage in self.curriculum.stages}
         trainable = [parameter for parameter in self.policy.model.parameters() if parameter.requires_grad]
-        if not trainable:
-            raise ConfigError(f"policy.freeze={list(self.config.policy.freeze)} leaves nothing to train; freeze less")
         self.optimizer = torch.optim.AdamW(
             trainable, lr=train.learning_rate, betas=train.betas, weight_decay=train.weight_decay, fused=True
         )
