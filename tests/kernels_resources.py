@@ -10,7 +10,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +53,6 @@ def builds() -> Iterator[Build]:
         "HAS_OLD": True,
         "HAS_MASK": True,
         "HAS_TEMPERATURE": True,
-        "IN_PLACE": True,
     }
     sapo = {
         **objective,
@@ -76,7 +75,7 @@ def builds() -> Iterator[Build]:
         yield _build(f"statistics_kernel.{logits}", rows.statistics_kernel, dtypes, masks, launch.STATISTICS)
         place = {**masks, "IN_PLACE": True}
         yield _build(f"exponentials_kernel.{logits}", rows.exponentials_kernel, dtypes, place, launch.EXPONENTIALS)
-        place.pop("HAS_MASK")
+        place = {"HAS_TEMPERATURE": True, "BARRIER": logits == "fp32"}
         yield _build(f"gradient_kernel.{logits}", rows.gradient_kernel, dtypes, place, launch.GRADIENT)
         yield _build(f"scale_kernel.{logits}", rows.scale_kernel, dtypes, {}, launch.SCALE)
     for scale in ("group", "batch", "mad"):
@@ -135,15 +134,15 @@ def _type(build: Build, argument: str) -> str:
     return "fp32"
 
 
-def compiled(build: Build, capability: int) -> Any:
-    """Triton's compiled kernel of one build."""
+def compiled(build: Build, capability: int, multiples_of_16: Collection[str] = STRIDES) -> Any:
+    """Triton's compiled kernel of one build, for values of these integers that are multiples of 16."""
     # In the interpreter's process the kernel is wrapped; its Python function compiles all the same.
     function = build.function if isinstance(build.function, JITFunction) else JITFunction(build.function.fn)
     signature = {name: _type(build, name) for name in function.arg_names}
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name in STRIDES
+        if kind.startswith("*") or name in multiples_of_16
     }
     source = ASTSource(fn=function, signature=signature, constexprs=build.constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": build.warps})

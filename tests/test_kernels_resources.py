@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -38,6 +39,21 @@ def test_resources_stay_within_the_table(name: str, capability: int) -> None:
     slack = 0 if triton.__version__ == MEASURED["triton"] else 32
     assert got["registers"] <= wanted["registers"] + slack
     assert got["shared"] <= wanted["shared"] + 32 * slack
+
+
+@pytest.mark.parametrize("logits", ["fp32", "bf16"])
+def test_vectors_form_at_any_vocabulary(logits: str) -> None:
+    """A head's logits lie in rows of a multiple of 16 elements, whatever V is."""
+
+    def code(kernel: str) -> str:
+        strides = kernels_resources.STRIDES - {"vocab"}
+        text: str = kernels_resources.compiled(BUILDS[f"{kernel}.{logits}"], 90, strides).asm["ptx"]
+        return text
+
+    for kernel in ("statistics_kernel", "exponentials_kernel"):  # the next block, where there is one
+        assert re.search(r"@%p\d+ ld\.global\S*\.v4\.b32", code(kernel)), kernel
+    for kernel in ("policy_row_kernel", "gradient_kernel"):
+        assert re.search(r"st\.global\S*\.v4\.b32", code(kernel)), kernel
 
 
 def test_every_branch_compiles() -> None:

@@ -19,7 +19,8 @@ from .objective import CLIPPED, PolicyObjective
 from .torch_rows import PRODUCT, Exponentials, FusedRows, RowStatistics, empty_matrix, over
 
 # (values of a row that a program holds at a time, warps). docs/kernels.md says why; the bench's "tune" tries others.
-STATISTICS = EXPONENTIALS = (2048, 8)
+STATISTICS = (2048, 4)
+EXPONENTIALS = (2048, 8)
 GRADIENT = SCALE = (4096, 8)
 POLICY_ROW = (8192, 32)
 """1,024 threads of more than 32 registers: one row at a time on a multiprocessor, so that its second reading comes from
@@ -104,7 +105,7 @@ def gradient(
             logits, logits.stride(0), out, out.stride(0), targets.contiguous(),
             _per_row(temperature if isinstance(temperature, Tensor) else None, rows.lse), _one(scale, logits),
             rows.lse, rows.entropy, d_logprob.contiguous(), d_entropy.contiguous(), logits.shape[1],
-            1.0 if per_row else float(temperature), HAS_TEMPERATURE=per_row, IN_PLACE=in_place,
+            1.0 if per_row else float(temperature), HAS_TEMPERATURE=per_row, BARRIER=in_place and dtype != logits.dtype,
             **_block(GRADIENT, logits.shape[1]),
         )  # fmt: skip
     return out
@@ -166,7 +167,7 @@ def fused(
             KL=objective.kl_estimator if objective.kl_coef else "none", KL_BIAS=objective.kl_bias_correction,
             IMPORTANCE=objective.importance_correction, ENTROPY=objective.entropy_coef != 0.0,
             HAS_OLD=inputs["old_logprobs"] is not None, HAS_MASK=keep is not None, HAS_TEMPERATURE=per_row,
-            IN_PLACE=in_place, **_block(POLICY_ROW, logits.shape[1]),
+            **_block(POLICY_ROW, logits.shape[1]),
         )  # fmt: skip
     return FusedRows(logprobs, entropy, d_logprob, out)
 

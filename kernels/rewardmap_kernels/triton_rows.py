@@ -2,8 +2,9 @@
 """Triton kernels over the rows of logits [N, V]: statistics, policy coefficient and gradient. One program per
 row.
 
-Row offsets are 64-bit; V, strides and every coefficient are run-time values, so varying lengths never recompile.
-Values are widened to float32 right after each load. Exponentials are base 2, one instruction each, and relative to a
+Row offsets are 64-bit; V, strides and every coefficient are run-time values, so varying lengths never recompile. The
+columns after a row's last whole block are taken by themselves: whole blocks need no mask, so that vectors form at any
+V. Values are widened to float32 right after each load. Exponentials are base 2, one instruction each, and relative to a
 pivot that is known before the pass over the row: the larger of its first block's maximum and the target's logit. A
 block that exceeds the pivot by GUARD bits becomes the pivot and what was summed so far shrinks with it, which hardly
 ever happens: a block costs one reduction, sums are reduced once per row. Why each kernel reads and writes as often as
@@ -21,6 +22,8 @@ LOG_RATIO_BOUND = tl.constexpr(20.0)
 GUARD = tl.constexpr(32.0)
 LOWEST = tl.constexpr(-1e30)
 """A pivot is never below this, so that -inf minus the pivot is -inf."""
+NOTHING = tl.constexpr(-200.0)
+"""2 to this is 0 in float32: in 2^x x, an x held above it changes nothing, and no -inf makes NaN of the 0."""
 
 
 @triton.jit
@@ -37,19 +40,29 @@ def _first_pivot(first, picked):
 
 
 @triton.jit
-def _add(z, columns, target, pivot, factor, rest, moment):
-    """(2^gap, sums of it and of 2^gap gap over the columns beside the target); gap = (z - pivot) log2(e) / T."""
+def _take(
+    block, columns, start, target, pivot, factor, rest, moment, to_ptr, WRITTEN: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(2^gap, pivot, sums of 2^gap and of 2^gap gap over the columns beside the target) with one block more; gap =
+    (z - pivot) log2(e) / T. WRITTEN: to_ptr holds the blocks before, which follow a new pivot too.
+    """
+    z = block.to(tl.float32)
+    top = tl.max(z, 0)
+    drop = (pivot - top) * factor
+    if drop < -GUARD:
+        ratio = tl.exp2(drop)
+        moment = ratio * (moment + drop * rest)
+        rest = ratio * rest
+        if WRITTEN:
+            tl.debug_barrier()
+            for before in range(0, start, BLOCK):
+                place = to_ptr + before + tl.arange(0, BLOCK)
+                tl.store(place, (tl.load(place).to(tl.float32) * ratio).to(to_ptr.dtype.element_ty))
+        pivot = top
     gap = (z - pivot) * factor
     weight = tl.exp2(gap)
     other = tl.where(columns == target, 0.0, weight)
-    return weight, rest + other, moment + tl.where(other == 0.0, 0.0, other * gap)
-
-
-@triton.jit
-def _shrink(drop, rest, moment):
-    """The sums relative to a pivot that is -drop bits higher."""
-    ratio = tl.exp2(drop)
-    return ratio, ratio * rest, ratio * (moment + drop * rest)
+    return weight, pivot, rest + other, moment + other * tl.maximum(gap, NOTHING)
 
 
 @triton.jit
@@ -70,60 +83,86 @@ def _row_statistics(row_ptr, target, factor, vocab, BLOCK: tl.constexpr):
     """(log2-sum-exp, log-probability of the target in nats, entropy in nats) of one row. The next block is on its way
     while one is summed."""
     columns = tl.arange(0, BLOCK)
+    whole = vocab // BLOCK * BLOCK
     picked = tl.load(row_ptr + target).to(tl.float32)
     block = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf"))
     pivot = _first_pivot(block, picked)
     rest = tl.zeros([BLOCK], tl.float32)
     moment = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
+    for start in range(0, whole, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        following = tl.load(row_ptr + columns + BLOCK, mask=columns + BLOCK < vocab, other=float("-inf"))
-        z = block.to(tl.float32)
-        top = tl.max(z, 0)
-        drop = (pivot - top) * factor
-        if drop < -GUARD:
-            _, rest, moment = _shrink(drop, rest, moment)
-            pivot = top
-        _, rest, moment = _add(z, columns, target, pivot, factor, rest, moment)
+        following = tl.load(row_ptr + columns + BLOCK, mask=columns + BLOCK < whole, other=float("-inf"))
+        _, pivot, rest, moment = _take(
+            block, columns, start, target, pivot, factor, rest, moment, row_ptr, False, BLOCK
+        )
         block = following
+    columns = whole + tl.arange(0, BLOCK)
+    block = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf"))
+    _, pivot, rest, moment = _take(block, columns, whole, target, pivot, factor, rest, moment, row_ptr, False, BLOCK)
     lse2, _, _, logprob, entropy = _close(picked, target, pivot, factor, rest, moment)
     return lse2, logprob, entropy
 
 
 @triton.jit
+def _write_zeros(out_ptr, vocab, BLOCK: tl.constexpr):
+    whole = vocab // BLOCK * BLOCK
+    zeros = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
+    for start in range(0, whole, BLOCK):
+        tl.store(out_ptr + start + tl.arange(0, BLOCK), zeros)
+    columns = whole + tl.arange(0, BLOCK)
+    tl.store(out_ptr + columns, zeros, mask=columns < vocab)
+
+
+@triton.jit
+def _block_below(row_ptr, columns, BLOCK: tl.constexpr):
+    """The block before ``columns``, which nothing reads again."""
+    return tl.load(row_ptr + columns - BLOCK, mask=columns >= BLOCK, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _slope(block, columns, target, factor, lse2, c, e, entropy, ENTROPY: tl.constexpr):
+    """(c (onehot - p) - e p (log p + H)) of a block, c and e over T."""
+    log2_p = block.to(tl.float32) * factor - lse2
+    slope = c
+    if ENTROPY:
+        slope = c + e * (tl.maximum(log2_p, NOTHING) * LN2 + entropy)
+    return tl.where(columns == target, c, 0.0) - tl.exp2(log2_p) * slope
+
+
+@triton.jit
 def _write_gradient(
     row_ptr, out_ptr, target, factor, lse2, entropy, c, e, vocab,
-    IN_PLACE: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    BARRIER: tl.constexpr, ENTROPY: tl.constexpr, EVICTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d loss / d z = (c (onehot - p) - e p (log p + H)) / T, from the last block, which is still in cache, to the
     first; zeros unread where both coefficients are 0.
 
-    In place, a block is stored over columns that every thread has read: hence the barrier between load and
-    store. A narrower gradient goes to the upper half of the row's bytes, where the blocks still to be read
-    never lie.
+    Over the row in its own dtype, a thread stores where it has read itself. A narrower gradient goes to the upper half
+    of the row's bytes, where the blocks still to be read never lie, but where other threads have to have read: hence
+    the BARRIER between load and store.
     """
-    inverse = factor * LN2  # 1 / T
-    blocks = tl.cdiv(vocab, BLOCK)
+    whole = vocab // BLOCK * BLOCK
+    columns = whole + tl.arange(0, BLOCK)
+    inside = columns < vocab
     if (c == 0.0) & (e == 0.0):
-        for start in range(0, vocab, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            tl.store(out_ptr + columns, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=columns < vocab)
+        _write_zeros(out_ptr, vocab, BLOCK)
     else:
-        columns = (blocks - 1) * BLOCK + tl.arange(0, BLOCK)
-        block = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf"))
-        for i in range(0, blocks):
-            columns = (blocks - 1 - i) * BLOCK + tl.arange(0, BLOCK)
-            following = tl.load(row_ptr + columns - BLOCK, mask=columns >= BLOCK, other=float("-inf"))
-            log2_p = block.to(tl.float32) * factor - lse2
-            p = tl.exp2(log2_p)
-            slope = tl.zeros([BLOCK], tl.float32) + c
-            if ENTROPY:
-                slope += e * (tl.where(p == 0.0, 0.0, log2_p) * LN2 + entropy)
-            gradient = (tl.where(columns == target, c, 0.0) - p * slope) * inverse
-            if IN_PLACE:
-                tl.debug_barrier()
-            tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), mask=columns < vocab)
+        c *= factor * LN2  # 1 / T
+        e *= factor * LN2
+        block = tl.load(row_ptr + columns, mask=inside, other=float("-inf"))
+        following = _block_below(row_ptr, columns, BLOCK)
+        gradient = _slope(block, columns, target, factor, lse2, c, e, entropy, ENTROPY)
+        if BARRIER:
+            tl.debug_barrier()
+        tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), mask=inside)
+        for start in range(BLOCK, whole + BLOCK, BLOCK):
+            columns = whole - start + tl.arange(0, BLOCK)
             block = following
+            following = _block_below(row_ptr, columns, BLOCK)
+            gradient = _slope(block, columns, target, factor, lse2, c, e, entropy, ENTROPY)
+            if BARRIER:
+                tl.debug_barrier()
+            tl.store(out_ptr + columns, gradient.to(out_ptr.dtype.element_ty), eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -204,16 +243,16 @@ def policy_row_kernel(
     importance_min, importance_max, tau_pos, tau_neg,
     OBJECTIVE: tl.constexpr, DUAL_CLIP: tl.constexpr, DELTA: tl.constexpr, KL: tl.constexpr,
     KL_BIAS: tl.constexpr, IMPORTANCE: tl.constexpr, ENTROPY: tl.constexpr, HAS_OLD: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Statistics, coefficient and gradient of one row in one launch."""
+    """Statistics, coefficient and gradient of one row in one launch, over the row or elsewhere, in its dtype."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride
     live = True
     if HAS_MASK:
         live = tl.load(mask_ptr + row) != 0
     factor = _factor(temperature_ptr, temperature, row, HAS_TEMPERATURE)
-    target = tl.load(targets_ptr + row).to(tl.int64)
+    target = tl.load(targets_ptr + row).to(tl.int32)
     lse2 = 0.0
     logprob = 0.0
     entropy = 0.0
@@ -233,8 +272,9 @@ def policy_row_kernel(
     tl.store(entropy_ptr + row, entropy)
     tl.store(d_logprob_ptr + row, c)
     _write_gradient(
-        row_ptr, out_ptr + row * out_stride, target, factor, lse2, entropy, c, e, vocab, IN_PLACE, ENTROPY, BLOCK
-    )
+        row_ptr, out_ptr + row * out_stride, target, factor, lse2, entropy, c, e, vocab, False, ENTROPY, "evict_first",
+        BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -252,7 +292,7 @@ def statistics_kernel(
     logprob = 0.0
     entropy = 0.0
     if live:
-        target = tl.load(targets_ptr + row).to(tl.int64)
+        target = tl.load(targets_ptr + row).to(tl.int32)
         lse2, logprob, entropy = _row_statistics(logits_ptr + row * logits_stride, target, factor, vocab, BLOCK)
     tl.store(lse2_ptr + row, lse2)
     tl.store(logprob_ptr + row, logprob)
@@ -278,41 +318,43 @@ def exponentials_kernel(
     if HAS_MASK:
         live = tl.load(mask_ptr + row) != 0
     factor = _factor(temperature_ptr, temperature, row, HAS_TEMPERATURE)
-    target = tl.load(targets_ptr + row).to(tl.int64)
+    target = tl.load(targets_ptr + row).to(tl.int32)
     lse2 = 0.0
     total = 1.0
     logprob = 0.0
     entropy = 0.0
     if live:
         columns = tl.arange(0, BLOCK)
+        whole = vocab // BLOCK * BLOCK
         picked = tl.load(row_ptr + tl.maximum(target, 0)).to(tl.float32)
-        pivot = _first_pivot(tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf")), picked)
+        block = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf"))
+        pivot = _first_pivot(block, picked)
         rest = tl.zeros([BLOCK], tl.float32)
         moment = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, vocab, BLOCK):
+        for start in range(0, whole, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            z = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
-            top = tl.max(z, 0)
-            drop = (pivot - top) * factor
-            if drop < -GUARD:
-                ratio, rest, moment = _shrink(drop, rest, moment)
-                tl.debug_barrier()
-                for before in range(0, start, BLOCK):
-                    place = to_ptr + before + tl.arange(0, BLOCK)
-                    tl.store(place, (tl.load(place).to(tl.float32) * ratio).to(out_ptr.dtype.element_ty))
-                pivot = top
-            weight, rest, moment = _add(z, columns, target, pivot, factor, rest, moment)
+            following = tl.load(row_ptr + columns + BLOCK, mask=columns + BLOCK < whole, other=float("-inf"))
+            weight, pivot, rest, moment = _take(
+                block, columns, start, target, pivot, factor, rest, moment, to_ptr, True, BLOCK
+            )
             if IN_PLACE:
                 tl.debug_barrier()
-            tl.store(to_ptr + columns, weight.to(out_ptr.dtype.element_ty), mask=columns < vocab)
+            tl.store(to_ptr + columns, weight.to(out_ptr.dtype.element_ty))
+            block = following
+        columns = whole + tl.arange(0, BLOCK)
+        block = tl.load(row_ptr + columns, mask=columns < vocab, other=float("-inf"))
+        weight, pivot, rest, moment = _take(
+            block, columns, whole, target, pivot, factor, rest, moment, to_ptr, True, BLOCK
+        )
+        if IN_PLACE:
+            tl.debug_barrier()
+        tl.store(to_ptr + columns, weight.to(out_ptr.dtype.element_ty), mask=columns < vocab)
         lse2, total, others, logprob, entropy = _close(picked, target, pivot, factor, rest, moment)
         tl.debug_barrier()
         if target >= 0:
             tl.store(to_ptr + target, (-others).to(out_ptr.dtype.element_ty))
     else:
-        for start in range(0, vocab, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            tl.store(to_ptr + columns, tl.zeros([BLOCK], out_ptr.dtype.element_ty), mask=columns < vocab)
+        _write_zeros(to_ptr, vocab, BLOCK)
     tl.store(lse2_ptr + row, lse2)
     tl.store(total_ptr + row, total)
     tl.store(logprob_ptr + row, logprob)
@@ -323,21 +365,21 @@ def exponentials_kernel(
 def gradient_kernel(
     logits_ptr, logits_stride, out_ptr, out_stride, targets_ptr, temperature_ptr, gradient_scale_ptr,
     lse2_ptr, entropy_ptr, d_logprob_ptr, d_entropy_ptr, vocab, temperature, HAS_TEMPERATURE: tl.constexpr,
-    IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
+    BARRIER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradient of one row from its statistics and given coefficients; coefficients of 0 write zeros
     unread."""
     row = tl.program_id(0).to(tl.int64)
     factor = _factor(temperature_ptr, temperature, row, HAS_TEMPERATURE)
     scale = tl.load(gradient_scale_ptr)
-    target = tl.load(targets_ptr + row).to(tl.int64)
+    target = tl.load(targets_ptr + row).to(tl.int32)
     c = scale * tl.load(d_logprob_ptr + row).to(tl.float32)
     e = scale * tl.load(d_entropy_ptr + row).to(tl.float32)
     lse2 = tl.load(lse2_ptr + row)
     entropy = tl.load(entropy_ptr + row)
     row_ptr = logits_ptr + row * logits_stride
     _write_gradient(
-        row_ptr, out_ptr + row * out_stride, target, factor, lse2, entropy, c, e, vocab, IN_PLACE, True, BLOCK
+        row_ptr, out_ptr + row * out_stride, target, factor, lse2, entropy, c, e, vocab, BARRIER, True, "", BLOCK
     )
 
 
