@@ -26,7 +26,7 @@ CAPABILITIES = (80, 90, 100)
 STRIDES = {"vocab", "logits_stride", "out_stride", "stride", "columns_total"}
 INTEGERS = STRIDES | {"normalizer_stride", "total", "groups", "tokens_total", "ddof"}
 POINTERS = dict.fromkeys(("targets_ptr", "offsets_ptr", "token_offsets_ptr"), "*i64")
-POINTERS |= {"mask_ptr": "*u8", "degenerate_ptr": "*i8"}
+POINTERS |= {"mask_ptr": "*u8", "degenerate_ptr": "*i1"}
 
 
 class Build(NamedTuple):

@@ -56,6 +56,13 @@ def test_vectors_form_at_any_vocabulary(logits: str) -> None:
         assert re.search(r"st\.global\S*\.v4\.b32", code(kernel)), kernel
 
 
+def test_group_advantage_compiles_once_for_all_lengths() -> None:
+    parameters = {p.name: p for p in BUILDS["group_advantage_kernel.group"].function.params}
+    assert all(parameters[name].do_not_specialize for name in ("total", "groups", "tokens_total"))
+    # Views into one buffer, at places that depend on the lengths.
+    assert all(parameters[name].do_not_specialize_on_alignment for name in ("mean_ptr", "std_ptr"))
+
+
 def test_every_branch_compiles() -> None:
     for build in kernels_resources.variants():
         assert kernels_resources.compiled(build, 90).asm["ptx"], build

@@ -122,23 +122,23 @@ def group_advantage(
     _check_options(scale, baseline, combine, non_finite, ddof, eps, eps_inside)
     _check_offsets("offsets", offsets, rewards, rewards.shape[0], "len(rewards)")
     tokens = _tokens(token_offsets, num_tokens, rewards)
-    with torch.no_grad():
-        if non_finite == "raise":
-            _raise_unless_finite(rewards)
-        offsets = offsets.to(rewards.device, non_blocking=True)
-        if token_offsets is not None:
-            token_offsets = token_offsets.to(rewards.device, non_blocking=True)
-        each, drop = combine == "normalize_then_sum", non_finite == "drop_group"
-        name = choose("group_advantage", rewards)
-        if name == "triton":
-            from . import triton_advantage
+    if non_finite == "raise":
+        _raise_unless_finite(rewards)
+    offsets = offsets.to(rewards.device, non_blocking=True)
+    if token_offsets is not None:
+        token_offsets = token_offsets.to(rewards.device, non_blocking=True)
+    each, drop = combine == "normalize_then_sum", non_finite == "drop_group"
+    name = choose("group_advantage", rewards)
+    if name == "triton":
+        from . import triton_advantage
 
-            return GroupAdvantage(
-                *triton_advantage.evaluate(
-                    rewards, offsets, scale, ddof, eps, eps_inside, baseline, weights, component_weights, each, drop,
-                    token_offsets, tokens,
-                )
-            )  # fmt: skip
+        return GroupAdvantage(
+            *triton_advantage.evaluate(
+                rewards, offsets, scale, ddof, eps, eps_inside, baseline, weights, component_weights, each, drop,
+                token_offsets, tokens,
+            )
+        )  # fmt: skip
+    with torch.no_grad():
         options = (scale, ddof, eps, eps_inside, baseline)
         evaluate = _native if name == "native" else _evaluate
         out = _components(evaluate, rewards, offsets.long(), component_weights, each, options, weights)

@@ -103,7 +103,10 @@ def _median(
     return (at_lower + at_upper) * 0.5 + spoilt
 
 
-@triton.jit
+# Compiled once for all lengths: one of 1 or a multiple of 16, and where it places a view, would each be a variant.
+@triton.jit(
+    do_not_specialize=["total", "groups", "tokens_total"], do_not_specialize_on_alignment=["mean_ptr", "std_ptr"]
+)
 def group_advantage_kernel(
     rewards_ptr, parts_ptr, weights_ptr, offsets_ptr, token_offsets_ptr, advantages_ptr, tokens_ptr, mean_ptr, std_ptr,
     degenerate_ptr, total, groups, tokens_total, ddof, eps,
@@ -180,7 +183,7 @@ def group_advantage_kernel(
             tl.store(advantages_ptr + index, tl.where(bad, float("nan"), advantage), mask=inside)
     tl.store(mean_ptr + group, tl.where(bad, float("nan"), whole_mean))
     tl.store(std_ptr + group, tl.where(bad, float("nan"), tl.sqrt(whole_variance)))
-    tl.store(degenerate_ptr + group, ((degenerate | dropped) & (bad == 0)).to(tl.int8))
+    tl.store(degenerate_ptr + group, (degenerate | dropped) & (bad == 0))
     if HAS_TOKENS:
         tl.debug_barrier()
         for row in range(begin, end):
@@ -201,7 +204,8 @@ def evaluate(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | Non
     """(advantages [B], mean, std, degenerate [G], advantages by token or None), float32 and bool: one launch."""
     if not torch.compiler.is_compiling():
         return _evaluate(*inputs)
-    *found, by_token = _operator(*inputs)
+    with torch.no_grad():
+        *found, by_token = _operator(*inputs)
     return *found, None if inputs[-2] is None else by_token  # type: ignore[return-value]
 
 
@@ -210,9 +214,9 @@ def _evaluate(
     weights: Tensor | None, parts: Tensor | None, each: bool, drop: bool, token_offsets: Tensor | None, tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     groups, device = offsets.shape[0] - 1, rewards.device
-    advantages = torch.empty(rewards.shape[0], dtype=torch.float32, device=device)
-    mean, std = torch.empty(2, groups, dtype=torch.float32, device=device).unbind()
-    degenerate = torch.empty(groups, dtype=torch.int8, device=device)
+    found = torch.empty(rewards.shape[0] + 2 * groups, dtype=torch.float32, device=device)
+    advantages, mean, std = found.split_with_sizes((rewards.shape[0], groups, groups))
+    degenerate = torch.empty(groups, dtype=torch.bool, device=device)
     by_token = None if token_offsets is None else torch.empty(tokens, dtype=torch.float32, device=device)
     launched("group_advantage", "group_advantage_kernel")
     with on_device_of(rewards):
@@ -227,7 +231,7 @@ def _evaluate(
                 HAS_TOKENS=token_offsets is not None, BLOCK=GROUP_BLOCK, BATCH=BATCH_BLOCK, TOKENS=TOKEN_BLOCK,
                 num_warps=1,
             )  # fmt: skip
-    return advantages, mean, std, degenerate.view(torch.bool), by_token
+    return advantages, mean, std, degenerate, by_token
 
 
 # For torch.compile, which would else look into the launch. Eager calls go without: an operator in Python costs the host
