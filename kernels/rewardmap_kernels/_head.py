@@ -196,7 +196,9 @@ class Head:
 
     def backward(self, rows: slice, x: Tensor, gradient: Tensor, factor: Tensor | None = None) -> None:
         """Products of a chunk's logit gradient [C, V], or of factor [C, 1] times it."""
-        scaled = x if factor is None or self.d_weight is None else (x * factor).to(x.dtype)
+        scaled = x
+        if factor is not None and self.d_weight is not None:
+            scaled = torch.mul(x, factor, out=torch.empty_like(x))  # rounded as it is written, in one pass
         on_cpu = gradient.device.type == "cpu"
         together = (
             on_cpu and self._product is None and not _narrow(gradient)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from . import torch_rows
-from ._checks import check_normalizer, check_range, check_rows, check_temperature, number_on
+from ._checks import check_normalizer, check_range, check_rows, check_temperature, compute_dtype, number_on
 from .dispatch import choose
 from .objective import require_inputs
+from .torch_rows import RowStatistics
 
 
 def implementation(operation: str, tensor: Tensor) -> ModuleType:
@@ -72,6 +73,12 @@ def check_policy_inputs(inputs: dict[str, Any], mask: Tensor | None, temperature
 def row_slice(value: Any, rows: slice) -> Any:
     """The rows of a per-row tensor; anything else as it is."""
     return value[rows] if isinstance(value, Tensor) and value.dim() else value
+
+
+def joined(parts: list[RowStatistics], like: Tensor) -> RowStatistics:
+    """Statistics of all rows from those of their chunks, none where there are no chunks."""
+    none = like.new_empty(0, dtype=compute_dtype(like))
+    return RowStatistics(*(torch.cat(values) for values in zip((none,) * 3, *parts, strict=True)))
 
 
 def float16_scale(dtype: torch.dtype, normalizer: Tensor | float, like: Tensor) -> Tensor | None:

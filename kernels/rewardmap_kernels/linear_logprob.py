@@ -55,7 +55,7 @@ def _forward(
     dtype, directions, keep, _ = _plan(hidden, weight, entropy_gradient, keep_bytes, need_hidden, need_weight)
     head = Head(impl, hidden, weight, None, torch.float32, directions, False, None, chunk_rows)
     n, device = hidden.shape[0], hidden.device
-    whole = RowStatistics(*(torch.empty(n, dtype=compute_dtype(hidden), device=device) for _ in range(3)))
+    parts = []
     totals = torch.empty(n if keep else 0, dtype=compute_dtype(hidden), device=device)
     kept = torch.empty((n, weight.shape[0]) if keep else (0, 0), dtype=dtype, device=device)
     to_entropy = torch.empty(hidden.shape if directions and entropy_gradient else (0, 0), dtype=dtype, device=device)
@@ -81,8 +81,8 @@ def _forward(
                     made = impl.gradient(*arguments, zero, one, None, dtype, True)
                     second = head.direction(made)
                     to_entropy[rows] = second
-        for all_rows, these in zip(whole, found, strict=True):
-            all_rows[rows] = these
+        parts.append(found)
+    whole = _rows.joined(parts, hidden)
     to_logprob = hidden.new_empty(0, 0, dtype=dtype) if head.d_hidden is None else head.d_hidden
     return whole.logprobs, whole.entropy, whole.lse, totals, to_logprob, to_entropy, kept
 
@@ -115,7 +115,8 @@ def _weight_from_kept(
     product = own_product(_rows.implementation(OPERATION, hidden), hidden, kept)
     with _rows.no_autocast(hidden):
         for rows in row_chunks(hidden.shape[0], chunk_rows):
-            x = (hidden[rows] * factor[rows]).to(kept.dtype)
+            x = torch.empty_like(hidden[rows], dtype=kept.dtype)
+            torch.mul(hidden[rows], factor[rows], out=x)
             if product is not None:
                 product(made, kept[rows].t(), x, True)
             else:

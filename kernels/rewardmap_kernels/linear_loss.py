@@ -76,9 +76,7 @@ def _run(
 ) -> tuple[RowStatistics, Any, Tensor | None]:  # fmt: skip
     """The loop over chunks: all rows' statistics, ``policy_loss``'s output, and what the gradients are scaled by."""
     objective: PolicyObjective = inputs["objective"]
-    n, device = head.hidden.shape[0], head.hidden.device
     scale = _rows.float16_scale(head.dtype, inputs["normalizer"], head.hidden)
-    whole = RowStatistics(*(torch.zeros(n, dtype=compute_dtype(head.hidden), device=device) for _ in range(3)))
     training = head.d_hidden is not None or head.d_weight is not None
     # An entropy gradient is no multiple of p - onehot; float16 has too few exponents for exponentials.
     factored = training and not objective.entropy_coef and head.dtype != torch.float16
@@ -86,7 +84,7 @@ def _run(
     # A frozen head's product needs no coefficient: the rows of its result are multiplied afterwards.
     directions = late and not one and factored and head.d_weight is None
     second_pass = training and late and not one and not directions
-    output = None
+    output, parts = None, []
     for rows in head.chunks:
         x, logits = head.logits(rows)
         per_row, on = _rows.row_slice(divisor, rows), _rows.row_slice(keep, rows)
@@ -97,8 +95,7 @@ def _run(
             total = gradient = None
         if shard is not None:
             found, total = shard.combine(found, targets[rows], on, impl.NATS_PER_UNIT, total, gradient)
-        for all_rows, these in zip(whole, found, strict=True):
-            all_rows[rows] = these
+        parts.append(found)
         if not training or second_pass:
             continue
         if directions:
@@ -113,6 +110,7 @@ def _run(
             head.backward(rows, x, gradient, factor[:, None])
         else:
             head.backward(rows, x, _gradient(impl, head, logits, targets[rows], per_row, found, out, rows, scale, True))
+    whole = _rows.joined(parts, head.hidden)
     if output is None:
         output = policy_loss(whole.logprobs, entropy=whole.entropy, loss_mask=keep, **inputs)
     if directions and head.d_hidden is not None:
