@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from rich.console import Console
 from rewardmap.config import Config, ConfigError, PolicyConfig
 from rewardmap.config_file import load_config
 from rewardmap.policy import pick_device
-from rewardmap.train import run, start
+from rewardmap.tiny import WARM_START
+from rewardmap.train import examine, run, start
 from rewardmap.train.examine import data_folder
 from rewardmap.train.ranks import ALONE
 from rewardmap.transit.reasonmap import DATA_FOLDER, write_dataset, write_rows
@@ -92,6 +94,30 @@ def test_a_model_that_another_checkpoint_would_replace_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"checkpoint='.*' *, so that policy\.model='Qwen/.*' would not be trained"):
         run.train(config, tmp_path / "run", console=Console(quiet=True))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("server", "line"),
+    [
+        ("rollout.server.python={bare}", r"^/.*/bare has no SGLang: install it .* rollout\.server\.python="),
+        ("rollout.server.python=nowhere", r"^rollout\.server\.python='nowhere': no such program"),
+        ("rollout.server.lora_sync=adapter", r"policy\.lora_rank=0 trains none; give a rank"),
+    ],
+)
+def test_what_servers_lack_is_said_before_maps_are_drawn_and_weights_loaded(server, line, data, tmp_path, monkeypatch):
+    pytest.importorskip("aiohttp")
+    for module, name in ((start, "_load_data"), (examine, "load_dataset")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("asked too late"))
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S -E "$@"\n')  # no site-packages
+    bare.chmod(0o755)
+    settings = ["rollout.engine=sglang", server.format(bare=bare)]
+    console = Console(quiet=True)
+    with pytest.raises(ConfigError, match=line):
+        run.train(load_config("tiny", settings), tmp_path / "run", console=console)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=line):
+        examine.evaluate_target(examine.EvalRequest(str(WARM_START), data=data, settings=settings), console)
 
 
 def test_a_device_that_is_not_there_is_named():

@@ -10,6 +10,8 @@ from rewardmap.config import Config, ConfigError
 from rewardmap.policy import Policy, load_policy
 from rewardmap.rollout.engine import RolloutEngine
 from rewardmap.rollout.local import LocalEngine
+from rewardmap.rollout.sglang_adapters import PREFIX, Adapters
+from rewardmap.rollout.sglang_server import Keys, need_sglang
 from rewardmap.train.parallel import Forward, computes_in
 from rewardmap.train.ranks import ALONE, Ranks, SharedRollouts
 from rewardmap.types import Problem
@@ -45,7 +47,6 @@ def make_engine(
         engine = LocalEngine(policy, config.rollout.batch_sequences, config.rollout.batch_tokens)
         return engine if forward is None else SharedRollouts(engine, ranks, policy.whole_weights)
     need_client()
-    from rewardmap.rollout.sglang_adapters import Adapters
     from rewardmap.train.synced import SyncedEngine
 
     servers = SyncedEngine(
@@ -79,10 +80,8 @@ def attach(config: Config, url: str, problems: Sequence[Problem]) -> tuple[Rollo
         RolloutError: it cannot be reached, or refuses the key.
     """
     need_client()
-    from rewardmap.rollout.sglang_adapters import PREFIX
     from rewardmap.rollout.sglang_client import EventLoop, SGLangClient
     from rewardmap.rollout.sglang_engine import SGLangEngine
-    from rewardmap.rollout.sglang_server import Keys
 
     server = replace(config.rollout.server, urls=(url,), router=False)
     keys = Keys.read(server.keys_file) if server.keys_file else Keys()
@@ -111,6 +110,24 @@ def attach(config: Config, url: str, problems: Sequence[Problem]) -> tuple[Rollo
         engine.close()
         raise
     return engine, f"{url} {served['model_path']} version {served['weight_version']}"
+
+
+def need_engine(config: Config, ranks: Ranks = ALONE) -> None:
+    """Asks for what the engine cannot start without, before anything is drawn or loaded. Every rank makes this call.
+
+    Raises:
+        ConfigError: aiohttp, or the SGLang of our own servers, is not installed, or adapters cannot be sent alone.
+        OtherRankError: either of them, on another rank.
+    """
+
+    def ask() -> None:
+        Adapters.of(config)
+        need_client()
+        if not config.rollout.server.urls and ranks.local_rank == 0:
+            need_sglang(config.rollout.server)
+
+    if config.rollout.engine == "sglang":
+        ranks.patiently(ask)
 
 
 def need_client() -> None:

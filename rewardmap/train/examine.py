@@ -40,7 +40,7 @@ from rewardmap.report import write_page, write_report
 from rewardmap.rewards import Networks, Rubric
 from rewardmap.rollout.engine import RolloutEngine
 from rewardmap.train.checkpoint import find_damage, list_checkpoints
-from rewardmap.train.engines import attach, make_engine
+from rewardmap.train.engines import attach, make_engine, need_client, need_engine
 from rewardmap.train.faults import interrupts_say
 from rewardmap.transit.reasonmap import MapData, load_dataset
 from rewardmap.types import DataError, Problem, SamplingParams
@@ -214,6 +214,8 @@ def evaluate_target(request: EvalRequest, console: Console) -> Path:
         config = load_config(run_dir / "config.toml", request.settings)
     else:
         config = load_config(None, ["rollout.max_new_tokens=2048", *request.settings])
+    if not request.responses:
+        need_client() if _is_url(request) else need_engine(config)
     testing, seen, folder = _load(request, config, run_dir)
     judge = Judge(
         normaliser=request.normaliser or ("training" if run_dir else "evaluation"),

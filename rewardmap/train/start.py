@@ -23,7 +23,7 @@ from rewardmap.rewards import Networks
 from rewardmap.rewards.stations import off_the_map
 from rewardmap.train.ahead import OneStepOff
 from rewardmap.train.checkpoint import load_training_state, newest_intact
-from rewardmap.train.engines import make_engine
+from rewardmap.train.engines import make_engine, need_engine
 from rewardmap.train.examine import (
     CHECKPOINTS,
     Examiner,
@@ -83,6 +83,7 @@ def set_up(
     Args:
         pictures: of this node's ranks.
     """
+    need_engine(config, ranks)
     timer = PhaseTimer()
     with timer.phase("data"):
         training, testing = _load_data(config, run_dir, ranks, console)
