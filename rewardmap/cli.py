@@ -68,7 +68,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train a policy, evaluate it before and after, and write a run folder."""
-    with errors(debug):
+    with errors(debug, again="go on with --resume, or begin elsewhere with --run-dir"):
         from rich.console import Console
 
         from rewardmap.config import ConfigError

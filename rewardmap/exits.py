@@ -18,13 +18,20 @@ from typing import NoReturn
 import typer
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+AGAIN = "run the command again, or write to another folder"
+"""What to do when there is room on the disk."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """SIGUSR1 is what Slurm is told to send some minutes before the end of a job."""
 
 
 @contextmanager
-def errors(debug: bool, user_errors: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """Turns what a command raises, and signals, into one line and an exit code."""
+def errors(debug: bool, user_errors: tuple[type[Exception], ...] = (), again: str = AGAIN) -> Iterator[None]:
+    """Turns what a command raises, and signals, into one line and an exit code.
+
+    Args:
+        user_errors: mistakes too, besides wrong configurations and data.
+        again: what to do when there is room on a full disk.
+    """
     code = INTERRUPTED
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
@@ -53,7 +60,7 @@ def errors(debug: bool, user_errors: tuple[type[Exception], ...] = ()) -> Iterat
                 _fail(USER_ERROR, f"error: {error}")
             if isinstance(error, RolloutError):
                 _fail(FAILURE, f"error: {error}")
-            _fail(FAILURE, f"error: {explain(error)}")
+            _fail(FAILURE, f"error: {explain(error, again)}")
 
 
 @contextmanager
@@ -121,14 +128,11 @@ def _who() -> str:
     return "" if _alone() else f"rank {os.environ.get('RANK')}: "
 
 
-def explain(error: BaseException) -> str:
+def explain(error: BaseException, again: str = AGAIN) -> str:
     """One line about a failure, with the remedy where the disk or the GPU's memory is the cause."""
     if _disk_is_full(error):
         place = f": {error.filename}" if isinstance(error, OSError) and error.filename else ""
-        return (
-            f"no space left on device{place}; free some and run the command again, or write to another folder (a "
-            "run goes on with --resume, or begins elsewhere with --run-dir)"
-        )
+        return f"no space left on device{place}; free some, then {again}"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported for it

@@ -20,7 +20,6 @@ from typer.testing import CliRunner, Result
 import rewardmap
 from rewardmap.cli import app
 from rewardmap.config import Config
-from rewardmap.exits import explain
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.train import examine
 from rewardmap.train import run as runs
@@ -173,9 +172,23 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(result.exception, DataError)
 
 
-def test_a_full_disk_has_a_remedy() -> None:
-    line = explain(OSError(errno.ENOSPC, "No space left on device", "runs/a/model.safetensors"))
-    assert "runs/a/model.safetensors" in line and "--resume" in line and "--run-dir" in line
+def test_a_full_disk_has_the_remedy_of_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fail_with(monkeypatch, OSError(errno.ENOSPC, "No space left on device", "runs/a/model.safetensors"))
+    assert invoke("train").stderr == (
+        "error: no space left on device: runs/a/model.safetensors; free some, then go on with --resume, or begin "
+        "elsewhere with --run-dir\n"
+    )
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")  # a write names no file
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    result = invoke("generate", str(tmp_path / "maps"), "--level", "tiny")
+    assert result.exit_code == 1 and result.stderr == (
+        f"error: no space left on device: {tmp_path / 'maps'}; free some, then run the command again, or write to "
+        "another folder\n"
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_generate_writes_what_train_reads(tmp_path: Path) -> None:

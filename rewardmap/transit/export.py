@@ -51,7 +51,8 @@ def write_dataset(
 
     Same preset, maps and seed: same maps and questions, in each form the same bytes. ReasonMap takes the planning
     questions, short and long, ReasonMap-Plus the others, ReasonMap-Train all. The folder appears at once, when it is
-    complete. Raises ValueError for an unknown preset or form, a split without maps, or a folder that exists already.
+    complete. Raises ValueError for an unknown preset or form, a split without maps, or a folder that exists already;
+    OSError, which names a file or the folder.
     """
     folder = Path(folder)
     if form not in FORMS:
@@ -83,6 +84,10 @@ def write_dataset(
             counts[split] = Counter(str(row["type"]) for row in rows)
         (partial / "README.md").write_text(_card(preset, seed, form, maps, counts), encoding="utf-8")
         os.replace(partial, folder)
+    except OSError as error:
+        if error.filename is None:  # of what failed in a file that was open already, as on a full disk
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
