@@ -7,18 +7,30 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 from rewardmap.types import KINDS
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _no_truth_value(value: Any) -> Any:
+    """pydantic reads true as 1."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "Input should be a number")
+    return value
+
+
+_NUMBER = BeforeValidator(_no_truth_value)
+Real = Annotated[float, _NUMBER]
+Count = Annotated[int, _NUMBER, Field(ge=1)]
+Whole = Annotated[int, _NUMBER, Field(ge=0)]
+Positive = Annotated[float, _NUMBER, Field(gt=0)]
+NotNegative = Annotated[float, _NUMBER, Field(ge=0)]
+Share = Annotated[float, _NUMBER, Field(gt=0, le=1)]
+Beta = Annotated[float, _NUMBER, Field(ge=0, lt=1)]
 
 
 class ConfigError(ValueError):
@@ -88,7 +100,7 @@ class ServerConfig:
     replicas: Count = 1
     tensor_parallel: Count = 1
     """GPUs that one replica spreads over."""
-    gpus: tuple[int, ...] = ()
+    gpus: tuple[Whole, ...] = ()
     """GPUs of our own servers, in order, ``tensor_parallel`` a replica. Empty: the trainer's own view of them."""
     host: str = "127.0.0.1"
     """Address our own servers listen on; another than loopback opens them to the network, behind their keys."""
@@ -136,7 +148,7 @@ class RolloutConfig:
     group_size: Count = 8
     temperature: Positive = 1.0
     top_p: Share = 1.0
-    top_k: Annotated[int, Field(ge=-1)] = -1
+    top_k: Annotated[int, _NUMBER, Field(ge=-1)] = -1
     """Draw from so many likeliest tokens only; -1 or 0: from all."""
     max_new_tokens: Count = 512
     batch_sequences: Count = 256
@@ -147,7 +159,7 @@ class RolloutConfig:
     """Weighs each token by its probability at the trainer over that at the engine: ``truncate`` caps the weight at
     ``importance_max``, ``mask`` leaves tokens above it out. For engines whose numerics are not the trainer's."""
     importance_max: Positive = 2.0
-    staleness: Literal[0, 1] = 0
+    staleness: Annotated[Literal[0, 1], _NUMBER] = 0
     """Updates by which answers may lag behind the weights they train. 1: the next step's answers are sampled while this
     one trains (one-step-off); needs ``importance_correction``, and servers on GPUs of their own to gain time."""
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
@@ -166,11 +178,11 @@ class RewardConfig:
     mode: Literal["reference", "paper", "graph"] = "reference"
     weight_on: Literal["reward", "advantage"] = "advantage"
     """Where the difficulty weight acts. On the reward, division by the group's deviation cancels it exactly."""
-    alpha: float = 0.5
+    alpha: Real = 0.5
     """Weight of the detail reward; 0 leaves format and correctness."""
-    map_weights: tuple[float, float, float] = (1.0, 1.2, 1.5)
+    map_weights: tuple[Real, Real, Real] = (1.0, 1.2, 1.5)
     """Difficulty weight of easy, middle and hard maps."""
-    transfer_weight: float = 0.5
+    transfer_weight: Real = 0.5
     """Added to the difficulty weight of planning questions that need a transfer."""
     function: str | None = None
     """A reward of your own, ``module:function`` of (Problem, response), in place of format, correctness and detail.
@@ -188,7 +200,7 @@ class StageConfig:
     """``adaptive``: questions by kind, map level and transfers; those whose groups disagree most are drawn most."""
     maps_per_step: Whole = 0
     """Draw each batch from so few maps, whose pictures then stand once for all questions about them; 0: from any."""
-    replay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    replay: Annotated[float, _NUMBER, Field(ge=0, le=1)] = 0.0
     """Share of each batch drawn from ``replay_from`` instead of ``question_kinds`` (0..1)."""
     replay_from: Literal["all", "earlier"] = "all"
     """``all``: every kind of the data. ``earlier``: the kinds of the stages before this one."""
@@ -205,9 +217,9 @@ class StageConfig:
     reward_mode: Literal["reference", "paper", "graph"] | None = None
     """Overrides ``reward.mode`` inside the stage; the next four likewise."""
     weight_on: Literal["reward", "advantage"] | None = None
-    alpha: float | None = None
-    map_weights: tuple[float, float, float] | None = None
-    transfer_weight: float | None = None
+    alpha: Real | None = None
+    map_weights: tuple[Real, Real, Real] | None = None
+    transfer_weight: Real | None = None
     checkpoint: str | None = None
     """Only for ``sft``: load these weights instead of training (``shipped``: the tiny warm start in the package)."""
 
@@ -288,7 +300,7 @@ class TrainConfig:
     objective: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce"] = "grpo"
     clip_eps_low: NotNegative = 0.2
     clip_eps_high: NotNegative = 0.2
-    entropy_coef: float = 0.0
+    entropy_coef: Real = 0.0
     kl_coef: NotNegative = 0.0
     """Weight of the divergence from the policy the run began with (under LoRA from the model without adapters)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"

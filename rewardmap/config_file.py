@@ -60,7 +60,7 @@ def from_dict(tree: dict[str, Any], where: str = "configuration") -> Config:
     try:
         return _ADAPTER.validate_python(tree)
     except ValidationError as error:
-        raise ConfigError(f"{where}: " + "; ".join(_explain(item) for item in error.errors())) from None
+        raise ConfigError(f"{where}: " + "; ".join(map(_explain, _different(error.errors())))) from None
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -145,11 +145,31 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[leaf] = value
 
 
+def _different(items: Sequence[Any]) -> list[Any]:
+    """Of the values that one list lacks the last alone, whose place says how many are wanted."""
+    lacking = {item["loc"][:-1]: item for item in items if _lacks(item)}
+    return [item for item in items if not _lacks(item) or item is lacking[item["loc"][:-1]]]
+
+
+def _lacks(item: Any) -> bool:
+    return item["type"] == "missing" and isinstance(item["loc"][-1], int)
+
+
 def _explain(item: Any) -> str:
     location = [str(part) for part in item["loc"]]
     key = ".".join(location)
     if item["type"] == "value_error":  # of several settings together: it names those that matter
         return ": ".join(filter(None, (key, str(item["ctx"]["error"]))))
+    if _lacks(item):
+        return f"{'.'.join(location[:-1])}={item['input']!r}: {item['loc'][-1] + 1} values are wanted"
+    if item["type"] == "too_long":
+        return f"{key}={item['input']!r}: {item['ctx']['max_length']} values are wanted"
+    if item["type"] == "missing":
+        return f"{key} is missing"
+    if item["type"] == "tuple_type":
+        return f"{key}={item['input']!r}: not a list in TOML; write it in brackets"
+    if item["type"] == "dataclass_type":
+        return f"{key}={item['input']!r}: a section; set keys of it: {', '.join(_known_keys(location))}"
     if item["type"] == "string_type":
         value = f"{item['input']!s:.80}"
         return f"{key}={value}: not text in TOML; write it in quotes, in a shell as '\"{value}\"'"

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
+from collections.abc import Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -161,11 +167,14 @@ def test_a_wrong_setting_is_named_with_its_remedy(override: str, named: list[str
     ("override", "line"),
     [
         ("rollout.group_size=1", "tiny.toml: group_size=1 in stage 'true/false': "),
+        ("policy.freeze=lm_head", "tiny.toml: policy.freeze='lm_head': not a list in TOML; write it in brackets"),
+        ("train.stages=[{steps=3}]", "tiny.toml: train.stages.0.name is missing"),
+        ("rollout.server=3", "tiny.toml: rollout.server=3: a section; set keys of it: urls, keys_file, "),
         ("rollout.staleness=1", "tiny.toml: rollout: staleness=1 trains on answers "),
         ('train.stages=[{name="a", steps=3, min_steps=4}]', "tiny.toml: train.stages.0: min_steps=4: not more than"),
     ],
 )
-def test_settings_that_do_not_go_together_are_named_without_the_others(override: str, line: str) -> None:
+def test_a_line_begins_with_what_is_wrong(override: str, line: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("tiny", [override])
     assert str(caught.value).startswith(f"{PACKAGE_CONFIGS}/{line}")
@@ -175,6 +184,34 @@ def test_settings_that_do_not_go_together_are_named_without_the_others(override:
 def test_the_length_of_a_named_order_is_a_number_of_steps(steps: object) -> None:
     with pytest.raises(ConfigError, match=rf"train\.steps={steps!r}: a number of steps, at least 1"):
         load_config("tiny", ["train.stages=paper", f"train.steps={steps}"])
+
+
+@pytest.mark.parametrize("values", ["[]", "[1.0]", "[1.0, 1.0, 1.0, 1.0]"])
+def test_a_list_of_another_length_is_told_once_how_many_are_wanted(values: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{re.escape(f': reward.map_weights={values}: 3 values are wanted')}$"):
+        load_config("tiny", [f"reward.map_weights={values}"])
+
+
+def test_no_number_is_read_from_a_truth_value() -> None:
+    tree = to_dict(Config())
+    own = {"advance_at": 0.5, "learning_rate": 1.0, "group_size": 2, "alpha": 1.0, "transfer_weight": 1.0}
+    tree["train"]["stages"] = [{"name": "a", **own, "map_weights": [1.0, 1.0, 1.0]}]
+    tree["rollout"]["server"]["gpus"] = [0]
+    from_dict(tree)
+    for *parents, key in numbers(tree):
+        changed = copy.deepcopy(tree)
+        reduce(getitem, parents, changed)[key] = True
+        name = ".".join(map(str, [*parents, key]))
+        with pytest.raises(ConfigError, match=f": {name}=True: Input should be a number$"):
+            from_dict(changed)
+
+
+def numbers(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        if isinstance(value, (dict, list)):
+            yield from numbers(value, (*path, key))
+        elif type(value) in (int, float):
+            yield (*path, key)
 
 
 def test_a_missing_file_names_the_shipped_ones() -> None:
