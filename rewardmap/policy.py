@@ -116,8 +116,13 @@ class Policy:
         return self._images.info(source)
 
     def prefetch(self, problems: Sequence[Problem]) -> None:
-        """Begin to decode the pictures of problems that come next, in threads; returns at once."""
-        self._images.prefetch([problem.image for problem in problems])
+        """Begin to decode the pictures of problems that come next, in threads; returns at once. What a frozen tower has
+        seen is not decoded again."""
+        self._images.prefetch([problem.image for problem in problems if not self._is_seen(problem.image)])
+
+    def _is_seen(self, source: str | bytes) -> bool:
+        known = self._images.known(source)
+        return self.freeze_vision and known is not None and known.digest in self._features
 
     def share_pictures(self, keep: Keep, begin: float) -> None:
         """``ImageStore.share``."""

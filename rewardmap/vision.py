@@ -89,6 +89,9 @@ class Bounded(Generic[Value]):
         self._items.clear()
         self.bytes = 0
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._items
+
     def __len__(self) -> int:
         return len(self._items)
 
@@ -123,11 +126,15 @@ class ImageStore:
 
     def info(self, source: str | bytes) -> ImageInfo:
         """Of a picture, which is decoded the first time only. Raises as ``get``."""
-        found = self._infos.get(_identity(source))
+        found = self.known(source)
         if found is None:
             image = self.get(source)
             found = ImageInfo(image.grid_thw, image.digest)
         return found
+
+    def known(self, source: str | bytes) -> ImageInfo | None:
+        """Of a picture that was decoded before; None for another."""
+        return self._infos.get(_identity(source))
 
     def prefetch(self, sources: Sequence[str | bytes]) -> None:
         """Begin to decode pictures that will be asked for; an unreadable one raises when it is."""
@@ -197,6 +204,9 @@ class FeatureCache:
 
     def put(self, digest: bytes, features: ImageFeatures) -> None:
         self._kept.put(digest, _to_host(features))
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._kept
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -234,6 +234,19 @@ def test_many_threads_decode_a_picture_once(policy):
     assert len(decoded) == 2 and len({id(image) for image in results}) == 1
 
 
+@pytest.mark.parametrize("freeze_vision", [True, False])
+def test_what_a_frozen_tower_has_seen_is_not_decoded_ahead(freeze_vision, monkeypatch):
+    policy = models.build("qwen2_5_vl", freeze_vision)
+    one, two = models.PICTURES
+    problems = [Problem("p", image, "who?", "TorF1", 1, "", "", "a/b", "easy") for image in (one, two)]
+    asked = []
+    monkeypatch.setattr(policy._images, "prefetch", asked.append)
+    policy.prefetch(problems)
+    policy.image_features([one])
+    policy.prefetch(problems)
+    assert asked == [[one, two], [two] if freeze_vision else [one, two]]
+
+
 def test_an_unreadable_picture_raises_each_time_it_is_asked_for(policy, tmp_path):
     path = tmp_path / "late.png"
     problem = Problem("p", str(path), "who?", "TorF1", 1, "", "", "a/b", "easy")
