@@ -120,6 +120,14 @@ def test_what_servers_lack_is_said_before_maps_are_drawn_and_weights_loaded(serv
         examine.evaluate_target(examine.EvalRequest(str(WARM_START), data=data, settings=settings), console)
 
 
+def test_maps_that_a_killed_process_drew_in_part_are_removed_by_the_next(tmp_path):
+    (tmp_path / ".data.partial-1" / "maps").mkdir(parents=True)
+    (tmp_path / ".data.partial-22").mkdir()
+    config = load_config("tiny", ["data.train_maps=2", "data.test_maps=2"])
+    start._load_data(config, tmp_path, ALONE, Console(quiet=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
 def test_a_device_that_is_not_there_is_named():
     with pytest.raises(ConfigError, match=r"policy\.device='gpu': .*choose auto, cpu or cuda"):
         pick_device(PolicyConfig(device="gpu"))

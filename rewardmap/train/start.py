@@ -38,6 +38,7 @@ from rewardmap.train.ranks import ALONE, Ranks, join_ranks
 from rewardmap.train.reference import make_reference
 from rewardmap.train.shared_pictures import SharedPictures
 from rewardmap.train.trainer import Trainer
+from rewardmap.transit.export import remove_partial
 from rewardmap.transit.reasonmap import MapData, load_dataset, write_dataset
 from rewardmap.types import DataError, Problem
 
@@ -216,6 +217,7 @@ def _warn(console: Console, line: str) -> None:
 def _prepare_data(config: Config, run_dir: Path, console: Console) -> None:
     folder = data_folder(config, run_dir)
     if config.data.path is None and not folder.exists():
+        remove_partial(folder)
         with progress_bar(console) as bar:
             task = bar.add_task("draw maps", total=config.data.train_maps + config.data.test_maps)
             write_dataset(

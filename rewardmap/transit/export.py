@@ -6,6 +6,7 @@ A data folder holds ``maps/<country>/<city>.png``, ``stations/<country>/<city>.j
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -63,7 +64,7 @@ def write_dataset(
         raise ValueError(f"maps={dict(maps)!r} must give at least one map for each split")
     if folder.exists():
         raise ValueError(f"{folder} exists already; remove it or choose another folder")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f"{_partial(folder)}{os.getpid()}")
     try:
         pictures: set[str] = set()
         counts: dict[str, Counter[str]] = {}
@@ -90,6 +91,17 @@ def write_dataset(
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what killed processes left of ``folder``; the caller knows that none is writing it."""
+    for partial in folder.parent.glob(f"{glob.escape(_partial(folder))}*"):
+        shutil.rmtree(partial)
+
+
+def _partial(folder: Path) -> str:
+    """What the name of an incomplete folder begins with; the number of its process follows."""
+    return f".{folder.name}.partial-"
 
 
 _ROWS = {
