@@ -147,6 +147,15 @@ def test_adapters_begin_by_the_seed_alone():
     assert not any(map(torch.equal, first, other))
 
 
+def test_adapters_of_frozen_weights_do_not_train():
+    pytest.importorskip("peft")
+    policy = build_tiny(0, True)
+    prepare_policy(policy, load_config("tiny", ["policy.lora_rank=4", "policy.freeze=['*.layers.0.*', '*.q_proj.*']"]))
+    trained = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+    adapters = {name for name, _ in policy.model.named_parameters() if ".lora_" in name}
+    assert trained == {name for name in adapters if ".layers.0." not in name and ".q_proj." not in name} != set()
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path, policy, optimizer):
     scores = {1: ("a", 0.9), 2: ("b", 0.5), 3: ("b", 0.7), 4: ("b", 0.6), 5: ("b", None), 6: ("b", 0.1)}
     with Checkpoints(tmp_path, keep=2, keep_best=1) as checkpoints:

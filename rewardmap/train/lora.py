@@ -17,7 +17,7 @@ _ADAPTER = "default"
 
 def add_lora(policy: Policy, config: PolicyConfig) -> None:
     """Put adapters into the decoder's linear layers named in ``config.lora_targets``, in place; all else is frozen,
-    but the vision tower where ``freeze_vision`` is false.
+    but the vision tower where ``freeze_vision`` is false. The adapter of a weight that was frozen before is frozen too.
 
     Raises:
         ConfigError: peft is not installed.
@@ -27,15 +27,16 @@ def add_lora(policy: Policy, config: PolicyConfig) -> None:
     except ImportError:
         raise ConfigError(f"policy.lora_rank={config.lora_rank} needs peft: pip install 'rewardmap[lora]'") from None
     master = policy.model.lm_head.weight.dtype
+    frozen = {name for name, parameter in policy.text_model.named_parameters() if not parameter.requires_grad}
     policy.model.lm_head.requires_grad_(False)
     lora = LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(config.lora_targets), lora_dropout=0.0
     )
     inject_adapter_in_model(lora, policy.text_model, adapter_name=_ADAPTER)
     for name, parameter in policy.text_model.named_parameters():
-        trains = ".lora_" in name
-        parameter.requires_grad_(trains)
-        if trains:
+        layer, adapter, _ = name.partition(".lora_")
+        parameter.requires_grad_(bool(adapter) and f"{layer}.weight" not in frozen)
+        if adapter:
             parameter.data = parameter.data.to(master)
 
 
