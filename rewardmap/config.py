@@ -64,7 +64,8 @@ class PolicyConfig:
     freeze_vision: bool = True
     """The vision tower does not train: its outputs are computed once per map and run."""
     freeze: tuple[str, ...] = ()
-    """Names of parameters that do not train, ``*`` for any text: ``*.embed_tokens.*``, ``lm_head.*``."""
+    """Names of parameters that do not train, ``*`` for any text: ``*.embed_tokens.*``, ``lm_head.*``. Nor do their
+    adapters."""
     lora_rank: Whole = 0
     """Train adapters of this rank instead of the decoder's weights (needs ``peft``); 0: train the weights."""
     lora_alpha: Count = 16
@@ -400,4 +401,10 @@ class Config:
                 raise ValueError(
                     f"group_size=1 in stage '{stage.name}': one answer is its own group's mean and teaches nothing; "
                     "take at least 2, or train.advantage_baseline='batch' or 'greedy'"
+                )
+            replayed = round(self.train.prompts_per_step * stage.replay)
+            if stage.steps and stage.replay not in (0, 1) and replayed in (0, self.train.prompts_per_step):
+                raise ValueError(
+                    f"replay={stage.replay:g} in stage '{stage.name}': of train.prompts_per_step="
+                    f"{self.train.prompts_per_step} questions it is {replayed}; take 0, 1, or more questions a step"
                 )

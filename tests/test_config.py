@@ -139,6 +139,8 @@ def test_overrides() -> None:
         ("train.advantage_baseline=greedy", ["advantage_baseline", "advantage_scale"]),
         ("rollout.group_size=0", ["rollout.group_size=0", "1"]),
         ("rollout.group_size=1", ["group_size=1", "stage 'true/false'", "advantage_baseline"]),
+        ("train.prompts_per_step=1", ["replay=0.5 in stage 'true/false'", "prompts_per_step=1 questions it is 0"]),
+        ('train.stages=[{name="a", replay=0.999}]', ["replay=0.999 in stage 'a'", "64 questions it is 64"]),
         ("rollout.temperature=-1", ["rollout.temperature=-1", "0"]),
         ("rollout.top_p=2", ["rollout.top_p=2"]),
         ("rollout.top_k=-5", ["rollout.top_k=-5"]),
