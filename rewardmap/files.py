@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 # Pillow's own limit (178 million pixels) is below the largest released map. A data set's pictures are held to that of
 # its loader. Pillow's is one for all threads, so that it cannot be lifted for one picture.
@@ -18,6 +18,17 @@ Image.MAX_IMAGE_PIXELS = None
 def open_picture(source: str | Path | bytes) -> Image.Image:
     """A path's or encoded bytes' picture, of any size; not decoded yet. Raises OSError."""
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """The picture as viewers show it: upright where EXIF says it lies, on white where it is transparent. Raises
+    OSError."""
+    ImageOps.exif_transpose(picture, in_place=True)
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    shown, paper = picture.convert("RGBA"), Image.new("RGB", picture.size, "white")
+    paper.paste(shown, mask=shown)
+    return paper
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from PIL import Image
 
-from rewardmap.files import open_picture
+from rewardmap.files import as_rgb, open_picture
 from rewardmap.types import DataError
 
 Tensor = torch.Tensor
@@ -229,10 +229,10 @@ def checksum(module: torch.nn.Module) -> tuple[int, ...]:
 
 
 def read_image(source: str | bytes) -> Image.Image:
-    """A picture as RGB, from a path or encoded bytes. Raises DataError."""
+    """A picture from a path or encoded bytes, ``as_rgb``. Raises DataError."""
     try:
         with open_picture(source) as picture:
-            return picture.convert("RGB")
+            return as_rgb(picture)
     except OSError as error:
         raise DataError(f"{_name(source)}: cannot be read as an image ({error})") from None
 

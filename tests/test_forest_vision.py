@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from rewardmap.config import ParallelConfig
 from rewardmap.train.forest import pack_forest
@@ -17,7 +17,7 @@ from rewardmap.train.forward import Vision, response_hidden
 from rewardmap.train.parallel import shard_policy
 from rewardmap.train.ranks import join_ranks
 from rewardmap.types import DataError, Problem
-from rewardmap.vision import Bounded, ImageStore, checksum
+from rewardmap.vision import Bounded, ImageStore, checksum, read_image
 
 sys.path.append(str(Path(__file__).parent))
 import forest_models as models
@@ -256,6 +256,32 @@ def test_an_unreadable_picture_raises_each_time_it_is_asked_for(policy, tmp_path
             policy.image(str(path))
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(path)
     assert policy.image(str(path)).grid_thw
+
+
+def saved(picture, form, **options):
+    file = io.BytesIO()
+    picture.save(file, form, **options)
+    return file.getvalue()
+
+
+def test_a_picture_is_seen_as_viewers_show_it():
+    """Upright where EXIF says so, on white where it is transparent, whatever its mode."""
+    clear, red = (0, 0, 0, 0), (255, 0, 0, 255)
+    drawn = Image.new("RGBA", (30, 20), clear)
+    drawn.paste(red, (0, 0, 10, 20))
+    flat = Image.new("RGB", (30, 20), "white")
+    flat.paste(red[:3], (0, 0, 10, 20))
+    grey = Image.new("LA", (30, 20), (0, 0))
+    listed = Image.new("P", (30, 20), 1)
+    listed.putpalette([255, 0, 0, 0, 0, 0])
+    listed.paste(0, (0, 0, 10, 20))
+    lying = Image.Exif()
+    lying[ExifTags.Base.Orientation] = 6  # shown after a quarter turn to the right
+    for picture, options in ((drawn, {}), (listed, {"transparency": 1}), (flat, {}), (flat, {"exif": lying})):
+        shown = flat.transpose(Image.Transpose.ROTATE_270) if "exif" in options else flat
+        assert np.array_equal(read_image(saved(picture, "PNG", **options)), shown)
+    assert read_image(saved(grey, "PNG")).getcolors() == [(600, (255, 255, 255))]
+    assert read_image(saved(flat.convert("CMYK"), "JPEG", quality=100)).getpixel((25, 10)) == (255, 255, 255)
 
 
 def test_a_picture_that_the_processor_refuses_is_named(policy, tmp_path):

@@ -3,20 +3,25 @@ them."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 from rich.console import Console
 
 from rewardmap.config_file import load_config
 from rewardmap.evaluate import Answer, Evaluation
 from rewardmap.evaluate.reading import StatedLeg
+from rewardmap.report.page import _picture as embedded
 from rewardmap.report.page import right_and_wrong
 from rewardmap.report.routes import closest, draw_legs, gold_legs, named_stops
+from rewardmap.report.samples import MAP, _fit
 from rewardmap.report.table import write_report
 from rewardmap.train.examine import Examiner, make_examiner
 from rewardmap.transit.graph import Line, Network
@@ -120,6 +125,22 @@ def test_true_and_answered_routes_lie_over_the_map(examiner: Examiner, tmp_path:
         dashed = ["stroke-dasharray" in attributes for attributes in lines if attributes["class"] == kind]
         assert all(dashed) == any(dashed) == (kind == "wrong")
         assert ("not on this map: " in page) == (kind == "wrong")
+
+
+def test_a_lying_or_transparent_map_is_shown_as_the_model_sees_it(tmp_path: Path) -> None:
+    lying = Image.Exif()
+    lying[ExifTags.Base.Orientation] = 6  # shown after a quarter turn to the right
+    picture = Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    picture.paste((255, 0, 0, 255), (0, 0, 20, 20))
+    picture.save(tmp_path / "map.png", exif=lying)
+    uri, size = embedded(str(tmp_path / "map.png"))
+    assert size == (20, 40)
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition("base64,")[2]))) as shown:
+        assert shown.size == size
+        for y, colour in ((5, (255, 0, 0)), (35, (255, 255, 255))):
+            assert np.abs(np.subtract(shown.getpixel((10, y)), colour)).max() <= 4  # JPEG
+    sheet = _fit(str(tmp_path / "map.png"))
+    assert sheet.size == (MAP // 2, MAP) and sheet.getpixel((9, MAP - 9)) == (255, 255, 255)
 
 
 def test_legs_follow_the_track_and_dashes_mean_no_train() -> None:

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import ExifTags
 
 from rewardmap.evaluate import GROUPS, Evaluation, Record, TextPrior
 from rewardmap.evaluate.reading import form_of, stated_legs, without_thinking
-from rewardmap.files import open_picture, write_text
+from rewardmap.files import as_rgb, open_picture, write_text
 from rewardmap.report.parts import HEAD as PARTS_HEAD
 from rewardmap.report.parts import NOTE, parts_rows
 from rewardmap.report.routes import Drawn, closest, draw_legs, gold_legs, named_stops
@@ -238,10 +239,11 @@ def _picture(source: str | bytes) -> tuple[str, tuple[int, int]]:
     """A map as a data URI, made smaller where it is large, and its size in its own pixels."""
     content = source if isinstance(source, bytes) else Path(source).read_bytes()
     with open_picture(content) as opened:
-        size = opened.size
-        if max(size) <= LARGEST_PICTURE and opened.format in ("PNG", "JPEG"):
-            return _data_uri(content, f"image/{opened.format.lower()}"), size
-        shrunk = opened.convert("RGB")
+        plain = opened.getexif().get(ExifTags.Base.Orientation, 1) == 1 and not opened.has_transparency_data
+        if plain and max(opened.size) <= LARGEST_PICTURE and opened.format in ("PNG", "JPEG"):
+            return _data_uri(content, f"image/{opened.format.lower()}"), opened.size
+        shrunk = as_rgb(opened)
+    size = shrunk.size
     shrunk.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
     buffer = io.BytesIO()
     shrunk.save(buffer, "JPEG", quality=85)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from rewardmap.evaluate import GROUPS, Evaluation, Record
-from rewardmap.files import open_picture, replacing
+from rewardmap.files import as_rgb, open_picture, replacing
 from rewardmap.transit.fonts import map_font
 from rewardmap.types import Problem
 
@@ -171,14 +171,12 @@ def _sheet(cards: Sequence[_Card]) -> Image.Image:
 
 
 def _fit(source: str | bytes) -> Image.Image:
-    """The map within MAP x MAP pixels, on white where it is transparent."""
+    """The map within MAP x MAP pixels."""
     with open_picture(source) as opened:
-        picture = opened.convert("RGBA")
+        picture = as_rgb(opened)
     scale = MAP / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    shrunk = picture.resize(size, Image.Resampling.LANCZOS)
-    paper = Image.new("RGBA", size, "white")
-    return Image.alpha_composite(paper, shrunk).convert("RGB")
+    return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def _wrap(text: str, colour: str, size: int, label: str = "") -> Iterator[_Line]:
