@@ -119,6 +119,18 @@ def test_parquet_with_pictures_and_networks_inside_as_reasonmap_ships_them(root:
     assert len(load_dataset(root, "validation").problems) == 1
 
 
+def test_a_file_of_a_split_of_another_name_is_in_no_other_split(root: Path) -> None:
+    for name, city in (("train", "y"), ("val", "z")):
+        stations = {} if city == "y" else {"json": NETWORK, "city": city}
+        datasets.Dataset.from_list([row(**stations)]).to_parquet(str(root / f"{name}-00000.parquet"))
+    assert [set(load_dataset(root, split).networks) for split in ("train", "val")] == [{"x/y"}, {"x/z"}]
+    with pytest.raises(DataError, match=r"no parquet file for split 'test' among train-.*, val-.*; begin the name"):
+        load_dataset(root, "test")
+    (root / "train-00000.parquet").rename(root / "questions.parquet")
+    (root / "val-00000.parquet").unlink()
+    assert set(load_dataset(root, "test").networks) == {"x/y"}
+
+
 def test_rows_of_several_files_get_different_uids(root: Path) -> None:
     for shard in range(2):
         datasets.Dataset.from_list([row(), row()]).to_parquet(str(root / f"train-0000{shard}-of-00002.parquet"))
@@ -287,7 +299,7 @@ def test_truncated_and_oversized_pictures(root: Path, form: str) -> None:
     Image.effect_noise((200, 100), 90).save(path, form)
     write_rows(root, [row()])
     assert load_dataset(root, max_image_pixels=20_000).problems
-    with pytest.raises(DataError, match=r"has 200 x 100 pixels, more than the limit of 19999"):
+    with pytest.raises(DataError, match=r"has 200 x 100 pixels, more than the limit of 19999; make it smaller"):
         load_dataset(root, max_image_pixels=19_999)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(DataError, match="not a complete picture"):

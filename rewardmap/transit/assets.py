@@ -65,7 +65,7 @@ class Assets:
                 if pixels > self._max_pixels:
                     raise DataError(
                         f"{name} has {picture.width} x {picture.height} pixels, more than the limit of "
-                        f"{self._max_pixels}; raise max_image_pixels if you trust it"
+                        f"{self._max_pixels}; make it smaller"
                     )
                 if max(picture.size) > _LONGEST_SIDE * min(picture.size):
                     raise DataError(

@@ -3,8 +3,8 @@
 A data folder holds the rows in one of these places, the first that exists:
 
 * ``data/ReasonMap-Train`` or the folder itself, as ``datasets.save_to_disk`` writes it, with splits or without;
-* ``data/*.parquet`` or ``*.parquet``, as a hub repository stores them; files whose names begin with another
-  split's name are left out.
+* ``data/*.parquet`` or ``*.parquet``, as a hub repository stores them: the files whose names begin with the split's,
+  all where no name begins with that of a split.
 
 ``hf://datasets/OWNER/NAME`` instead of a folder fetches that repository from the Hugging Face hub.
 
@@ -140,10 +140,13 @@ def _tables(root: Path, split: str) -> Iterator[tuple[Path, pa.Table]]:
             return
     for data in (root / "data", root):
         files = sorted(data.glob("*.parquet"))
-        others = tuple(name for name in _SPLIT_NAMES if name != split)
-        chosen = [path for path in files if not path.name.startswith(others)]
+        named = any(path.name.startswith((split, *_SPLIT_NAMES)) for path in files)
+        chosen = [path for path in files if path.name.startswith(split) or not named]
         if files and not chosen:
-            raise DataError(f"{data}: no parquet file for split {split!r} among {', '.join(p.name for p in files)}")
+            raise DataError(
+                f"{data}: no parquet file for split {split!r} among {', '.join(path.name for path in files)}; begin "
+                "the name of one with it, or choose another split"
+            )
         if chosen:
             for path in chosen:
                 try:
@@ -153,7 +156,8 @@ def _tables(root: Path, split: str) -> Iterator[tuple[Path, pa.Table]]:
                 yield path, table
             return
     raise DataError(
-        f"{root}: no data found; expected {DATA_FOLDER} as datasets.save_to_disk writes it, or parquet files"
+        f"{root}: no data found; expected {DATA_FOLDER} as datasets.save_to_disk writes it, or parquet files "
+        "(docs/data.md)"
     )
 
 
