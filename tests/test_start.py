@@ -1,5 +1,7 @@
 """What a run begins with: its data, its policy and its device, or one error that names what is wrong."""
 
+import io
+import json
 import re
 import shutil
 import sys
@@ -67,6 +69,31 @@ def test_questions_about_stations_off_their_maps_are_refused_or_skipped(tmp_path
                     run.train(load_config("tiny", settings[:2]), tmp_path / "run", console=console)
             shutil.rmtree(folder / DATA_FOLDER / "train")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("mode", ["reference", "graph"])
+def test_wrong_gold_routes_and_maps_in_both_splits_are_said_and_nothing_of_good_data(mode, data, tmp_path):
+    def told(folder):
+        console = Console(record=True, file=io.StringIO())
+        start._load_data(load_config("tiny", [f"data.path={folder}", f"reward.mode={mode}"]), tmp_path, ALONE, console)
+        return console.export_text().splitlines()
+
+    assert told(data) == []
+    folder = tmp_path / "own"
+    shutil.copytree(data, folder)
+    rows = [dict(row) for row in load_from_disk(str(folder / DATA_FOLDER))["test"]]
+    wrong = [row for row in rows if row["type"] == "planning"][:2]
+    for row, name in zip(wrong, ("route_name", "arrival_stop"), strict=True):
+        plans = json.loads(row["fine_grained_answer"])
+        plans[0][0][name] = "Nowhere"
+        row["fine_grained_answer"] = json.dumps(plans)
+    shutil.rmtree(folder / DATA_FOLDER)
+    write_rows(folder, rows, None)  # without splits: taken whole for both
+    both, *routes = told(folder)
+    assert f"{folder}: 4 maps are in both splits, so not held out; the first: tiny_test/" in both
+    for line in routes:
+        assert f"{folder}, row '{wrong[0]['uid']}' and 1 more, field 'fine_grained_answer': the reward in mode" in line
+    assert len(routes) == 2
 
 
 def test_relative_paths_are_those_of_the_folder_where_the_run_began(tmp_path, monkeypatch):

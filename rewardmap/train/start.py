@@ -19,7 +19,8 @@ from rewardmap.curriculum import Curriculum
 from rewardmap.files import write_text
 from rewardmap.policy import Policy, cast_weights, load_policy, pick_device
 from rewardmap.profiling import PhaseTimer
-from rewardmap.rewards import Networks
+from rewardmap.rewards import Networks, Rubric
+from rewardmap.rewards.rubric import Mode
 from rewardmap.rewards.stations import off_the_map
 from rewardmap.train.ahead import OneStepOff
 from rewardmap.train.checkpoint import load_training_state, newest_intact
@@ -39,6 +40,7 @@ from rewardmap.train.reference import make_reference
 from rewardmap.train.shared_pictures import SharedPictures
 from rewardmap.train.trainer import Trainer
 from rewardmap.transit.export import remove_partial
+from rewardmap.transit.questions import gold_response
 from rewardmap.transit.reasonmap import MapData, load_dataset, write_dataset
 from rewardmap.types import DataError, Problem
 
@@ -110,7 +112,28 @@ def _load_data(config: Config, run_dir: Path, ranks: Ranks, console: Console) ->
     testing = load_dataset(folder, config.data.test_split, on_bad_row=config.data.on_bad_row)
     for skipped in (*training.skipped, *testing.skipped):
         _warn(console, f"skipped: {skipped}")
+    if shared := sorted(training.networks.keys() & testing.networks.keys()):
+        _warn(console, f"{folder}: {len(shared)} maps are in both splits, so not held out; the first: {shared[0]}")
+    for data in (training, testing):
+        _warn_of_routes(config, data, console)
     return training, testing
+
+
+def _warn_of_routes(config: Config, data: MapData, console: Console) -> None:
+    """Say which gold routes the reward takes for wrong: they lead supervised stages and map scores astray."""
+    mode: Mode = "graph" if "graph" in _modes(config) else "reference"
+    planning = [problem for problem in data.problems if problem.kind == "planning" and problem.fine_grained_answer]
+    routed = [replace(problem, question="") for problem in planning]  # its text would ask for more than the legs
+    texts = [gold_response(problem) for problem in routed]
+    right = Rubric(mode=mode).score(routed, texts, networks_for(mode, data)).correct
+    wrong = [problem.uid for problem, correct in zip(routed, right, strict=True) if not correct]
+    if wrong:
+        others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        _warn(
+            console,
+            f"{data.root}, row '{wrong[0]}'{others}, field 'fine_grained_answer': the reward in mode {mode} takes this "
+            "route for wrong; compare its lines and stations with the stations file",
+        )
 
 
 def _on_their_maps(config: Config, data: MapData) -> MapData:
