@@ -158,7 +158,8 @@ def test_all_ranks_hold_the_answers_that_rank_0_asked_for(make, tmp_path):
 def python(tmp_path):
     """Starts the stand-in as a server of our own."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nshift 2\nexec "{sys.executable}" "{fake.__file__}" "$@"\n')
+    asked = '[ "$1" = -c ] && exit  # yes, it has SGLang'
+    python.write_text(f'#!/bin/sh\n{asked}\nshift 2\nexec "{sys.executable}" "{fake.__file__}" "$@"\n')
     python.chmod(0o755)
     return str(python)
 
