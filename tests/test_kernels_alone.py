@@ -21,6 +21,7 @@ import torch
 import rewardmap_kernels as rk
 
 assert not {"triton", "transformers", "rewardmap"} & {name.split(".")[0] for name in sys.modules}
+assert "torch._dynamo" not in sys.modules, "it costs as much as torch itself"
 hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
 out = rk.linear_policy_loss(hidden, weight, torch.arange(5), advantages=torch.ones(5), normalizer=5.0,
                             objective=rk.PolicyObjective())

@@ -59,13 +59,6 @@ def _why_not_triton(tensor: Tensor) -> str | None:
     return "Triton's interpreter is wrong in bfloat16" if tensor.dtype == torch.bfloat16 else None
 
 
-@torch.compiler.assume_constant_result
-def _native_unavailable() -> str | None:
-    from . import native  # late, so that ``python -m rewardmap_kernels.native`` is not imported before it runs
-
-    return native.unavailable_reason()
-
-
 def _why_not_native(operation: str, tensor: Tensor) -> str | None:
     if operation not in NATIVE_OPERATIONS:
         return f"{operation} has no C++ kernel"
@@ -73,7 +66,10 @@ def _why_not_native(operation: str, tensor: Tensor) -> str | None:
         return f"the tensors are on {tensor.device.type}"
     if tensor.dtype not in (torch.float32, torch.bfloat16):
         return f"{tensor.dtype} has no C++ kernel"
-    return _native_unavailable()
+    # Late: ``python -m rewardmap_kernels.native`` must not be imported before it runs, nor torch._dynamo for nothing.
+    from . import native
+
+    return native.unavailable_reason()
 
 
 def choose(operation: str, tensor: Tensor, refusal: str | None = None) -> Implementation:

@@ -193,6 +193,7 @@ def _device_refusal() -> str | None:
     return None if (major, minor) == (9, 0) else f"the GPU is sm_{major}{minor}; the kernel is for sm_90"
 
 
+@torch.compiler.assume_constant_result
 def unavailable_reason(part: Part = "cpu") -> str | None:
     """None when the library is there (built and loaded by this call, once per process); else why not, in a line.
 
