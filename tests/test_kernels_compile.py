@@ -67,6 +67,24 @@ def test_one_graph_for_every_operation_and_every_length(backend: str) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # not one per length
 
 
+def test_a_normalizer_or_a_tensor_s_temperature_that_changes_is_not_compiled_anew() -> None:
+    hidden, weight, targets, rows = problem(20)
+    del rows["normalizer"]
+
+    def both(normalizer: float, temperature: Tensor) -> Tensor:
+        given = {**rows, "objective": DAPO, "normalizer": normalizer, "temperature": temperature}
+        head = linear_policy_loss(hidden, weight, targets, **given)
+        return head.loss + logits_policy_loss(hidden @ weight.t(), targets, **given).loss
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    for step in range(4):
+        inputs = (1.5 + step, torch.full((20,), 0.7 + 0.1 * step))
+        torch.testing.assert_close(compiled(*inputs), both(*inputs))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2  # torch takes the first number for a constant
+
+
 @pytest.mark.parametrize("trainable", [False, True])
 def test_the_shapes_told_to_the_compiler_are_the_real_ones(trainable: bool) -> None:
     hidden, weight, targets, rows = problem(20)

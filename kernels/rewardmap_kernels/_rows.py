@@ -70,6 +70,14 @@ def check_policy_inputs(inputs: dict[str, Any], mask: Tensor | None, temperature
         check_range("sequence", inputs["sequence"], 0, n if count is None else count)
 
 
+def divisor_of(normalizer: Tensor | float, like: Tensor) -> Tensor:
+    """The normaliser as a tensor on ``like``'s device."""
+    if isinstance(normalizer, Tensor):
+        return normalizer.to(like.device)
+    # torch.full would make the number a constant of a compiled graph: a compilation for every value.
+    return torch.ones((), dtype=compute_dtype(like), device=like.device) * normalizer
+
+
 def row_slice(value: Any, rows: slice) -> Any:
     """The rows of a per-row tensor; anything else as it is."""
     return value[rows] if isinstance(value, Tensor) and value.dim() else value

@@ -299,15 +299,12 @@ def linear_policy_loss(
         temperature = temperature.index_select(0, rows) if isinstance(temperature, Tensor) else temperature
         mask = None if loss_mask is None else loss_mask.index_select(0, rows)
     per_row = temperature if isinstance(temperature, Tensor) else None
-    divisor = inputs["normalizer"]
-    if not isinstance(divisor, Tensor):
-        divisor = torch.full((), float(divisor), dtype=compute_dtype(hidden), device=hidden.device)
     loss, logprobs, entropy, metrics = _LinearPolicyLoss.apply(
         hidden, weight, targets, per_row, 1.0 if isinstance(temperature, Tensor) else float(temperature),
-        inputs["advantages"], divisor.to(hidden.device), inputs["old_logprobs"], inputs["ref_logprobs"],
-        inputs["rollout_logprobs"], inputs["sequence"], inputs["num_sequences"], mask, weight_grad, objective.key,
-        chunk_size(hidden.shape[0], weight.shape[0], chunk_rows, hidden.device), logits_dtype,
-        "" if group is None else group.group_name,
+        inputs["advantages"], _rows.divisor_of(inputs["normalizer"], hidden), inputs["old_logprobs"],
+        inputs["ref_logprobs"], inputs["rollout_logprobs"], inputs["sequence"], inputs["num_sequences"], mask,
+        weight_grad, objective.key, chunk_size(hidden.shape[0], weight.shape[0], chunk_rows, hidden.device),
+        logits_dtype, "" if group is None else group.group_name,
     )  # fmt: skip
     names = metric_names(objective, entropy=True, reference=ref_logprobs is not None)
     out = LinearPolicyLoss(loss, logprobs, entropy, dict(zip(names, metrics.unbind(), strict=True)))

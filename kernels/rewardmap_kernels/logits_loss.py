@@ -211,12 +211,9 @@ def logits_policy_loss(
         raise ValueError(f"inplace = True needs rows of stride 1 that do not overlap, got strides {logits.stride()}")
     logits = _rows.differentiable(logits)
     per_row = temperature if isinstance(temperature, Tensor) else None
-    divisor = normalizer
-    if not isinstance(divisor, Tensor):
-        divisor = torch.full((), float(divisor), dtype=compute_dtype(logits), device=logits.device)
     loss, logprobs, entropy, metrics = _LogitsPolicyLoss.apply(
         logits, inplace, targets, per_row, 1.0 if isinstance(temperature, Tensor) else float(temperature), advantages,
-        divisor.to(logits.device), old_logprobs, ref_logprobs, rollout_logprobs, sequence,
+        _rows.divisor_of(normalizer, logits), old_logprobs, ref_logprobs, rollout_logprobs, sequence,
         logits.shape[0] if num_sequences is None else num_sequences, loss_mask, objective.key,
     )  # fmt: skip
     names = metric_names(objective, entropy=True, reference=ref_logprobs is not None)
