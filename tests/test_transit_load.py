@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rewardmap.transit.draw import encode_png
 from rewardmap.transit.questions import question_text
 from rewardmap.transit.reasonmap import DATA_FOLDER, write_rows
 from rewardmap.transit.topology import network_as_json
+from rewardmap.transit.wording import planning_text
 from rewardmap.types import DataError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -80,6 +82,17 @@ def test_rows_without_splits_load_whole_and_absent_columns_are_fine(root: Path) 
     assert data.networks["x/y"]["Red Line"] == NETWORK["Red Line"]
     with pytest.raises(ValueError, match="holds no route"):
         gold_response(second)
+
+
+def test_a_route_without_what_its_question_asks_for_is_no_gold_response(root: Path) -> None:
+    leg = {"route_name": "Red Line", "departure_stop": "A Station", "arrival_stop": "C Station"}
+    asked = {"type": "planning", "answer": -1, "station_2": "C Station", "question_transfer_count": 0}
+    question = planning_text("A Station", "C Station", "count")
+    write_rows(root, [row(**asked, question=question, fine_grained_answer=json.dumps([[leg]]))], None)
+    (problem,) = load_dataset(root).problems
+    with pytest.raises(DataError, match=r"a leg of fine_grained_answer lacks the stops between \(num_via_stops"):
+        gold_response(problem)
+    assert gold_response(replace(problem, question=planning_text("A Station", "C Station"))).count("\n") == 2
 
 
 def test_splits_are_kept_apart(root: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rewardmap.transit.graph import Route
-from rewardmap.types import Problem
+from rewardmap.types import DataError, Problem
 
 _BOXED = 'Please solve the problem and put your answer in one "\\boxed{}". According to the subway map, '
 _YES_NO = (
@@ -68,7 +68,8 @@ def planning_text(station_1: str, station_2: str, detail: Literal["short", "coun
 def gold_response(problem: Problem) -> str:
     """An ideal answer in exactly the form that the question asks for.
 
-    Raises ValueError for a planning problem that does not carry its optimal routes.
+    Raises ValueError for a planning problem that does not carry its optimal routes, or not what its question asks of
+    them.
     """
     if problem.kind in ("TorF1", "TorF2"):
         return f"\\boxed{{{'yes' if problem.answer == 1 else 'no'}}}"
@@ -78,7 +79,11 @@ def gold_response(problem: Problem) -> str:
         return f"\\boxed{{{problem.answer}}}"
     if not problem.fine_grained_answer:
         raise ValueError(f"{problem.uid}: fine_grained_answer holds no route, so there is no gold response")
-    return "\n--\n".join(_block(leg, problem.question) for leg in problem.fine_grained_answer[0])
+    try:
+        return "\n--\n".join(_block(leg, problem.question) for leg in problem.fine_grained_answer[0])
+    except (KeyError, TypeError):
+        lacking = "lacks the stops between (num_via_stops, via_stops), which the question asks for"
+        raise DataError(f"{problem.uid}: a leg of fine_grained_answer {lacking}") from None
 
 
 def _block(leg: dict[str, Any], question: str) -> str:
