@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import small_run
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
@@ -27,12 +28,7 @@ from rewardmap.transit.reasonmap import load_dataset
 from rewardmap.types import DataError
 
 SMALL = [
-    "data.train_maps=6",
-    "data.test_maps=4",
-    "train.prompts_per_step=6",
-    "rollout.group_size=4",
-    "train.checkpoint_every=2",
-    "train.warmup_steps=0",
+    *small_run.SMALL,
     "eval.before=false",
     "eval.text_only=false",
     "eval.max_problems=2",

@@ -122,6 +122,11 @@ def accumulate_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a.float(), b.float(), out=total)
 
 
+def scaled_operand(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows x [C, H] times factor [C, 1], rounded to ``dtype`` as they are written: one pass."""
+    return torch.mul(x, factor, out=torch.empty_like(x, dtype=dtype))
+
+
 def chunk_size(rows: int, vocab: int, chunk_rows: int | None, device: torch.device) -> int:
     """Rows of a chunk: as given, or all chunks of equal size, a multiple of 128, whose float32 logits fill at most
     the device's budget. Raises ValueError below 1."""
@@ -196,9 +201,7 @@ class Head:
 
     def backward(self, rows: slice, x: Tensor, gradient: Tensor, factor: Tensor | None = None) -> None:
         """Products of a chunk's logit gradient [C, V], or of factor [C, 1] times it."""
-        scaled = x
-        if factor is not None and self.d_weight is not None:
-            scaled = torch.mul(x, factor, out=torch.empty_like(x))  # rounded as it is written, in one pass
+        scaled = x if factor is None or self.d_weight is None else scaled_operand(x, factor, x.dtype)
         on_cpu = gradient.device.type == "cpu"
         together = (
             on_cpu and self._product is None and not _narrow(gradient)

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from . import _rows
 from ._checks import check_linear, check_temperature, compute_dtype, first_order_only
-from ._head import Head, accumulate_product, chunk_size, full_weight, operand_dtype, own_product, row_chunks
+from ._head import (
+    Head,
+    accumulate_product,
+    chunk_size,
+    full_weight,
+    operand_dtype,
+    own_product,
+    row_chunks,
+    scaled_operand,
+)
 from .torch_rows import RowStatistics
 
 OPERATION = "linear_logprobs"
@@ -115,8 +124,7 @@ def _weight_from_kept(
     product = own_product(_rows.implementation(OPERATION, hidden), hidden, kept)
     with _rows.no_autocast(hidden):
         for rows in row_chunks(hidden.shape[0], chunk_rows):
-            x = torch.empty_like(hidden[rows], dtype=kept.dtype)
-            torch.mul(hidden[rows], factor[rows], out=x)
+            x = scaled_operand(hidden[rows], factor[rows], kept.dtype)
             if product is not None:
                 product(made, kept[rows].t(), x, True)
             else:

@@ -114,8 +114,9 @@ def _load_data(config: Config, run_dir: Path, ranks: Ranks, console: Console) ->
         _warn(console, f"skipped: {skipped}")
     if shared := sorted(training.networks.keys() & testing.networks.keys()):
         _warn(console, f"{folder}: {len(shared)} maps are in both splits, so not held out; the first: {shared[0]}")
-    for data in (training, testing):
-        _warn_of_routes(config, data, console)
+    if config.data.path is not None:  # the routes of maps drawn here are right
+        for data in (training, testing):
+            ranks.first(partial(_warn_of_routes, config, data, console))
     return training, testing
 
 
