@@ -10,7 +10,7 @@ import io
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -23,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+Name = TypeVar("Name", bound=str)
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -87,8 +88,7 @@ def train(
             assert resume is not None
             run.resume(resume, console=console)
         else:
-            stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-            run.train(config, run_dir or Path("runs") / f"{Path(source).stem}-{stamp}", console=console)
+            run.train(config, run_dir or _dated(Path(source).stem), console=console)
 
 
 @app.command()
@@ -105,12 +105,10 @@ def plan(
 ) -> None:
     """Say what a configuration needs per GPU and about how long a step takes; an error where it cannot fit."""
     with errors(debug):
-        from rewardmap.config import ConfigError
         from rewardmap.config_file import load_config
         from rewardmap.train import plan as planning
 
-        if gpu not in planning.DEVICES:
-            raise ConfigError(f"--gpu {gpu}: choose one of {', '.join(planning.DEVICES)}")
+        _one_of("--gpu", gpu, tuple(planning.DEVICES))
         config = load_config(settings[0], settings[1:])
         work = planning.Workload(prompt_tokens, answer_tokens)
         found = planning.plan(config, planning.shapes_of(config), gpus * nodes, gpu, work, nodes)
@@ -140,8 +138,7 @@ def profile(
         from rewardmap.train.profile import profile as record
 
         _quiet()
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        record(config, out or Path("runs") / f"profile-{stamp}", steps=steps, console=Console())
+        record(config, out or _dated("profile"), steps=steps, console=Console())
 
 
 @app.command("eval")
@@ -322,16 +319,10 @@ def score(
 ) -> None:
     """Score answers in a file and print a summary by kind."""
     with errors(debug):
-        from typing import get_args
-
-        from rewardmap.config import ConfigError
-        from rewardmap.rewards.rubric import Mode
+        from rewardmap.rewards.rubric import MODES
         from rewardmap.rewards.score_file import score_file
 
-        known = {name: name for name in get_args(Mode)}
-        if mode not in known:
-            raise ConfigError(f"--mode {mode}: choose one of {', '.join(known)}")
-        typer.echo(score_file(answers, out, known[mode], stations).table())
+        typer.echo(score_file(answers, out, _one_of("--mode", mode, MODES), stations).table())
 
 
 def _source(settings: list[str]) -> tuple[str, list[str]]:
@@ -340,12 +331,19 @@ def _source(settings: list[str]) -> tuple[str, list[str]]:
     return (settings[0], settings[1:]) if named else ("tiny", settings)
 
 
-def _one_of(option: str, value: str, known: tuple[str, ...]) -> str:
+def _dated(name: str) -> Path:
+    """The default folder of what is begun now."""
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _one_of(option: str, value: str, known: tuple[Name, ...]) -> Name:
+    """The known name that ``value`` is. Raises ConfigError where it is none."""
     from rewardmap.config import ConfigError
 
-    if value not in known:
-        raise ConfigError(f"{option} {value}: choose one of {', '.join(known)}")
-    return value
+    for name in known:
+        if name == value:
+            return name
+    raise ConfigError(f"{option} {value}: choose one of {', '.join(known)}")
 
 
 def _quiet() -> None:

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from rewardmap.rewards.scorer import Networks, Reader, Results
 from rewardmap.types import KINDS, LEVELS, TRANSFERS, DataError, Problem
 
 Mode = Literal["reference", "paper", "graph"]
-MODES: tuple[Mode, ...] = ("reference", "paper", "graph")
+MODES: tuple[Mode, ...] = get_args(Mode)
 PUBLISHED_MAP_WEIGHTS = {"easy": 1.0, "middle": 1.2, "hard": 1.5}
 
 
