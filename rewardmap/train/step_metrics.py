@@ -1,4 +1,4 @@
-"""What a step measures: sums over the rows it trained on, means over the answers it sampled."""
+"""What a step measures: sums over the rows it trained on and their micro-batches, means over the answers it sampled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import numpy as np
 import torch
 
 from rewardmap.rewards import RewardBatch
+from rewardmap.train.balance import CostModel
+from rewardmap.train.forest import PackedForest
 from rewardmap.types import RolloutGroup
 from rewardmap_kernels import GroupAdvantage, LinearPolicyLoss
 
@@ -32,6 +34,28 @@ def row_sums(out: LinearPolicyLoss, mask: Tensor, sampled: Tensor | None, ref: T
     away = torch.zeros_like(logprobs) if ref is None else ref.double() - logprobs
     loss = out.loss.detach().double()
     return torch.stack([loss, trained.sum().double(), total(out.entropy), total(off.abs()), k3(off), k3(away)])
+
+
+def batch_sums(forests: Sequence[PackedForest]) -> dict[str, int]:
+    """What micro-batches hold. Fillers hold nothing, but are micro-batches too."""
+    real = _without_fillers(forests)
+    return {
+        "packed_tokens": sum(len(forest.input_ids) for forest in real),
+        "logical_tokens": sum(forest.logical_tokens for forest in real),
+        "micro_batches": len(forests),
+    }
+
+
+def batch_flop(forests: Sequence[PackedForest], cost: CostModel) -> float:
+    """Of micro-batches, each picture once."""
+    real = _without_fillers(forests)
+    decoder = sum(cost.flop(len(forest.input_ids), forest.pairs, len(forest.target)) for forest in real)
+    seen = {image: size for forest in real for image, size in zip(forest.images, forest.image_tokens, strict=True)}
+    return decoder + sum(map(cost.tower, seen.values()))
+
+
+def _without_fillers(forests: Sequence[PackedForest]) -> list[PackedForest]:
+    return [forest for forest in forests if forest.logical_tokens]
 
 
 def step_metrics(groups: Sequence[RolloutGroup], rewards: RewardBatch, advantage: GroupAdvantage) -> dict[str, Any]:

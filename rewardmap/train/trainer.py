@@ -31,7 +31,7 @@ from rewardmap.train.ranks import ALONE, Ranks
 from rewardmap.train.reference import Reference
 from rewardmap.train.scoring import GroupScores, join, stage_rubric
 from rewardmap.train.sound import fault_of
-from rewardmap.train.step_metrics import SUMS, row_sums, step_metrics
+from rewardmap.train.step_metrics import SUMS, batch_flop, batch_sums, row_sums, step_metrics
 from rewardmap.train.supervised import gold_answers, supervised_backward
 from rewardmap.transit.questions import gold_response
 from rewardmap.types import DataError, Problem, RolloutGroup, SamplingParams
@@ -367,21 +367,9 @@ class Trainer:
 
     def _sums(self, forests: Sequence[PackedForest]) -> dict[str, Any]:
         """What the step's micro-batches hold, over all ranks, and each rank's arithmetic."""
-        real = [forest for forest in forests if forest.logical_tokens]
-        sums: dict[str, float] = {
-            "packed_tokens": sum(len(forest.input_ids) for forest in real),
-            "logical_tokens": sum(forest.logical_tokens for forest in real),
-            "micro_batches": len(forests),
-        }
-        seen = {image: size for forest in real for image, size in zip(forest.images, forest.image_tokens, strict=True)}
-
-        def flop(cost: CostModel) -> float:
-            decoder = sum(cost.flop(len(forest.input_ids), forest.pairs, len(forest.target)) for forest in real)
-            return decoder + sum(map(cost.tower, seen.values()))
-
-        sums["model_flop"] = flop(self._cost_once)
+        sums = batch_sums(forests) | {"model_flop": batch_flop(forests, self._cost_once)}
         counts = {name: int(count) for name, count in self.ranks.sum(sums).items()}
-        return counts | {"train_flop": self.ranks.gather(flop(self._cost))}
+        return counts | {"train_flop": self.ranks.gather(batch_flop(forests, self._cost))}
 
     def _stage_metrics(self, stage: StageConfig) -> dict[str, Any]:
         """What the stage sets, and where its gate and its pools stand."""
