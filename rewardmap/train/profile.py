@@ -17,10 +17,9 @@ from rewardmap.config import Config
 from rewardmap.files import replacing, write_text
 from rewardmap.train.parallel import computes_in
 from rewardmap.train.plan import HFU
-from rewardmap.train.run import speed_of
+from rewardmap.train.run import timed_step
 from rewardmap.train.shared_pictures import share_pictures
 from rewardmap.train.start import begin_folder, join, set_up
-from rewardmap.train.trainer import Trainer
 
 WARMUP = 1
 """Steps before the profiled ones: what compiles or is cached at first use does so there."""
@@ -68,7 +67,7 @@ def profile(config: Config, out: Path, *, steps: int, console: Console) -> Path:
                     trainer.train_step()
                 trainer.timer.end_step()
                 with torch.profiler.profile(activities=activities, record_shapes=True, with_flops=True) as profiler:
-                    rows = [_step(trainer) for _ in range(steps)]
+                    rows = [timed_step(trainer) for _ in range(steps)]
             finally:
                 trainer.engine.close()
         profiler.export_chrome_trace(str(out / f"trace-rank{ranks.rank}.json.gz"))
@@ -85,12 +84,6 @@ def profile(config: Config, out: Path, *, steps: int, console: Console) -> Path:
             console.print(where, highlight=False, soft_wrap=True)
         ranks.wait()
     return out
-
-
-def _step(trainer: Trainer) -> dict[str, Any]:
-    row = trainer.train_step()
-    seconds = trainer.timer.end_step()
-    return row | {"seconds": seconds, "speed": speed_of(trainer, row, seconds)}
 
 
 def report(rows: Sequence[Mapping[str, Any]], products: Sequence[Product], events: Any, flops: float) -> str:

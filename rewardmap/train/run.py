@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from rewardmap.config import Config, ConfigError, StageConfig
+from rewardmap.config import Config, ConfigError
 from rewardmap.config_file import load_config, to_dict, with_absolute_paths
 from rewardmap.evaluate import Evaluation
 from rewardmap.profiling import device_peak_flops, peak_rss_bytes, speed
@@ -143,7 +144,7 @@ class _Job:
 
 def _train_loop(job: _Job) -> None:
     trainer, config, curriculum = job.trainer, job.trainer.config, job.trainer.curriculum
-    first_rl = sum(stage.steps for stage in _leading_sft(config))
+    first_rl = sum(stage.steps for stage in takewhile(lambda stage: stage.kind == "sft", config.train.stages))
     with progress_bar(job.console) as bar:
         task = bar.add_task("train", total=curriculum.total_steps, completed=trainer.step)
         _make_steps(job, bar, task, first_rl)
@@ -164,10 +165,9 @@ def _make_steps(job: _Job, bar: Progress, task: TaskID, end: int | None) -> None
 
     with stop_request("stopping after the step in progress", bar.console.print) as stop:
         while not at_end():
-            row = trainer.train_step()
+            row = timed_step(trainer)
             accuracy += [row["accuracy"]] if "accuracy" in row else []
-            seconds = trainer.timer.end_step()
-            job.log.append(row | {"seconds": seconds, "speed": speed_of(trainer, row, seconds)})
+            job.log.append(row)
             bar.update(task, completed=trainer.step, total=curriculum.total_steps, description=_describe(row))
             signal = trainer.ranks.most(stop.number)  # what one rank is asked all do
             due = trainer.step % trainer.config.train.checkpoint_every == 0 or trainer.stage_ended
@@ -183,10 +183,11 @@ def _make_steps(job: _Job, bar: Progress, task: TaskID, end: int | None) -> None
                     raise Stopped(f"saved after step {trainer.step}; {_how_to_go_on(job.run_dir)}", signal)
 
 
-def speed_of(trainer: Trainer, row: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, float]:
-    """``profiling.speed`` of a step's row of metrics and its seconds by phase."""
-    config = trainer.config
-    return speed(
+def timed_step(trainer: Trainer) -> dict[str, Any]:
+    """One step's row of metrics, with its ``seconds`` by phase and its ``speed`` (``profiling.speed``)."""
+    row, config = trainer.train_step(), trainer.config
+    seconds = trainer.timer.end_step()
+    fast = speed(
         seconds,
         packed_tokens=row["packed_tokens"],
         logical_tokens=row["logical_tokens"],
@@ -195,6 +196,7 @@ def speed_of(trainer: Trainer, row: Mapping[str, Any], seconds: Mapping[str, flo
         model_flop=row["model_flop"],
         peak_flops=device_peak_flops(computes_in(config)),
     )
+    return row | {"seconds": seconds, "speed": fast}
 
 
 def _save(job: _Job, stage: str, accuracy: Sequence[float]) -> None:
@@ -279,15 +281,6 @@ def _own_folder(run_dir: Path, ranks: Ranks) -> Iterator[Path]:
             shutil.copytree(run_dir / EVALUATION, Path(folder) / EVALUATION)
         ranks.wait()
         yield Path(folder)
-
-
-def _leading_sft(config: Config) -> list[StageConfig]:
-    stages: list[StageConfig] = []
-    for stage in config.train.stages:
-        if stage.kind != "sft":
-            break
-        stages.append(stage)
-    return stages
 
 
 def _describe(row: Mapping[str, object]) -> str:
