@@ -274,18 +274,6 @@ def ordered_stages(order: str, steps: int = 203) -> tuple[StageConfig, ...]:
     )
 
 
-def stage_reward(reward: RewardConfig, stage: StageConfig) -> RewardConfig:
-    """The reward inside a stage."""
-    own: dict[str, Any] = {
-        "mode": stage.reward_mode,
-        "weight_on": stage.weight_on,
-        "alpha": stage.alpha,
-        "map_weights": stage.map_weights,
-        "transfer_weight": stage.transfer_weight,
-    }
-    return dataclasses.replace(reward, **{name: value for name, value in own.items() if value is not None})
-
-
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class TrainConfig:
     seed: Whole = 0

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rewardmap.config import stage_reward
 from rewardmap.config_file import load_config
+from rewardmap.train.scoring import stage_reward
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
-from rewardmap.config import Config, ConfigError, StageConfig, stage_reward
+from rewardmap.config import Config, ConfigError, RewardConfig, StageConfig
 from rewardmap.rewards import Networks, RewardBatch, Rubric
 from rewardmap.rewards.streaming import RewardFunction, reward_function, reward_of
 from rewardmap.types import LEVELS, DataError, Problem, RolloutGroup
@@ -65,6 +66,18 @@ class OwnReward(Rubric):
                 raise DataError(f"question '{problem.uid}': reward.function {reward}")
             own[row] = reward
         return replace(batch, score=own * batch.weight if self.weight_on == "reward" else own)
+
+
+def stage_reward(reward: RewardConfig, stage: StageConfig) -> RewardConfig:
+    """The reward inside a stage."""
+    own: dict[str, Any] = {
+        "mode": stage.reward_mode,
+        "weight_on": stage.weight_on,
+        "alpha": stage.alpha,
+        "map_weights": stage.map_weights,
+        "transfer_weight": stage.transfer_weight,
+    }
+    return replace(reward, **{name: value for name, value in own.items() if value is not None})
 
 
 def stage_rubric(config: Config, stage: StageConfig) -> Rubric:

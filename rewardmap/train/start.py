@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from rewardmap import tiny
-from rewardmap.config import Config, ConfigError, PolicyConfig, stage_reward
+from rewardmap.config import Config, ConfigError, PolicyConfig
 from rewardmap.config_file import dump_toml
 from rewardmap.curriculum import Curriculum
 from rewardmap.files import write_text
@@ -37,6 +37,7 @@ from rewardmap.train.identity import changes, identity, restore_random_state
 from rewardmap.train.parallel import computes_in, needs_sharding, prepare_policy, shard_policy
 from rewardmap.train.ranks import ALONE, Ranks, join_ranks
 from rewardmap.train.reference import make_reference
+from rewardmap.train.scoring import stage_reward
 from rewardmap.train.shared_pictures import SharedPictures
 from rewardmap.train.trainer import Trainer
 from rewardmap.transit.export import remove_partial
