@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -90,22 +91,9 @@ class Examiner:
         sampling = SamplingParams(temperature=0.0, max_new_tokens=self.config.rollout.max_new_tokens)
         policy = self.config.policy
         store = AnswerStore(out / ANSWERS, f"{model} {policy.dtype} {policy.min_pixels} {policy.max_pixels}")
-        own = bar is None
-        bar = bar or progress_bar(self.console)
-        if own:
-            bar.start()
-        task = bar.add_task(f"evaluate: {name}", total=len(self.problems))
-        try:
-            answers = ask(
-                engine,
-                self.problems,
-                sampling,
-                store,
-                lambda done, _: bar.update(task, completed=done),
-            )
-        finally:
-            if own:
-                bar.stop()
+        with progress_bar(self.console) if bar is None else nullcontext(bar) as shown:
+            task = shown.add_task(f"evaluate: {name}", total=len(self.problems))
+            answers = ask(engine, self.problems, sampling, store, lambda done, _: shown.update(task, completed=done))
         return self.evaluation(answers, name, out)
 
     def write_page(
