@@ -204,14 +204,15 @@ def evaluate_target(request: EvalRequest, console: Console) -> Path:
         config = load_config(None, ["rollout.max_new_tokens=2048", *request.settings])
     if not request.responses:
         need_client() if _is_url(request) else need_engine(config)
-    testing, seen, folder = _load(request, config, run_dir)
+    split = request.split or (config.data.test_split if run_dir else "test")
+    testing, seen, folder = _load(request, config, run_dir, split)
     judge = Judge(
         normaliser=request.normaliser or ("training" if run_dir else "evaluation"),
         extraction=request.extraction,
         map_scores=request.map_scores,
     )
     examiner = make_examiner(config, testing, seen, console, judge)
-    out = request.out or _default_out(request, run_dir, folder, testing_split(request, config, run_dir))
+    out = request.out or _default_out(request, run_dir, folder, split)
     timer, text_only, steps = PhaseTimer(), None, None
     if request.responses:
         with timer.phase("judge"):
@@ -284,18 +285,14 @@ def newest_checkpoint(run_dir: Path) -> Path:
     return checkpoints[-1]
 
 
-def testing_split(request: EvalRequest, config: Config, run_dir: Path | None) -> str:
-    """The split that is evaluated."""
-    return request.split or (config.data.test_split if run_dir else "test")
-
-
-def _load(request: EvalRequest, config: Config, run_dir: Path | None) -> tuple[MapData, MapData | None, Path]:
+def _load(
+    request: EvalRequest, config: Config, run_dir: Path | None, split: str
+) -> tuple[MapData, MapData | None, Path]:
     """The split to evaluate, a run's training split, and their folder."""
     if request.data is None and run_dir is None:
         raise ConfigError("say what data to evaluate on with --data FOLDER")
     folder = request.data or data_folder(config, run_dir)
     bad_row = config.data.on_bad_row
-    split = testing_split(request, config, run_dir)
     testing = load_dataset(folder, split, planning_question=request.questions, on_bad_row=bad_row)
     if run_dir is None:
         return testing, None, folder
