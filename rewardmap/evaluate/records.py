@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,6 +82,11 @@ class Estimate:
     low: float
     high: float
     n: int
+
+    @property
+    def interval(self) -> list[float] | None:
+        """Both bounds as JSON values; None where there is one map only."""
+        return [self.low, self.high] if math.isfinite(self.low) else None
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 
 from rewardmap.evaluate import Estimate, Evaluation
 
@@ -39,15 +39,17 @@ def parts_report(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
 def parts_table(evaluation: Evaluation) -> Table:
     """The benchmarks' own parts for the screen; fits 80 columns, on a narrower screen cells take two lines."""
     head = ("", "n", "Σw", "weighted %", "map score", "paper", "tokens")
-    table = Table(*head, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    for column in table.columns:
-        column.overflow = "fold"
-        column.justify = "left" if column is table.columns[0] else "right"
+    table = Table(*columns(head), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for name, part in evaluation.parts()["benchmark"].items():
         cells = dict(_cells(part))
         scores = (cells[column].split(" [")[0] for column in ("map score", "… as the paper", "tokens"))
         table.add_row(name, cells["n"], cells["Σw"], cells["weighted %"], *scores)
     return table
+
+
+def columns(head: Sequence[str]) -> list[Column]:
+    """Of a table for the screen: names, then numbers; where it is narrow cells take two lines."""
+    return [Column(name, justify="right" if place else "left", overflow="fold") for place, name in enumerate(head)]
 
 
 def parts_markdown(evaluation: Evaluation) -> str:
@@ -76,11 +78,7 @@ def _numbers(part: Evaluation) -> dict[str, Any]:
     found: dict[str, Any] = {"n": len(part.records), "total_weight": part.total_weight}
     for metric in METRICS:
         estimate = part.estimate(metric)
-        if estimate.n:
-            interval = [estimate.low, estimate.high] if math.isfinite(estimate.low) else None
-            found[metric] = {"value": estimate.value, "interval": interval}
-        else:
-            found[metric] = None
+        found[metric] = {"value": estimate.value, "interval": estimate.interval} if estimate.n else None
     length = part.response_length
     return {**found, "tokens": length if math.isfinite(length) else None}
 
@@ -98,6 +96,6 @@ def _cell(estimate: Estimate, scale: float) -> str:
         return "–"
     digits = 1 if scale == 100 else 2
     value = f"{scale * estimate.value:.{digits}f}"
-    if not math.isfinite(estimate.low):
+    if estimate.interval is None:
         return value
     return f"{value} [{scale * estimate.low:.{digits}f}, {scale * estimate.high:.{digits}f}]"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from rich.table import Table
 import rewardmap
 from rewardmap.evaluate import DIRECT, TRANSFER, Estimate, Evaluation, TextPrior
 from rewardmap.files import write_text
-from rewardmap.report.parts import parts_markdown, parts_report, parts_table
+from rewardmap.report.parts import columns, parts_markdown, parts_report, parts_table
 from rewardmap.types import KINDS
 
 NAMES = {
@@ -48,8 +47,7 @@ def write_report(
     """Write ``report.json`` and ``report.md`` into ``run_dir`` and print the table.
 
     Args:
-        after: held-out answers of the trained policy; ``before``: of the warm start; ``text_only``: of the
-            trained
+        after: held-out answers of the trained policy; ``before``: of the warm start; ``text_only``: of the trained
             policy with maps swapped between questions.
         prior: what the best answers that ignore the picture score.
         seconds: wall clock of the whole run; ``phases``: its parts.
@@ -77,11 +75,11 @@ def write_report(
         },
         "format_valid": {"before": _value(before, "format_valid"), "after": after.format_valid},
         "intervals": {
-            name: {metric: _interval(evaluation.estimate(metric)) for metric in _metrics(after)}
+            name: {metric: evaluation.estimate(metric).interval for metric in _metrics(after)}
             for name, evaluation in (("before", before), ("after", after), ("text_only", text_only))
             if evaluation is not None
         },
-        "gain": {metric: _estimate(after.gain_over(before, metric)) for metric in _metrics(after)} if before else None,
+        "gain": {metric: _gain(before, after, metric) for metric in _metrics(after)} if before else None,
         "text_prior": asdict(prior) if prior else None,
         "gain_above_floor": _gain_above_floor(before, after, prior),
         "seconds": seconds,
@@ -140,12 +138,9 @@ def _pair(before: Evaluation | None, after: Evaluation, group: str) -> dict[str,
     return {"before": _value(before, group), "after": estimate.value, "n": estimate.n}
 
 
-def _interval(estimate: Estimate) -> list[float] | None:
-    return [estimate.low, estimate.high] if math.isfinite(estimate.low) else None
-
-
-def _estimate(estimate: Estimate) -> dict[str, Any]:
-    return {"value": estimate.value, "interval": _interval(estimate)}
+def _gain(before: Evaluation, after: Evaluation, metric: str) -> dict[str, Any]:
+    gain = after.gain_over(before, metric)
+    return {"value": gain.value, "interval": gain.interval}
 
 
 def _row(
@@ -173,7 +168,7 @@ def _row(
 
 def _percent(estimate: Estimate, digits: int, sign: str = "") -> str:
     value = f"{100 * estimate.value:{sign}.1f}"
-    if not math.isfinite(estimate.low):
+    if estimate.interval is None:
         return value
     return f"{value} [{100 * estimate.low:{sign}.{digits}f}…{100 * estimate.high:{sign}.{digits}f}]"
 
@@ -214,10 +209,7 @@ def _markdown(rows: list[tuple[str, ...]], footer: list[str]) -> str:
 
 def _rich(rows: list[tuple[str, ...]]) -> Table:
     """Fits 80 columns; on a narrower screen cells take two lines."""
-    table = Table(*HEAD, box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    for column in table.columns:
-        column.overflow = "fold"
-        column.justify = "left" if column is table.columns[0] else "right"
+    table = Table(*columns(HEAD), box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     for number, row in enumerate(rows):
         table.add_row(*row, style="bold" if number == 0 else "", end_section=number in (0, len(rows) - 2))
     return table
