@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,14 @@ BENCHMARKS: dict[str, Callable[[Record], bool]] = {
     "Plus, true/false": lambda record: record.kind.startswith("TorF"),
 }
 """The published benchmarks and the parts that they are reported in."""
+_CHANGES = ("none", "one", "two or more")
+_CUTS: dict[str, tuple[Sequence[str], Callable[[Record], str]]] = {
+    "kind": (KINDS, lambda record: record.kind),
+    "map level": (LEVELS, lambda record: record.map_difficulty),
+    "transfers": (_CHANGES, lambda r: _CHANGES[min(r.transfers_required, 2)] if r.kind == "planning" else ""),
+    "city": ((), lambda record: record.network_id),
+}
+"""Other cuts, into parts that do not overlap: their names in order (none given: sorted), and a record's."""
 RESAMPLES = 2_000
 CONFIDENCE = 0.95
 
@@ -136,27 +144,14 @@ class Evaluation:
     def parts(self) -> dict[str, dict[str, Evaluation]]:
         """The answers cut by benchmark, kind, map level, transfers (planning) and city; parts without answers are left
         out."""
-        cuts: dict[str, dict[str, Callable[[Record], bool]]] = {
-            "benchmark": BENCHMARKS,
-            "kind": {kind: lambda record, kind=kind: record.kind == kind for kind in KINDS},  # type: ignore[misc]
-            "map level": {
-                level: lambda record, level=level: record.map_difficulty == level  # type: ignore[misc]
-                for level in LEVELS
-            },
-            "transfers": {
-                name: lambda record, n=n: record.kind == "planning" and min(record.transfers_required, 2) == n  # type: ignore[misc]
-                for n, name in enumerate(("none", "one", "two or more"))
-            },
-            "city": {
-                city: lambda record, city=city: record.network_id == city  # type: ignore[misc]
-                for city in sorted({record.network_id for record in self.records})
-            },
-        }
-        found = {
-            cut: {name: part for name, wanted in names.items() if (part := self.where(wanted)) is not None}
-            for cut, names in cuts.items()
-        }
-        return {cut: names for cut, names in found.items() if names}
+        benchmarks = {name: self.where(wanted) for name, wanted in BENCHMARKS.items()}
+        found = {"benchmark": {name: part for name, part in benchmarks.items() if part is not None}}
+        for cut, (names, name_of) in _CUTS.items():
+            named: dict[str, list[Record]] = {}
+            for record in self.records:
+                named.setdefault(name_of(record), []).append(record)
+            found[cut] = {name: Evaluation(tuple(named[name])) for name in names or sorted(named) if name in named}
+        return {cut: parts for cut, parts in found.items() if parts}
 
     @property
     def groups(self) -> tuple[str, ...]:
