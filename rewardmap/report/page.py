@@ -15,7 +15,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import ExifTags
 
 from rewardmap.evaluate import GROUPS, Evaluation, Record, TextPrior
@@ -24,7 +23,7 @@ from rewardmap.files import as_rgb, open_picture, write_text
 from rewardmap.report.parts import HEAD as PARTS_HEAD
 from rewardmap.report.parts import NOTE, parts_rows
 from rewardmap.report.routes import Drawn, closest, draw_legs, gold_legs, named_stops
-from rewardmap.report.samples import gold_text, short_question
+from rewardmap.report.samples import gold_text, in_turn, short_question
 from rewardmap.report.table import HEAD, closing_rows, footer_lines
 from rewardmap.rewards import Networks
 from rewardmap.transit.graph import Network
@@ -87,13 +86,8 @@ def write_page(
 
 def right_and_wrong(evaluation: Evaluation, count: int, seed: int = 0) -> list[Record]:
     """At most ``count`` records, right and wrong ones in turn from each kind, random within; sorted by kind."""
-    order = np.random.default_rng(seed).permutation(len(evaluation.records))
-    queues: dict[tuple[str, bool], list[Record]] = {(group, right): [] for group in GROUPS for right in (True, False)}
-    for index in order:
-        record = evaluation.records[index]
-        queues[record.group, record.correct].append(record)
-    turns = [queue[turn] for turn in range(len(order)) for queue in queues.values() if turn < len(queue)]
-    return sorted(turns[:count], key=lambda record: (GROUPS.index(record.group), not record.correct))
+    queues = [(group, right) for group in GROUPS for right in (True, False)]
+    return in_turn(evaluation, count, seed, queues, lambda record: (record.group, record.correct))
 
 
 def _page(title: str, parts: Sequence[str]) -> str:

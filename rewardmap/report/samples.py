@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +18,7 @@ from rewardmap.files import as_rgb, open_picture, replacing
 from rewardmap.transit.fonts import map_font
 from rewardmap.types import Problem
 
+Queue = TypeVar("Queue", bound=Hashable)
 INK, MUTED, PAPER, CARD, RULE = "#1c2430", "#6b7482", "#eceff3", "#ffffff", "#d9dee5"
 RIGHT, WRONG = "#12804a", "#c8252c"
 COLUMNS, ROWS = 2, 4
@@ -68,13 +71,19 @@ def draw_samples(
 
 def choose(evaluation: Evaluation, n: int, seed: int) -> list[Record]:
     """At most ``n`` records, in turn from each kind (planning: direct, with transfer), random within one."""
-    order = np.random.default_rng(seed).permutation(len(evaluation.records))
-    queues: dict[str, list[Record]] = {group: [] for group in GROUPS}
-    for index in order:
+    return in_turn(evaluation, n, seed, GROUPS, lambda record: record.group)
+
+
+def in_turn(
+    evaluation: Evaluation, n: int, seed: int, queues: Sequence[Queue], queue_of: Callable[[Record], Queue]
+) -> list[Record]:
+    """At most ``n`` records, one of each queue in turn, random within a queue; sorted by queue."""
+    waiting: dict[Queue, list[Record]] = {queue: [] for queue in queues}
+    for index in np.random.default_rng(seed).permutation(len(evaluation.records)):
         record = evaluation.records[index]
-        queues[record.group].append(record)
-    turns = [queue[turn] for turn in range(len(order)) for queue in queues.values() if turn < len(queue)]
-    return sorted(turns[:n], key=lambda record: GROUPS.index(record.group))
+        waiting[queue_of(record)].append(record)
+    turns = [record for turn in zip_longest(*waiting.values()) for record in turn if record is not None]
+    return sorted(turns[:n], key=lambda record: queues.index(queue_of(record)))
 
 
 @dataclass(frozen=True, slots=True)
