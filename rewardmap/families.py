@@ -105,6 +105,11 @@ def _add_deep_features(hidden: Tensor, places: Tensor, features: Tensor) -> Tens
     return rows.index_add(0, places, features.to(hidden.dtype)).view_as(hidden)
 
 
+def head_dim(text: Any) -> int:
+    """Of the attention of a decoder with this configuration."""
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
 def mrope_positions(length: int, image_start: int, grid: tuple[int, int, int]) -> np.ndarray:
     """mRoPE positions [3, length] of text, one image of ``grid`` (temporal, height, width) merged patches, text.
 

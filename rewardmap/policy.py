@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from rewardmap.config import ConfigError, PolicyConfig
-from rewardmap.families import VISION_MODELS, mrope_positions, take_forests
+from rewardmap.families import VISION_MODELS, head_dim, mrope_positions, take_forests
 from rewardmap.types import DataError, Problem
 from rewardmap.vision import (
     Bounded,
@@ -94,8 +94,7 @@ class Policy:
     @property
     def head_dim(self) -> int:
         """Of the decoder's attention."""
-        config = self.text_model.config
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return head_dim(self.text_model.config)
 
     def describe_attention(self, dtype: torch.dtype) -> str:
         """One line for people: what computes attention in ``dtype`` on this policy's device."""
@@ -283,10 +282,7 @@ def load_policy(source: str | Path, config: PolicyConfig) -> Policy:
     from transformers import Qwen2VLImageProcessorPil
 
     name = f"policy.model='{source}'"
-    try:
-        model_config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: no model configuration there ({error})") from None
+    model_config = read_model_config(source)
     if model_config.model_type not in VISION_MODELS:
         raise ConfigError(f"{name} is a '{model_config.model_type}'; maps are read by {', '.join(VISION_MODELS)}")
     device = pick_device(config)
@@ -309,6 +305,14 @@ def load_policy(source: str | Path, config: PolicyConfig) -> Policy:
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != image_token:
         raise ConfigError(f"{name}: '{IMAGE_TOKEN}' is not its tokenizer's token {image_token}; {remedy}")
     return assemble(model.to(device), tokenizer, processor, config.freeze_vision, config.image_cache_bytes)
+
+
+def read_model_config(source: str | Path) -> Any:
+    """The transformers configuration of a model folder or hub name. Raises ConfigError when there is none."""
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"policy.model='{source}': no model configuration there ({error})") from None
 
 
 def pick_device(config: PolicyConfig) -> torch.device:

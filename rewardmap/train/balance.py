@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rewardmap.families import head_dim
 from rewardmap.train.trees import Tree, cut
 
 
@@ -55,7 +56,7 @@ class CostModel:
         passes = 4.0 if checkpointing else 3.0  # of what trains
         through = passes + reference  # what all gradients go through
         heads, hidden, layers = text.num_attention_heads, text.hidden_size, text.num_hidden_layers
-        dim = getattr(text, "head_dim", None) or hidden // heads
+        dim = head_dim(text)
         projections = hidden * dim * 2 * (heads + text.num_key_value_heads)
         own: dict[str, Any] = {
             "token": (through - adapters) * 2 * layers * (projections + 3 * hidden * text.intermediate_size),
@@ -107,7 +108,7 @@ def balance(
     costs = [weigh(piece) for piece in pieces]
     sizes = [piece.tokens for piece in pieces]
     shares = _spread(range(len(pieces)), costs, ranks)
-    filled = [_fill(share, costs, sizes, max_tokens) for share in shares]
+    filled = [_fill(share, sizes, max_tokens) for share in shares]
     count = max(map(len, filled))
     rows = [_into(share, costs, sizes, max_tokens, count) or own for share, own in zip(shares, filled, strict=True)]
     plan = []
@@ -157,7 +158,7 @@ def _improve(shares: list[list[int]], loads: list[float], costs: Sequence[float]
     return True
 
 
-def _fill(items: Sequence[int], costs: Sequence[float], sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+def _fill(items: Sequence[int], sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Few micro-batches: first fit by decreasing size."""
     bins: list[list[int]] = []
     used: list[int] = []

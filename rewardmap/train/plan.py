@@ -13,9 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForImageTextToText
 
 from rewardmap.config import Config, ConfigError
+from rewardmap.families import head_dim
+from rewardmap.policy import read_model_config
+from rewardmap.profiling import PEAK_FLOPS
 from rewardmap.rollout.decoder import ROOM
+from rewardmap.tiny import build_tiny
 from rewardmap.train.balance import CostModel
 from rewardmap.train.parallel import computes_in, freeze_matching
 from rewardmap_kernels._head import CHUNK_BYTES
@@ -35,9 +40,9 @@ class Device:
 
 
 DEVICES = {
-    "H100": Device(80e9, 989.4e12, 3.35e12),
-    "H200": Device(141e9, 989.4e12, 4.8e12),
-    "A100": Device(80e9, 312e12, 2.04e12),
+    "H100": Device(80e9, PEAK_FLOPS["H100"], 3.35e12),
+    "H200": Device(141e9, PEAK_FLOPS["H200"], 4.8e12),
+    "A100": Device(80e9, PEAK_FLOPS["A100"], 2.04e12),
 }
 
 
@@ -101,16 +106,9 @@ def plan(config: Config, model_config: Any, gpus: int, device: str, work: Worklo
 
 def shapes_of(config: Config) -> Any:
     """The transformers configuration of ``policy.model``. Raises ConfigError when there is none."""
-    from transformers import AutoConfig
-
     if config.policy.model == "tiny":
-        from rewardmap.tiny import build_tiny
-
         return build_tiny(0, config.policy.freeze_vision).model.config
-    try:
-        return AutoConfig.from_pretrained(config.policy.model)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"policy.model='{config.policy.model}': no model configuration there ({error})") from None
+    return read_model_config(config.policy.model)
 
 
 def table(found: Plan, gpus: int, device: str) -> str:
@@ -133,8 +131,6 @@ def table(found: Plan, gpus: int, device: str) -> str:
 
 def build_meta(config: Config, model_config: Any) -> nn.Module:
     """The model without memory, with what the configuration freezes frozen."""
-    from transformers import AutoModelForImageTextToText
-
     # A policy on a GPU has named an attention of its own in its configuration, which no new model may ask for.
     described, dtype = copy.deepcopy(model_config), getattr(torch, config.policy.dtype)
     with torch.device("meta"):
@@ -184,7 +180,7 @@ def _activations(config: Config, model: Any, compute: int, gpus: int, work: Work
     a step, which a tower that trains keeps until the last micro-batch."""
     text = model.config.text_config
     tokens, hidden = config.train.max_tokens_per_micro_batch, text.hidden_size
-    width = _head_dim(text)
+    width = head_dim(text)
     queries, keys = width * text.num_attention_heads, width * text.num_key_value_heads
     kept = config.parallel.activation_checkpointing
     parts = {
@@ -227,7 +223,7 @@ def sampling_parts(
     at_once = min(config.rollout.batch_sequences // group, config.rollout.batch_tokens // (group * work.prompt_tokens))
     prompts = max(1, min(ceil(config.train.prompts_per_step / gpus), at_once))
     answers = prompts * group
-    token = 2 * text.num_hidden_layers * _head_dim(text) * text.num_key_value_heads * compute
+    token = 2 * text.num_hidden_layers * head_dim(text) * text.num_key_value_heads * compute
     resting = ("weights", "optimizer", "frozen tower", "reference", "reference tower")
     parts = {part: memory[part] for part in resting if part in memory}
     if "gathered blocks" in memory:
@@ -241,10 +237,6 @@ def sampling_parts(
     # Logits as they are and in float32, log-probabilities, what is allowed of them, and its sums in float64.
     parts["sampling a token"] = float(answers * text.vocab_size * (compute + 4 + 4 + 4 + 8))
     return parts
-
-
-def _head_dim(text: Any) -> int:
-    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
 
 
 def _timed(
@@ -275,7 +267,7 @@ def _timed(
     train = flop / (gpus * device.flops * HFU)
     weights = _size(model.parameters()) * 2.0
     text = model.config.text_config
-    cache = 2 * text.num_hidden_layers * _head_dim(text) * text.num_key_value_heads * 2
+    cache = 2 * text.num_hidden_layers * head_dim(text) * text.num_key_value_heads * 2
     samplers, server = gpus, config.rollout.server
     if config.rollout.engine == "sglang":
         samplers = (len(server.urls) or nodes * server.replicas) * server.tensor_parallel
