@@ -52,8 +52,6 @@ class EncodedPrompt:
     """[P]"""
     position_ids: np.ndarray
     """[3, P] int64, Qwen's mRoPE (temporal, height, width)."""
-    shared_length: int
-    """Tokens up to the end of the image: equal for all questions about one map."""
     image_tokens: int = 0
     """How many of them the picture takes."""
     uid: str = ""
@@ -152,7 +150,7 @@ class Policy:
         whole = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         ids = self.tokenizer(whole, add_special_tokens=False).input_ids
         positions = np.broadcast_to(np.arange(len(ids)), (3, len(ids)))
-        return EncodedPrompt(tuple(ids), positions, 0, uid=uid)
+        return EncodedPrompt(tuple(ids), positions, uid=uid)
 
     def _encode(self, problem: Problem) -> EncodedPrompt:
         content = [{"type": "image"}, {"type": "text", "text": problem.question}]
@@ -161,8 +159,8 @@ class Policy:
         )
         config = self.model.config
         merge = config.vision_config.spatial_merge_size
-        grid = self.image_info(problem.image).grid_thw
-        image_tokens = grid[0] * grid[1] * grid[2] // merge**2
+        info = self.image_info(problem.image)
+        grid, image_tokens = info.grid_thw, info.patches // merge**2
         ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
         places = [index for index, token in enumerate(ids) if token == config.image_token_id]
         if len(places) != 1:
@@ -173,8 +171,7 @@ class Policy:
         place = places[0]
         ids[place : place + 1] = [config.image_token_id] * image_tokens
         positions = mrope_positions(len(ids), place, (grid[0], grid[1] // merge, grid[2] // merge))
-        # The token after the image closes it and is the same for every question.
-        return EncodedPrompt(tuple(ids), positions, place + image_tokens + 1, image_tokens, problem.uid)
+        return EncodedPrompt(tuple(ids), positions, image_tokens, problem.uid)
 
     def image_features(self, sources: Sequence[str | bytes]) -> list[ImageFeatures]:
         """Vision-tower outputs, one per source, in order; a repeated source is computed once.

@@ -34,7 +34,6 @@ LEVELS = ("easy", "middle", "hard")
 MetroData = Mapping[str, Sequence[str]]
 """The reference's flat network: line name -> ordered station names, with the data's own transfer and branch markers."""
 
-Level = Literal["easy", "middle", "hard"]
 FinishReason = Literal["stop", "length", "abort"]
 
 

@@ -114,7 +114,7 @@ def test_without_the_subtree_bound_answers_see_each_other(tmp_path):
 
 
 def prompt(length: int) -> EncodedPrompt:
-    return EncodedPrompt(tuple(range(length)), np.tile(np.arange(length), (3, 1)), length // 2)
+    return EncodedPrompt(tuple(range(length)), np.tile(np.arange(length), (3, 1)))
 
 
 def test_too_small_a_budget_is_named():

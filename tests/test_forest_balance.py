@@ -20,7 +20,7 @@ QWEN_7B = CostModel(
 
 def prompt(length: int, image_tokens: int = 0, first: int = 0, uid: str = "p") -> EncodedPrompt:
     ids = (*range(image_tokens), *range(first, first + length - image_tokens))
-    return EncodedPrompt(ids, np.tile(np.arange(length), (3, 1)), image_tokens, image_tokens, uid)
+    return EncodedPrompt(ids, np.tile(np.arange(length), (3, 1)), image_tokens, uid)
 
 
 def make_batch(seed: int, maps: int, questions: int, group: int, scale: int = 1) -> list[Answers]:

@@ -193,7 +193,7 @@ def test_recipes_make_a_step_on_weights_without_memory(name, text, billions):
     model = build_meta(config, shapes).to(getattr(torch, config.parallel.compute_dtype))
     policy = assemble(model, SimpleNamespace(eos_token_id=0), None, config.policy.freeze_vision)
     prepare_policy(policy, config)
-    prompt = EncodedPrompt((1, *[shapes.image_token_id] * 64, 2), mrope_positions(66, 1, (1, 8, 8)), 66, 64, "a")
+    prompt = EncodedPrompt((1, *[shapes.image_token_id] * 64, 2), mrope_positions(66, 1, (1, 8, 8)), 64, "a")
     answers = tuple(tuple(range(3, 3 + length)) for length in (5, 9, 7, 4))
     nats = tuple((-1.0,) * len(answer) for answer in answers)
     [forest] = pack_forest(

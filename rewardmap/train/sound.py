@@ -10,13 +10,13 @@ def fault_of(group: RolloutGroup, policy: Policy, max_tokens: int) -> str | None
     """What is wrong with a group, named with its uid and a remedy; None where it can be trained on."""
     uid = group.problem.uid
     prompt = policy.encode(group.problem)
-    grid = policy.image_info(group.problem.image).grid_thw
-    expected = grid[0] * grid[1] * grid[2] // policy.model.config.vision_config.spatial_merge_size**2
     found = group.prompt_token_ids.count(policy.model.config.image_token_id)
-    if found != expected:
+    if found != prompt.image_tokens:
+        grid = policy.image_info(group.problem.image).grid_thw
         return (
-            f"{uid}: the engine's prompt holds {found} image tokens, the picture's grid {grid} makes {expected}; give "
-            "engine and trainer the same processor settings (policy.min_pixels, policy.max_pixels)"
+            f"{uid}: the engine's prompt holds {found} image tokens, the picture's grid {grid} makes "
+            f"{prompt.image_tokens}; give engine and trainer the same processor settings (policy.min_pixels, "
+            "policy.max_pixels)"
         )
     if group.prompt_token_ids != prompt.token_ids:
         return (

@@ -10,15 +10,16 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-FAMILIES = ("inter", "noto", "han")
-"""Inter and Noto Sans: Latin with diacritics and Cyrillic. "han": Noto Sans CJK with the Chinese of names."""
-
 _FOLDER = Path(__file__).parents[1] / "assets" / "fonts"
 
 
 @lru_cache(maxsize=128)
 def map_font(size: int, bold: bool = False, family: str = "inter") -> ImageFont.FreeTypeFont:
-    """The face of a family at ``size`` pixels per em. Raises OSError for an unknown family."""
+    """The face of a family at ``size`` pixels per em. Raises OSError for an unknown family.
+
+    "inter" and "noto", Inter and Noto Sans: Latin with diacritics and Cyrillic. "han": Noto Sans CJK with the Chinese
+    of names.
+    """
     path = _FOLDER / f"{family}-{'bold' if bold else 'regular'}.otf"
     # Basic layout: the other engine is used only where the machine has FriBiDi, and spaces letters differently.
     return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
