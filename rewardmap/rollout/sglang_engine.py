@@ -19,7 +19,7 @@ from rewardmap.rollout.sglang_adapters import Adapters
 from rewardmap.rollout.sglang_check import check_length, check_server
 from rewardmap.rollout.sglang_client import EventLoop, SGLangClient, UnreachableError
 from rewardmap.rollout.sglang_reply import generate_body, read_group, read_scores, score_body
-from rewardmap.rollout.sglang_server import Keys, Progress, SGLangServer
+from rewardmap.rollout.sglang_server import Keys, SGLangServer
 from rewardmap.types import Problem, RolloutGroup, SamplingParams
 from rewardmap.vision import Bounded, read_image
 
@@ -115,16 +115,13 @@ class SGLangEngine:
         """End a ``generate`` that another thread waits for: it returns with what was sampled so far, unfinished answers
         marked ``abort``, possibly without tokens."""
 
-        async def stop(replica: Replica) -> None:
+        async def stop(client: SGLangClient) -> None:
             # Pausing in this mode aborts again and again until nothing runs; one abort_request would miss what
             # is being prepared.
-            await replica.client.call("/pause_generation", {"mode": "abort"})
-            await replica.client.call("/continue_generation", {})
+            await client.call("/pause_generation", {"mode": "abort"})
+            await client.call("/continue_generation", {})
 
-        async def stop_all() -> None:
-            await asyncio.gather(*(stop(replica) for replica in self.replicas))
-
-        self.loop.run(stop_all())
+        self._at_all(stop)
 
     def logprobs(self, problem: Problem, response: Sequence[int]) -> list[list[float]]:
         """Each server's log-probabilities [R] of a given answer at temperature 1; see ``read_scores``.
@@ -204,22 +201,15 @@ class SGLangEngine:
         on_group: OnGroup | None,
     ) -> list[RolloutGroup]:
         slots = [asyncio.Semaphore(self.config.concurrency) for _ in self.replicas]
+        image_token = self.policy.model.config.image_token_id
+        stop, banned = self.policy.stop_token_ids, self.policy.banned_token_ids
 
         async def one(index: int) -> RolloutGroup:
             problem, prompt = problems[index], prompts[index]
             async with slots[homes[index]]:
-                body = generate_body(
-                    prompt,
-                    self.policy.model.config.image_token_id,
-                    self.picture(problem.image),
-                    group_size,
-                    sampling,
-                    self.policy.stop_token_ids,
-                    self.policy.banned_token_ids,
-                    self.adapter,
-                )
+                picture = self.picture(problem.image)
+                body = generate_body(prompt, image_token, picture, group_size, sampling, stop, banned, self.adapter)
                 reply = await self._ask(homes[index], body, problem.uid)
-            stop, banned = self.policy.stop_token_ids, self.policy.banned_token_ids
             group = read_group(
                 reply, problem, prompt, group_size, self.version, stop, banned, self.policy.decode, self.adapter
             )
@@ -264,7 +254,7 @@ class SGLangEngine:
             await asyncio.to_thread(self.on_restart, replica)
             return True
 
-    def restart(self, replica: Replica, progress: Progress | None = None) -> None:
+    def restart(self, replica: Replica) -> None:
         """Start a replica's server again; it then lacks the current weights. Not from the event loop's thread.
 
         Raises:
@@ -278,7 +268,7 @@ class SGLangEngine:
             )
         replica.restarts += 1
         replica.server.start()
-        replica.server.wait_ready(progress)
+        replica.server.wait_ready()
         replica.client.url = replica.server.url
         replica.client.asleep.clear()
 

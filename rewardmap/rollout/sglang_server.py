@@ -134,17 +134,14 @@ class SGLangServer:
             ConfigError: its interpreter has no SGLang.
             RolloutError: it ended, or is not ready in time; with its own last lines.
         """
-        for _ in range(_PORT_TRIES - 1):
-            ended = self._wait_ready(progress)
-            if ended is None or "address already in use" not in ended.lower():
-                break
+        tries = 1
+        while (ended := self._wait_ready(progress)) is not None:
+            if "No module named 'sglang'" in ended:
+                raise ConfigError(_no_sglang(interpreter(self.config)))
+            if tries == _PORT_TRIES or "address already in use" not in ended.lower():
+                raise RolloutError(f"SGLang server {self.index} {ended}")
+            tries += 1
             self.start()
-        else:
-            ended = self._wait_ready(progress)
-        if ended is not None and "No module named 'sglang'" in ended:
-            raise ConfigError(_no_sglang(interpreter(self.config)))
-        if ended is not None:
-            raise RolloutError(f"SGLang server {self.index} {ended}")
 
     def _wait_ready(self, progress: Progress | None) -> str | None:
         """None when ready; why not when it ended or the time is up."""
