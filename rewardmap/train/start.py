@@ -34,9 +34,9 @@ from rewardmap.train.examine import (
     progress_bar,
 )
 from rewardmap.train.identity import changes, identity, restore_random_state
-from rewardmap.train.parallel import computes_in, needs_sharding, prepare_policy, shard_policy
+from rewardmap.train.parallel import Forward, computes_in, needs_sharding, prepare_policy, shard_policy
 from rewardmap.train.ranks import ALONE, Ranks, join_ranks
-from rewardmap.train.reference import make_reference
+from rewardmap.train.reference import Reference, make_reference
 from rewardmap.train.scoring import stage_reward
 from rewardmap.train.shared_pictures import SharedPictures
 from rewardmap.train.trainer import Trainer
@@ -178,25 +178,8 @@ def _make_trainer(
         torch.set_num_threads(config.train.threads)
     networks: dict[str, Networks] = {mode: networks_for(mode, training, testing) for mode in _modes(config)}
     curriculum = Curriculum(training.problems, config.train.stages, config.train.prompts_per_step, config.train.seed)
-    sharded = needs_sharding(config.parallel, ranks, config.policy.dtype)
-    settings = replace(config.policy, device="cpu") if sharded else config.policy  # split before they go to the GPU
     with timer.phase("load"):
-        # Adapters lie beside the weights they began with.
-        begin = newest is None or config.policy.lora_rank
-        policy = initial_policy(config, settings) if begin else load_policy(str(newest), settings)
-        initial = None
-        if config.train.kl_coef and not config.policy.lora_rank:
-            _reference_is_named(config)
-            computing = replace(settings, dtype=config.parallel.compute_dtype or config.policy.dtype)
-            initial = initial_policy(config, computing) if newest or sharded else policy
-        if pictures is not None:
-            for one in (policy, initial or policy):
-                one.share_pictures(pictures.keep, pictures.place / pictures.ranks)
-        device = pick_device(config.policy)
-        shard = partial(shard_policy, parallel=config.parallel, ranks=ranks, device=device) if sharded else None
-        reference = make_reference(policy, config, initial, shard)
-        prepare_policy(policy, config)
-        forward = None if shard is None else shard(policy)
+        policy, forward, reference = _make_policy(config, newest, ranks, pictures)
     console.print(policy.describe_attention(computes_in(config)), highlight=False, soft_wrap=True)
     with timer.phase("servers"):
         say = partial(console.print, highlight=False, soft_wrap=True)
@@ -217,6 +200,30 @@ def _make_trainer(
     except BaseException:
         engine.close()
         raise
+
+
+def _make_policy(
+    config: Config, newest: str | None, ranks: Ranks, pictures: SharedPictures | None
+) -> tuple[Policy, Forward | None, Reference | None]:
+    """The policy as it trains, split over the ranks where it must be, with its forward pass then and its reference."""
+    sharded = needs_sharding(config.parallel, ranks, config.policy.dtype)
+    settings = replace(config.policy, device="cpu") if sharded else config.policy  # split before they go to the GPU
+    # Adapters lie beside the weights they began with.
+    begin = newest is None or config.policy.lora_rank
+    policy = initial_policy(config, settings) if begin else load_policy(str(newest), settings)
+    initial = None
+    if config.train.kl_coef and not config.policy.lora_rank:
+        _reference_is_named(config)
+        computing = replace(settings, dtype=config.parallel.compute_dtype or config.policy.dtype)
+        initial = initial_policy(config, computing) if newest or sharded else policy
+    if pictures is not None:
+        for one in (policy, initial or policy):
+            one.share_pictures(pictures.keep, pictures.place / pictures.ranks)
+    device = pick_device(config.policy)
+    shard = partial(shard_policy, parallel=config.parallel, ranks=ranks, device=device) if sharded else None
+    reference = make_reference(policy, config, initial, shard)
+    prepare_policy(policy, config)
+    return policy, None if shard is None else shard(policy), reference
 
 
 def _restore(trainer: Trainer, itself: Mapping[str, Any], newest: Path, console: Console) -> None:
