@@ -6,7 +6,7 @@ RewardMap (arXiv 2510.02240, section 4.3): from judgement over counting to plann
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,8 +84,8 @@ class Curriculum:
         self.problems = tuple(problems)
         self._batch = batch
         self._seed = seed
-        self._pools = [self._stage_pools(problems, number) for number in range(len(stages))]
-        self._replay = [self._replay_pool(problems, number) for number in range(len(stages))]
+        self._pools = [self._stage_pools(number) for number in range(len(stages))]
+        self._replay = [self._replay_pool(number) for number in range(len(stages))]
         self._step = 0
         self._stage = 0
         self._in_stage = 0
@@ -208,11 +208,14 @@ class Curriculum:
         weights = np.array([len(pool.problems) * (FLOOR + self._signal.get(pool.name, 1.0)) for pool in pools])
         return weights / weights.sum()
 
-    def _stage_pools(self, problems: Sequence[Problem], number: int) -> list[_Pool]:
+    def _of_kinds(self, kinds: Collection[str]) -> tuple[Problem, ...]:
+        return tuple(problem for problem in self.problems if problem.kind in kinds)
+
+    def _stage_pools(self, number: int) -> list[_Pool]:
         stage = self.stages[number]
-        chosen = tuple(problem for problem in problems if problem.kind in stage.question_kinds)
+        chosen = self._of_kinds(stage.question_kinds)
         if not chosen and stage.steps:
-            present = ", ".join(kind for kind in KINDS if any(problem.kind == kind for problem in problems))
+            present = ", ".join(kind for kind in KINDS if self._of_kinds([kind]))
             raise ConfigError(
                 f"stage '{stage.name}' asks for {', '.join(stage.question_kinds)}, "
                 f"but the data has only: {present or 'nothing'}"
@@ -228,12 +231,12 @@ class Curriculum:
             for bucket, found in sorted(buckets.items())
         ]
 
-    def _replay_pool(self, problems: Sequence[Problem], number: int) -> _Pool:
+    def _replay_pool(self, number: int) -> _Pool:
         stage = self.stages[number]
         if stage.replay_from == "all":
-            return _Pool("replay", tuple(problems), (self._seed, len(self.stages)))
+            return _Pool("replay", self.problems, (self._seed, len(self.stages)))
         earlier = {kind for before in self.stages[:number] if before.steps for kind in before.question_kinds}
-        chosen = tuple(problem for problem in problems if problem.kind in earlier)
+        chosen = self._of_kinds(earlier)
         if stage.replay and not chosen:
             raise ConfigError(f"stage '{stage.name}' replays earlier stages, but none before it draws questions")
         return _Pool(f"replay {number}", chosen, (self._seed, len(self.stages) + 1 + number))
