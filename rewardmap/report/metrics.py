@@ -22,8 +22,7 @@ class MetricsLog:
 
     Example:
         with MetricsLog(run_dir, last_step=trainer.step) as log:
-            log.append({"step": 1, "stage": "planning", "reward": 3.2, "seconds": {"rollout": 0.2, "train":
-            0.1}})
+            log.append({"step": 1, "stage": "planning", "reward": 3.2, "seconds": {"rollout": 0.2, "train": 0.1}})
     """
 
     def __init__(self, run_dir: Path, last_step: int = 0, trackers: Sequence[Any] = ()) -> None:

@@ -2,18 +2,14 @@
 
 How a flat list is read, in this order:
 
-1. Markers and surrounding spaces are removed; a transfer is where two lines list one name, whatever is
-marked.
+1. Markers and surrounding spaces are removed; a transfer is where two lines list one name, whatever is marked.
 2. A list that ends with its own first stop is a loop. The released lists that are circular but stored open
    (``CIRCULAR``) are loops too.
-3. A stop marked as branch point is a junction: the list runs to the end of the trunk, then goes on with the
-branch,
-   whose stops follow each other away from the junction. The list does not say where it starts, so the first
-   stops of
-   the released branches are given in ``BRANCH_STARTS`` (or by the caller). The branch's trains run through to
-   the
-   longer arm of the trunk. A branch whose start is unknown stays in the trunk, as the published reward has
-   it. 4. Lines that list the same neighbours share that track; nothing needs to be said about it.
+3. A stop marked as branch point is a junction: the list runs to the end of the trunk, then goes on with the branch,
+   whose stops follow each other away from the junction. The list does not say where it starts, so the first stops of
+   the released branches are given in ``BRANCH_STARTS`` (or by the caller). The branch's trains run through to the
+   longer arm of the trunk. A branch whose start is unknown stays in the trunk, as the published reward has it.
+4. Lines that list the same neighbours share that track; nothing needs to be said about it.
 
 A name that stands twice in one list without closing it (two New York lines) means two stations; both stay in
 the order of the list.
