@@ -61,6 +61,7 @@ class Claim:
 
 CLAIMS = (
     Claim("RL teaches planning", "RL on planning", "base", PLANNING),
+    Claim("The detailed reward helps it", "RL on planning + reward", "RL on planning", PLANNING),
     Claim("SFT on Plus teaches Plus", "SFT", "base", PLUS),
     Claim("Plus data help planning: RL on all beats RL on planning", "RL on all", "RL on planning", PLANNING),
     Claim("RewardMap beats RL on planning, at planning", "RewardMap", "RL on planning", PLANNING),
@@ -83,7 +84,22 @@ CLAIMS = (
     Claim("The graph reward beats the released one", "RewardMap, graph reward", "RewardMap"),
     Claim("Training on transit maps helps on the grid", "RewardMap", "base", world="grid"),
     Claim("Training on the grid helps on transit maps", "RewardMap on the grid", "base"),
+    Claim("Cold: RL on planning teaches planning", "cold RL on planning", "cold base", PLANNING),
+    Claim("Cold: the detailed reward helps it", "cold RL on planning + reward", "cold RL on planning", PLANNING),
+    Claim("Cold: RewardMap beats RL on planning, at planning", "cold RewardMap", "cold RL on planning", PLANNING),
+    Claim("Cold: RewardMap beats RL on planning, on everything", "cold RewardMap", "cold RL on planning"),
+    Claim("Cold: RewardMap beats SFT → RL, at planning", "cold RewardMap", "cold SFT → RL", PLANNING),
+    Claim("Cold: RewardMap beats RL on all", "cold RewardMap", "cold RL on all"),
+    Claim("Cold: stages help", "cold RL in stages", "cold RL on all"),
+    Claim("Cold: both together beat stages alone", "cold RewardMap", "cold RL in stages"),
 )
+
+TABLES = (
+    ("Tested on transit maps", "transit", False),
+    ("From the cold start, tested on transit maps", "transit", True),
+    ("Tested on the grid world", "grid", False),
+)
+"""Heading, world, and whether of the cold arms."""
 
 
 @dataclass(frozen=True)
@@ -127,15 +143,23 @@ def difference(rows: Sequence[Row], claim: Claim, metric: Metric) -> Interval | 
     return interval([better[seed] - worse[seed] for seed in shared]) if shared else None
 
 
+def arms_on(rows: Sequence[Row], world: str) -> list[str]:
+    """The arms tested on a world, in the order of the rows."""
+    return list(dict.fromkeys(row["arm"] for row in rows if world in row["tested"]))
+
+
+def is_cold(arm: str) -> bool:
+    return arm.startswith("cold ")
+
+
 def markdown(rows: Sequence[Row]) -> str:
     """The tables and what follows from them."""
     lines = []
-    for world in ("transit", "grid"):
-        arms = list(dict.fromkeys(row["arm"] for row in rows if world in row["tested"]))
-        if not arms:
-            continue
-        lines += [f"Tested on {'transit maps' if world == 'transit' else 'the grid world'}:", ""]
-        lines += _table(("arm", *(metric.name for metric in COLUMNS), "seeds"), _arm_rows(rows, arms, world))
+    for heading, world, cold in TABLES:
+        arms = [arm for arm in arms_on(rows, world) if is_cold(arm) == cold]
+        if arms:
+            lines += [f"{heading}:", ""]
+            lines += _table(("arm", *(metric.name for metric in COLUMNS), "seeds"), _arm_rows(rows, arms, world))
     head = ("claim", *(metric.name for metric in MAIN), "about", "verdict")
     lines += ["Paired differences in points:", "", *_table(head, _claim_rows(rows)), paragraph(rows)]
     return "\n".join(lines)
@@ -163,13 +187,14 @@ def _table(head: Sequence[str], rows: Iterator[tuple[str, ...]]) -> list[str]:
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
-def paragraph(rows: Sequence[Row]) -> str:
+def paragraph(rows: Sequence[Row], intervals: bool = True) -> str:
     """What holds, what does not, and what these runs cannot tell."""
     said: dict[str, list[str]] = {"holds": [], "the reverse holds": [], "not resolved": []}
     for claim in CLAIMS:
         found = difference(rows, claim, claim.about)
         if found is not None and found.seeds > 1:
-            said[found.verdict].append(f"{claim.text} ({claim.about.name} {found.text('+')})")
+            points = f"{claim.about.name} {found.text('+')}" if intervals else f"{found.value:+.1f}"
+            said[found.verdict].append(f"{claim.text} ({points})")
     parts = [
         f"- {lead}: {'; '.join(said[verdict])}."
         for verdict, lead in (
@@ -190,7 +215,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     from rewardmap.files import replacing
     from rewardmap.report.curves import ACCENT, AFTER, GRID, INK, plain_axes
 
-    arms = list(dict.fromkeys(row["arm"] for row in rows if "transit" in row["tested"]))
+    arms = arms_on(rows, "transit")
     figure = Figure(figsize=(13, 1.6 + 0.36 * len(arms)), dpi=120, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(MAIN), sharey=True, squeeze=False)[0]
@@ -200,11 +225,13 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for place, arm in enumerate(arms):
             found = list(values(rows, arm, metric, "transit").values())
             mean = interval(found)
-            colour = ACCENT if arm == "RewardMap" else AFTER
+            colour = ACCENT if arm in ("RewardMap", "cold RewardMap") else AFTER
             axes.plot(found, [place] * len(found), "o", color=colour, alpha=0.3, markersize=5, markeredgewidth=0)
             if not math.isnan(mean.low):
                 axes.plot([mean.low, mean.high], [place, place], color=colour, linewidth=1.8)
             axes.plot(mean.value, place, "|", color=colour, markersize=13, markeredgewidth=2.4)
+        if any(map(is_cold, arms)):
+            axes.axhline(sum(not is_cold(arm) for arm in arms) - 0.5, color=INK, linewidth=0.8)
         axes.set_title(metric.name, loc="left", fontsize=11, color=INK)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f} %")
     panels[0].set_yticks(range(len(arms)), arms, fontsize=9.5, color=INK)
@@ -222,8 +249,8 @@ def publish(root: Path, rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
     draw(rows, root / "docs" / "claims" / "claims.png")
     tables = markdown(rows)
     replace_between(root / "docs" / "claims.md", lambda _: f"![Every arm](claims/claims.png)\n\n{tables}")
-    section = f"![Every arm: one dot a seed, mean and 95 % interval](docs/claims/claims.png)\n\n{paragraph(rows)}"
-    replace_between(root / "README.md", lambda _: section)
+    picture = "![Every arm: one dot a seed, mean and 95 % interval](docs/claims/claims.png)"
+    replace_between(root / "README.md", lambda _: f"{picture}\n\n{paragraph(rows, intervals=False)}")
 
 
 def replace_between(path: Path, new: Callable[[str], str]) -> None:

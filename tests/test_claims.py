@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -95,18 +96,25 @@ def test_arms_are_what_they_say(claims: ModuleType) -> None:
         name: load_config(arguments[0], arguments[1:])
         for name, arm in claims.ARMS.items()
         if arm.stages
-        for arguments in [claims.train_arguments(scale, name, 3, Path("data"))]
+        for arguments in [claims.train_arguments(Path("runs"), scale, name, 3)]
     }
     for name, config in configs.items():
         steps = sum(stage.steps for stage in config.train.stages)
         assert steps == (200 if name.endswith("half the updates") else 400), name
         assert config.train.seed == 3 and config.train.threads == 1
-        assert config.train.stages[0].checkpoint == "shipped" and config.train.stages[0].steps == 0
+        cold = name.startswith("cold ")
+        start = config.train.stages[0]
+        assert (start.checkpoint, start.steps) == (str(claims.cold_start(Path("runs"))) if cold else "shipped", 0)
+        assert config.data.path == str(claims.data_path(Path("runs"), claims.ARMS[name].world, 3))
+        if cold:  # all else is the warm arm's
+            stages = (start, *configs[name.removeprefix("cold ")].train.stages[1:])
+            assert replace(config, train=replace(config.train, stages=stages)) == config
         rewards = {stage_reward(config.reward, stage) for stage in config.train.stages}
         assert len(rewards) == 1
         [reward] = rewards
-        plain = name in ("SFT → RL", "RL on planning", "RL on planning, half the updates", "RL on all")
-        plain |= name.startswith("RL in stages")
+        warm = name.removeprefix("cold ")
+        plain = warm in ("SFT → RL", "RL on planning", "RL on planning, half the updates", "RL on all")
+        plain |= warm.startswith("RL in stages")
         assert (reward.alpha == 0) == plain
         assert (max(reward.map_weights) == 1.0 and reward.transfer_weight == 0) == plain
     mode = {name: (config.reward.mode, config.reward.weight_on) for name, config in configs.items()}
@@ -163,7 +171,7 @@ def test_publishing_writes_between_the_marks(claims: ModuleType, tmp_path: Path)
     for name in ("README.md", "docs/claims.md"):
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert text.startswith("above\n") and text.endswith("\nbelow\n") and "\nold\n" not in text
-        assert report.paragraph(rows) in text
+        assert report.paragraph(rows, intervals=name == "docs/claims.md") in text
     (tmp_path / "README.md").write_text("no marks", encoding="utf-8")
     with pytest.raises(ValueError, match=r"README\.md: no"):
         report.publish(tmp_path, rows, {})
