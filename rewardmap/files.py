@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 # Pillow's own limit (178 million pixels) is below the largest released map. A data set's pictures are held to that of
@@ -21,14 +22,25 @@ def open_picture(source: str | Path | bytes) -> Image.Image:
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
-    """The picture as viewers show it: upright where EXIF says it lies, on white where it is transparent. Raises
-    OSError."""
+    """The picture as viewers show it: upright where EXIF says it lies, on white where it is transparent, 16 bits of
+    grey as 8. Raises OSError."""
     ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode.startswith("I"):
+        return _eight_bits(picture).convert("RGB")
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     shown, paper = picture.convert("RGBA"), Image.new("RGB", picture.size, "white")
     paper.paste(shown, mask=shown)
     return paper
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Each grey's upper byte, as Pillow reads 16 bits of a colour; its own conversion makes all above 255 white."""
+    values = np.asarray(picture)
+    grey = np.clip(values >> 8, 0, 255).astype(np.uint8)
+    if "transparency" in picture.info:  # the one value that is transparent
+        grey[values == picture.info["transparency"]] = 255
+    return Image.fromarray(grey)
 
 
 @contextmanager

@@ -284,6 +284,18 @@ def test_a_picture_is_seen_as_viewers_show_it():
     assert read_image(saved(flat.convert("CMYK"), "JPEG", quality=100)).getpixel((25, 10)) == (255, 255, 255)
 
 
+def test_sixteen_bits_of_grey_are_shown_as_eight():
+    """White where they are transparent. Pillow's mode of a PGM is I, as that of a PNG was once."""
+    values = np.arange(20 * 30, dtype=np.uint16).reshape(20, 30) * 109
+    deep, shown = Image.fromarray(values), (values >> 8).astype(np.uint8)
+    assert deep.mode == "I;16"
+    for content in (saved(deep, "PNG"), saved(deep, "TIFF"), saved(deep.convert("I"), "PPM")):
+        assert np.array_equal(read_image(content), np.stack([shown] * 3, -1))
+    shown[values == 109] = 255
+    clear = read_image(saved(deep, "PNG", transparency=109))
+    assert np.array_equal(clear, np.stack([shown] * 3, -1))
+
+
 def test_a_picture_that_the_processor_refuses_is_named(policy, tmp_path):
     path = tmp_path / "thin.png"
     Image.fromarray(np.zeros((1, 2000, 3), np.uint8)).save(path)
