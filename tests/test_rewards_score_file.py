@@ -160,7 +160,8 @@ def test_broken_lines(folder: Path, line: bytes) -> None:
 
 def test_broken_stations_files(folder: Path) -> None:
     path = write(folder, [row()])
-    for content in ("[", "[1]", '{"A": "B"}', '{"A": [1]}'):
+    twice = json.dumps(METRO)[:-1] + ', "Red Line": ["Alpha", "Delta"]}'
+    for content in ("[", "[1]", '{"A": "B"}', '{"A": [1]}', twice):
         (folder / "stations" / "made" / "up.json").write_text(content)
         with pytest.raises(DataError, match="row 1, field 'json'"):
             score_file(path)

@@ -211,6 +211,8 @@ def test_image_feature_of_datasets(root: Path) -> None:
         ({"json": '{"Red Line": [1, 2]}', "city": "n"}, "line 'Red Line' must be a list of station names"),
         ({"json": "{}", "city": "n"}, "the network has no lines"),
         ({"json": '{"Red', "city": "n"}, "the network is not JSON"),
+        ({"json": '{"L": ["A", "B"], "L": ["A", "C"]}', "city": "n"}, "line 'L' stands twice; give the line one"),
+        ({"json": '{"L 1": ["A", "B"], "l  1 ": ["A", "C"]}', "city": "n"}, "lines 'L 1' and 'l  1 ' differ in"),
         ({"json": '{"L": ["A", "B"]}'}, "x/y has another network in an earlier row"),
         ({"fine_grained_answer": "{'A': 1}"}, "row 1: field 'fine_grained_answer' is not JSON"),
         ({"fine_grained_answer": "[" * 5000}, "row 1: field 'fine_grained_answer' is not JSON"),
@@ -235,6 +237,28 @@ def test_a_bad_row_is_named_or_skipped_and_counted(root: Path, changes: dict[str
     else:
         with pytest.raises(DataError, match="all 2 rows are bad"):
             load_dataset(root, on_bad_row="skip")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"L": ["A", "B"], "M": ["A", "C"], "L": ["B", "D"]}', "line 'L' stands twice; give the line one list"),
+        ('{"L": ["Zürich", "B"]}'.encode("latin-1"), "is not UTF-8 .*; save it as UTF-8"),
+    ],
+)
+def test_a_stations_file_that_would_be_misread_is_named(root: Path, content: bytes, message: str) -> None:
+    (root / "stations/x/y.json").write_bytes(content)
+    write_rows(root, [row()])
+    with pytest.raises(DataError, match=rf"row 0: field 'json': stations file '\./stations/x/y\.json':? {message}"):
+        load_dataset(root)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_byte_order_mark_before_a_network_is_no_part_of_it(root: Path, inside: bool) -> None:
+    marked = "\ufeff" + json.dumps(NETWORK)
+    (root / "stations/x/y.json").write_text(marked, encoding="utf-8")
+    write_rows(root, [row(json=marked) if inside else row()])
+    assert load_dataset(root).networks == {"x/y": NETWORK}
 
 
 @pytest.mark.parametrize(

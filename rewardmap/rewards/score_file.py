@@ -17,6 +17,7 @@ from rewardmap.rewards.rubric import Mode, RewardBatch, Rubric
 from rewardmap.rewards.score import FAILURES
 from rewardmap.rewards.scorer import AnyNetwork
 from rewardmap.rewards.stations import Stations
+from rewardmap.transit.assets import parse_metro_data
 from rewardmap.transit.graph import Network
 from rewardmap.transit.topology import read_network
 from rewardmap.types import ANSWERS, KINDS, LEVELS, TRANSFERS, DataError, MetroData, Problem
@@ -256,12 +257,11 @@ class _Stations:
                 looked = ", ".join(dict.fromkeys(str(folder.resolve()) for folder in self._folders))
                 remedy = "name its folder (--stations, stations_root)"
                 raise DataError(f"{where}, field 'json': no file {path!r} under {looked}; {remedy}")
+            name = f"{where}, field 'json': {found}"
             try:
-                metro = json.loads(found.read_bytes())
-            except (OSError, ValueError, RecursionError) as error:
-                raise DataError(f"{where}, field 'json': {found} cannot be read as JSON ({error})") from error
-            if not isinstance(metro, dict) or not all(_is_list_of_text(names) for names in metro.values()):
-                raise DataError(f"{where}, field 'json': {found} is not an object of line -> list of stations")
+                metro = parse_metro_data(found.read_bytes(), name)
+            except OSError as error:
+                raise DataError(f"{name} cannot be read ({error.strerror})") from error
             self.networks[path] = _exact(found, metro, where) if self._exact else metro
             self.names[path] = Stations(path, self.networks[path], graph=self._exact)
         return path
@@ -273,7 +273,3 @@ def _exact(path: Path, metro: MetroData, where: str) -> Network:
         return read_network(path.parents[min(2, len(path.parents) - 1)], f"{path.parent.name}/{path.stem}", metro)
     except DataError as error:
         raise DataError(f"{where}, field 'json': {error}") from error
-
-
-def _is_list_of_text(names: Any) -> bool:
-    return isinstance(names, list) and all(isinstance(name, str) for name in names)

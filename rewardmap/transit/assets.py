@@ -6,12 +6,15 @@ import base64
 import binascii
 import hashlib
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from rewardmap.files import open_picture
 from rewardmap.types import DataError, MetroData
 
+_BEFORE_JSON = "\ufeff \t\r\n"
+"""A byte-order mark, which many editors write, and JSON's own white space."""
 _LONGEST_PATH = 1024
 _LONGEST_SIDE = 200
 """Times the shorter one, at most: Qwen's image processors take no longer pictures."""
@@ -115,37 +118,58 @@ class Assets:
 
     def _network(self, source: Any) -> MetroData:
         name = "the network"
-        if isinstance(source, str) and not source.lstrip().startswith("{"):
-            name = repr(source)
+        if isinstance(source, str) and not source.lstrip(_BEFORE_JSON).startswith("{"):
+            name = f"stations file {source!r}"
             try:
-                source = self._inside(source).read_text(encoding="utf-8-sig")
+                source = self._inside(source).read_bytes()
             except OSError as error:
                 raise DataError(
-                    f"stations file {name} cannot be read under {self.root} ({error.strerror}); "
+                    f"{name} cannot be read under {self.root} ({error.strerror}); "
                     "ReasonMap ships these files, RewardMap does not"
                 ) from error
-            except UnicodeDecodeError as error:
-                raise DataError(f"stations file {name} is not UTF-8 ({error})") from error
-        if isinstance(source, str):
-            try:
-                source = json.loads(source)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{name} is not JSON ({error})") from error
-        return check_metro_data(source, name)
+        return parse_metro_data(source, name) if isinstance(source, (str, bytes)) else check_metro_data(source, name)
+
+
+def parse_metro_data(content: str | bytes, name: str) -> MetroData:
+    """What a stations file, or a table's JSON text, holds as a flat network. Raises DataError for what is not JSON, for
+    a line that it holds twice, and as ``check_metro_data``."""
+
+    def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        named = dict(pairs)
+        if len(named) < len(pairs):  # of a name's values only the last would be kept
+            [(line, _)] = Counter(line for line, _ in pairs).most_common(1)
+            raise DataError(f"{name}: line {line!r} stands twice; give the line one list with all its stations")
+        return named
+
+    try:
+        text = content.decode() if isinstance(content, bytes) else content
+        return check_metro_data(json.loads(text.lstrip(_BEFORE_JSON), object_pairs_hook=each_once), name)
+    except DataError:
+        raise
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 ({error}); save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{name} is not JSON ({error})") from error
 
 
 def check_metro_data(source: Any, name: str) -> MetroData:
     """``source`` as a flat network. Columns that a table holds for other cities' lines come as None and are
     dropped.
 
-    Raises DataError, naming the line, unless it is an object of lists of at least two station names each.
+    Raises DataError, naming the line, unless it is an object of lists of at least two station names each, whose lines
+    differ in more than case and spaces.
     """
     if not isinstance(source, dict):
         raise DataError(f"{name} must be an object of line names and station lists, got {type(source).__name__}")
     network = {line: stops for line, stops in source.items() if stops is not None}
     if not network:
         raise DataError(f"{name} has no lines")
+    names: dict[str, str] = {}
     for line, stops in network.items():
+        other = names.setdefault(" ".join(line.split()).casefold(), line)
+        if other != line:
+            remedy = "give the line one list with all its stations"
+            raise DataError(f"{name}: lines {other!r} and {line!r} differ in case and spaces only; {remedy}")
         if not isinstance(stops, list) or not all(isinstance(stop, str) and stop.strip() for stop in stops):
             raise DataError(f"{name}: line {line!r} must be a list of station names, got {stops!r}")
         if len(stops) < 2:
