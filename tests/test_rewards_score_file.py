@@ -117,6 +117,7 @@ BAD: list[tuple[Any, str]] = [
     (row(question_transfer_count=None), "'question_transfer_count'"),
     (row(station_1="Atlantis"), "'station_1'"),
     (row(station_2="bravvo"), "'bravvo' is no station of ./stations/made/up.json; the nearest name there is 'Bravo"),
+    (row(station_2="alpha"), "'station_2': 'alpha' is the station of 'station_1' ('Alpha Station'); name another"),
     (row(type="TorF1", answer=2), "'answer': 2 is not an integer from 0 to 1"),
     (row(type="TorF2", answer="maybe"), "'answer': 'maybe' is not an integer from 0 to 1"),
     (row(type="Counting1", answer=4), "'answer': 4 is not an integer from 0 to 3"),

@@ -72,6 +72,24 @@ def test_questions_about_stations_off_their_maps_are_refused_or_skipped(tmp_path
 
 
 @pytest.mark.parametrize("mode", ["reference", "graph"])
+def test_a_question_whose_start_is_its_goal_is_refused_or_skipped(mode, data, tmp_path):
+    folder, console = tmp_path / "own", Console(quiet=True)
+    shutil.copytree(data, folder)
+    rows = [dict(row) for row in load_from_disk(str(folder / DATA_FOLDER))["test"]]
+    at = next(index for index, row in enumerate(rows) if row["type"] == "planning")
+    rows[at]["station_2"] = rows[at]["station_1"].lower() + " (Transfer Station)"
+    shutil.rmtree(folder / DATA_FOLDER)
+    write_rows(folder, rows, None)
+    settings = [f"data.path={folder}", f"reward.mode={mode}"]
+    named = re.escape(f"field 'station_2': {rows[at]['station_2']!r} is the station of 'station_1'")
+    with pytest.raises(DataError, match=rf"row '{rows[at]['uid']}', {named}"):
+        start._load_data(load_config("tiny", settings), tmp_path / "run", ALONE, console)
+    skipping = load_config("tiny", [*settings, "data.on_bad_row=skip"])
+    training, _ = start._load_data(skipping, tmp_path / "run", ALONE, console)
+    assert len(training.problems) == len(rows) - 1
+
+
+@pytest.mark.parametrize("mode", ["reference", "graph"])
 def test_wrong_gold_routes_and_maps_in_both_splits_are_said_and_nothing_of_good_data(mode, data, tmp_path):
     def told(folder):
         console = Console(record=True, file=io.StringIO())

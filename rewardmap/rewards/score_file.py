@@ -178,9 +178,9 @@ def _problem(row: dict[str, Any], where: str, stations: _Stations) -> Problem:
     ends = []
     for name in ("station_1", "station_2"):
         station = _text(row, name, where) if planning else row.get(name)
-        if planning and (wrong := stations.names[network_id].complaint(str(station))):
-            raise DataError(f"{where}, field {name!r}: {wrong}")
         ends.append(station if isinstance(station, str) else "")
+    if planning and (wrong := stations.names[network_id].complaint(*ends)):
+        raise DataError(f"{where}, {wrong}")
     _text(row, "response", where)
     return Problem(
         uid=where,

@@ -1,4 +1,4 @@
-"""Whether the stations that planning questions name are on their maps."""
+"""Whether planning questions name two stations of their maps."""
 
 from __future__ import annotations
 
@@ -25,13 +25,24 @@ class Stations:
         lists: MetroData = network.metro_data() if isinstance(network, Network) else network
         self._spelled = list(dict.fromkeys(station for stations in lists.values() for station in stations))
         self._keys = frozenset(key for station in self._spelled for key in _keys(station))
-        self._complaints: dict[str, str | None] = {}
+        self._known: dict[str, tuple[str | None, object]] = {}
 
-    def complaint(self, station: str) -> str | None:
-        """None for a station of the network; else what is wrong with the name."""
-        if station not in self._complaints:
-            self._complaints[station] = None if self._has(station) else self._unknown(station)
-        return self._complaints[station]
+    def complaint(self, start: str, goal: str) -> str | None:
+        """None for a question between two stations of the network; else the field at fault, and what is wrong."""
+        for field, station in (("station_1", start), ("station_2", goal)):
+            wrong, _ = self._looked_up(station)
+            if wrong:
+                return f"field {field!r}: {wrong}"
+        if self._looked_up(start) == self._looked_up(goal):
+            return f"field 'station_2': {goal!r} is the station of 'station_1' ({start!r}); name another to go to"
+        return None
+
+    def _looked_up(self, station: str) -> tuple[str | None, object]:
+        """What is wrong with a name, and what the mode takes it for."""
+        if station not in self._known:
+            meant = self._topology.ends(station) if self._topology is not None else _keys(station)[0]
+            self._known[station] = (None if self._has(station) else self._unknown(station), meant)
+        return self._known[station]
 
     def _has(self, station: str) -> bool:
         if self._topology is not None:
@@ -44,15 +55,15 @@ class Stations:
         return f"{station!r} is no station of {self._network_id}; the nearest name there is {strip_markers(nearest)!r}"
 
 
-def off_the_map(problems: Sequence[Problem], networks: Networks, graph: bool) -> Iterator[tuple[Problem, str]]:
-    """Each planning question that names a station which its map does not have, and what is wrong with it."""
+def unanswerable(problems: Sequence[Problem], networks: Networks, graph: bool) -> Iterator[tuple[Problem, str]]:
+    """Each planning question that names a station which its map does not have, or one station twice, and what is wrong
+    with it."""
     known = {name: Stations(name, network, graph) for name, network in networks.items()}
     for problem in problems:
-        for field in ("station_1", "station_2") if problem.kind == "planning" else ():
-            wrong = known[problem.network_id].complaint(getattr(problem, field))
+        if problem.kind == "planning":
+            wrong = known[problem.network_id].complaint(problem.station_1, problem.station_2)
             if wrong:
-                yield problem, f"field {field!r}: {wrong}"
-                break
+                yield problem, wrong
 
 
 def _keys(station: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from rewardmap.policy import Policy, cast_weights, load_policy, pick_device
 from rewardmap.profiling import PhaseTimer
 from rewardmap.rewards import Networks, Rubric
 from rewardmap.rewards.rubric import Mode
-from rewardmap.rewards.stations import off_the_map
+from rewardmap.rewards.stations import unanswerable
 from rewardmap.train.ahead import OneStepOff
 from rewardmap.train.checkpoint import load_training_state, newest_intact
 from rewardmap.train.engines import make_engine, need_engine
@@ -109,7 +109,7 @@ def set_up(
 def _load_data(config: Config, run_dir: Path, ranks: Ranks, console: Console) -> tuple[MapData, MapData]:
     ranks.first(lambda: _prepare_data(config, run_dir, console))
     folder = data_folder(config, run_dir)
-    training = _on_their_maps(config, load_dataset(folder, config.data.train_split, on_bad_row=config.data.on_bad_row))
+    training = _answerable(config, load_dataset(folder, config.data.train_split, on_bad_row=config.data.on_bad_row))
     testing = load_dataset(folder, config.data.test_split, on_bad_row=config.data.on_bad_row)
     for skipped in (*training.skipped, *testing.skipped):
         _warn(console, f"skipped: {skipped}")
@@ -138,14 +138,14 @@ def _warn_of_routes(config: Config, data: MapData, console: Console) -> None:
         )
 
 
-def _on_their_maps(config: Config, data: MapData) -> MapData:
-    """The data without planning questions whose stations their maps do not have: no answer to them could be right.
+def _answerable(config: Config, data: MapData) -> MapData:
+    """The data without planning questions that no route answers: their maps lack a station, or it is one station.
 
     Raises DataError for the first, unless bad rows are skipped.
     """
     graph = "graph" in _modes(config)
     bad = {}
-    for problem, wrong in off_the_map(data.problems, networks_for("graph" if graph else "reference", data), graph):
+    for problem, wrong in unanswerable(data.problems, networks_for("graph" if graph else "reference", data), graph):
         where = f"{data.root}, split {config.data.train_split!r}, row {problem.uid!r}, {wrong}"
         if config.data.on_bad_row == "raise":
             raise DataError(f"{where}; correct it, or leave such rows out with data.on_bad_row=skip")
