@@ -224,14 +224,8 @@ def serve(
         from rich.console import Console
 
         from rewardmap.config_file import load_config
-        from rewardmap.train.engines import need_client
 
         config = load_config(*_source(settings or []))
-        need_client()
-
-        from rewardmap.rollout.sglang_server import need_sglang
-
-        need_sglang(config.rollout.server)
 
         from rewardmap.train.serve import serve as start
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from rewardmap.config import Config, ConfigError
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.sglang_adapters import Adapters
-from rewardmap.rollout.sglang_server import KEYS_FILE, Router
+from rewardmap.rollout.sglang_server import KEYS_FILE, Router, need_sglang
+from rewardmap.train.engines import need_client
 from rewardmap.train.faults import stop_request
 from rewardmap.train.parallel import computes_in
 from rewardmap.train.start import initial_policy
-from rewardmap.train.synced import start_servers
 
 _POLL_S = 1.0
 
@@ -29,7 +29,8 @@ def serve(config: Config, folder: Path, *, console: Console) -> None:
         folder: for keys, logs and the weights that are served; used again, its keys stay valid.
 
     Raises:
-        ConfigError: settings that describe running servers, or adapters that SGLang does not serve.
+        ConfigError: settings that describe running servers, adapters that SGLang does not serve, or no SGLang to serve
+            with: in this order, for a mistake in the settings is no reason to install anything.
         RolloutError: a server that does not get ready, or ended.
     """
     server = config.rollout.server
@@ -37,6 +38,11 @@ def serve(config: Config, folder: Path, *, console: Console) -> None:
         raise ConfigError(f"rollout.server.urls={list(server.urls)} names servers that run already; leave it out")
     say = partial(console.print, highlight=False, soft_wrap=True)
     adapters = Adapters.of(config)
+    need_client()
+    need_sglang(server)
+
+    from rewardmap.train.synced import start_servers
+
     policy = initial_policy(config, replace(config.policy, device="cpu"))  # a GPU's memory is the server's
     dtype = computes_in(config)
     servers, keys = start_servers(policy, server, folder, say, load_weights=True, dtype=dtype, adapters=adapters)
