@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,29 @@ def test_a_signal_while_maps_are_drawn_is_said_and_leaves_nothing_half_made(tmp_
         f"interrupted; go on with: rewardmap train --resume {tmp_path / 'run'}",
     ]
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
+
+
+def test_what_a_killed_generate_left_is_removed_by_the_next_and_nothing_that_is_being_written(tmp_path: Path) -> None:
+    """Nor what only has such a name."""
+    other = tmp_path / ".maps.partial-notes"
+    other.mkdir()
+    small = ("generate", str(tmp_path / "maps"), "--level", "tiny", "--maps", "2")
+    command = [sys.executable, "-P", "-c", "from rewardmap.cli import main; main()", *small[:-1], "100000"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        partial = tmp_path / f".maps.partial-{process.pid}"
+        deadline = time.monotonic() + 120
+        try:
+            while not (partial / "maps").is_dir() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert invoke(*small).exit_code == 0 and partial.is_dir()
+        finally:
+            process.kill()
+    shutil.rmtree(tmp_path / "maps")
+    assert partial.is_dir() and invoke(*small).exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "maps"]
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [
+        "README.md", "data", "geometry", "maps", "stations",
+    ]  # fmt: skip
 
 
 def test_a_signal_ends_a_rank_that_waits_for_another_with_its_own_code(tmp_path: Path) -> None:

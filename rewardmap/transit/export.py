@@ -6,6 +6,7 @@ A data folder holds ``maps/<country>/<city>.png``, ``stations/<country>/<city>.j
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
@@ -13,7 +14,8 @@ import os
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,9 @@ GENERATOR_VERSION = "2.1"
 PRESET_LEVELS = {"tiny": TINY_LEVELS, "full": FULL_LEVELS, "grid-tiny": TINY_GRID_LEVELS, "grid": FLOOR_LEVELS}
 """Map levels of a preset; maps take them in turn, so that each level has a third of the maps."""
 
+_LOCKED = ".locked"
+"""In an incomplete folder: locked while a process writes there."""
+
 Progress = Callable[[int, int], None]
 """Called with (maps done, maps in all)."""
 
@@ -52,8 +57,8 @@ def write_dataset(
 
     Same preset, maps and seed: same maps and questions, in each form the same bytes. ReasonMap takes the planning
     questions, short and long, ReasonMap-Plus the others, ReasonMap-Train all. The folder appears at once, when it is
-    complete. Raises ValueError for an unknown preset or form, a split without maps, or a folder that exists already;
-    OSError, which names a file or the folder.
+    complete; what a killed call left of it is removed. Raises ValueError for an unknown preset or form, a split without
+    maps, or a folder that exists already; OSError, which names a file or the folder.
     """
     folder = Path(folder)
     if form not in FORMS:
@@ -64,39 +69,75 @@ def write_dataset(
         raise ValueError(f"maps={dict(maps)!r} must give at least one map for each split")
     if folder.exists():
         raise ValueError(f"{folder} exists already; remove it or choose another folder")
-    partial = folder.with_name(f"{_partial(folder)}{os.getpid()}")
     try:
-        pictures: set[str] = set()
-        counts: dict[str, Counter[str]] = {}
-        done = 0
-        for split, count in maps.items():
-            balance = Balance()
-            rows: list[dict[str, Any]] = []
-            for index in range(count):
-                rows += _write_map(partial, split, index, preset, seed, balance, pictures)
-                done += 1
-                if progress is not None:
-                    progress(done, sum(maps.values()))
-            if form == "ReasonMap-Train":
-                write_rows(partial, rows, split)
-            else:
-                write_parquet(partial, rows, split, form)
-                rows = [row for row in rows if (row["type"] == "planning") == (form == "ReasonMap")]
-            counts[split] = Counter(str(row["type"]) for row in rows)
-        (partial / "README.md").write_text(_card(preset, seed, form, maps, counts), encoding="utf-8")
-        os.replace(partial, folder)
+        with _becoming(folder) as partial:
+            pictures: set[str] = set()
+            counts: dict[str, Counter[str]] = {}
+            done = 0
+            for split, count in maps.items():
+                balance = Balance()
+                rows: list[dict[str, Any]] = []
+                for index in range(count):
+                    rows += _write_map(partial, split, index, preset, seed, balance, pictures)
+                    done += 1
+                    if progress is not None:
+                        progress(done, sum(maps.values()))
+                if form == "ReasonMap-Train":
+                    write_rows(partial, rows, split)
+                else:
+                    write_parquet(partial, rows, split, form)
+                    rows = [row for row in rows if (row["type"] == "planning") == (form == "ReasonMap")]
+                counts[split] = Counter(str(row["type"]) for row in rows)
+            (partial / "README.md").write_text(_card(preset, seed, form, maps, counts), encoding="utf-8")
     except OSError as error:
         if error.filename is None:  # of what failed in a file that was open already, as on a full disk
             raise OSError(error.errno, error.strerror, str(folder)) from error
         raise
+
+
+@contextmanager
+def _becoming(folder: Path) -> Iterator[Path]:
+    """Yields a new folder beside ``folder`` that becomes it if the block ends well.
+
+    It holds a file that is locked while it is written, of which a kill lets go: such a folder is removed by the next
+    call. Where the file system has no locks there is no such file, and nothing is removed.
+    """
+    for left in filter(_is_dead, _partials(folder)):
+        shutil.rmtree(left, ignore_errors=True)
+    partial = folder.with_name(f"{_partial(folder)}{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        with (partial / ".unlocked").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                os.rename(file.name, partial / _LOCKED)  # nobody finds it there without its lock
+            except OSError:
+                os.unlink(file.name)
+            yield partial
+            (partial / _LOCKED).unlink(missing_ok=True)
+            os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _is_dead(partial: Path) -> bool:
+    """Whether a call that is no more has left the folder."""
+    try:
+        with (partial / _LOCKED).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # no such file, or not ours, or locked
+        return False
+    return True
+
+
 def remove_partial(folder: Path) -> None:
     """Removes what killed processes left of ``folder``; the caller knows that none is writing it."""
-    for partial in folder.parent.glob(f"{glob.escape(_partial(folder))}*"):
+    for partial in _partials(folder):
         shutil.rmtree(partial)
+
+
+def _partials(folder: Path) -> list[Path]:
+    return list(folder.parent.glob(f"{glob.escape(_partial(folder))}*"))
 
 
 def _partial(folder: Path) -> str:
