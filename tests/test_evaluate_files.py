@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from rewardmap.config import ConfigError
 from rewardmap.evaluate import Evaluation
+from rewardmap.evaluate.answers import read_responses
 from rewardmap.rollout.local import LocalEngine
 from rewardmap.tiny import WARM_START
 from rewardmap.train.examine import EvalRequest, evaluate_target
@@ -303,6 +305,12 @@ def test_a_line_that_json_gives_up_on_is_named(data: Path, tmp_path: Path) -> No
         (tmp_path / "a.jsonl").write_text(line)
         with pytest.raises(DataError, match=r"a\.jsonl, line 1: not a line of JSON"):
             evaluate(data, tmp_path / "a.jsonl")
+
+
+def test_an_answer_is_read_in_the_form_in_which_names_are(tmp_path: Path) -> None:
+    problem = Problem("q", b"", "", "planning", -1, "Zürich", "Bern", "x/y", "easy")
+    path = write(tmp_path / "a.jsonl", [{"uid": "q", "response": normalize("NFD", "Zürich")}])
+    assert [answer.text for answer in read_responses(path, [problem])] == ["Zürich"]
 
 
 def test_odd_line_separators_inside_an_answer_break_no_line(

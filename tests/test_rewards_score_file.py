@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unicodedata import normalize
 
 import pytest
 
@@ -166,6 +167,19 @@ def test_broken_stations_files(folder: Path) -> None:
         (folder / "stations" / "made" / "up.json").write_text(content)
         with pytest.raises(DataError, match="row 1, field 'json'"):
             score_file(path)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_names_agree_in_whatever_form_each_is_stored(folder: Path, form: Literal["NFC", "NFD"]) -> None:
+    stations = {"Red Line": [normalize(form, "Zürich"), "Bravo"]}
+    (folder / "stations" / "made" / "up.json").write_text(json.dumps(stations))
+    rows = [
+        row(station_1=normalize(one, "Zürich"), response=normalize(other, PLAN.replace("Alpha", "Zürich")))
+        for one in ("NFC", "NFD")
+        for other in ("NFC", "NFD")
+    ]
+    assert score_file(write(folder, rows), folder / "out.jsonl").kinds["planning"].correct == 4
+    assert [json.loads(line)["response"] for line in (folder / "out.jsonl").open()] == [one["response"] for one in rows]
 
 
 def test_no_file(folder: Path) -> None:

@@ -10,13 +10,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unicodedata import normalize
 
 import datasets
 import pytest
 from PIL import Image
 
 from rewardmap.files import open_picture
+from rewardmap.rewards import Rubric
 from rewardmap.transit import Line, Network, gold_response, load_dataset
 from rewardmap.transit.draw import encode_png
 from rewardmap.transit.questions import question_text
@@ -259,6 +261,29 @@ def test_a_byte_order_mark_before_a_network_is_no_part_of_it(root: Path, inside:
     (root / "stations/x/y.json").write_text(marked, encoding="utf-8")
     write_rows(root, [row(json=marked) if inside else row()])
     assert load_dataset(root).networks == {"x/y": NETWORK}
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("released", [False, True])
+def test_names_are_those_that_answers_write_in_whatever_form_they_are_stored(
+    root: Path, released: bool, form: Literal["NFC", "NFD"]
+) -> None:
+    """A file system or an editor may have taken them apart; tokenizers write whole letters."""
+    other: Literal["NFC", "NFD"] = "NFD" if form == "NFC" else "NFC"
+    start, goal, line = "Zürich", "Köln", "Línea"
+    network = json.dumps({normalize(form, line): [normalize(form, start), normalize(form, goal)]})
+    (root / "stations/x/y.json").write_text(network, encoding="utf-8")
+    leg = {"route_name": line, "departure_stop": start, "arrival_stop": goal, "via_stops": []}
+    leg = {name: normalize(other, value) if isinstance(value, str) else value for name, value in leg.items()}
+    ends = {"station_1": normalize(other, start), "station_2": normalize(other, goal)}
+    question = {"type": "planning", "answer": -1, "fine_grained_answer": json.dumps([[leg]])}
+    if released:
+        question = {"type": ..., "question": ..., "question_short": "short?", "routes": {"plan_1": [leg]}}
+    write_rows(root, [row(**question, **ends)])
+    data = load_dataset(root)
+    answer = f"Route Name: {line}\nDeparture Stop: {start}\nArrival Stop: {goal}"
+    assert gold_response(data.problems[0]) == answer
+    assert Rubric().score(data.problems, [answer], data.networks).correct.all()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 from rewardmap.files import write_text
 from rewardmap.rollout.engine import RolloutEngine
+from rewardmap.transit.assets import composed
 from rewardmap.types import DataError, Problem, SamplingParams
 
 Progress = Callable[[int, int], None]
@@ -194,4 +195,4 @@ def _response(line: str, where: str) -> tuple[str, Answer]:
     if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or not 0 <= tokens < 1 << 31):
         raise DataError(f"{where}, field 'num_tokens': {tokens!r:.80} is not a number of tokens")
     # Half a surrogate pair, which JSON can hold, is no character and could not be written again.
-    return row["uid"], Answer(row["response"].encode("utf-8", "replace").decode(), tokens)
+    return row["uid"], Answer(composed(row["response"].encode("utf-8", "replace").decode()), tokens)

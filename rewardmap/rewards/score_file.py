@@ -17,7 +17,7 @@ from rewardmap.rewards.rubric import Mode, RewardBatch, Rubric
 from rewardmap.rewards.score import FAILURES
 from rewardmap.rewards.scorer import AnyNetwork
 from rewardmap.rewards.stations import Stations
-from rewardmap.transit.assets import parse_metro_data
+from rewardmap.transit.assets import composed, parse_metro_data
 from rewardmap.transit.graph import Network
 from rewardmap.transit.topology import read_network
 from rewardmap.types import ANSWERS, KINDS, LEVELS, TRANSFERS, DataError, MetroData, Problem
@@ -96,7 +96,7 @@ def score_file(
     with nullcontext() if out_path is None else replacing(Path(out_path)) as partial:
         with nullcontext() if partial is None else partial.open("wb") as out:
             for rows, problems in _chunks(in_path, stations):
-                batch = rubric.score(problems, [row["response"] for row in rows], stations.networks)
+                batch = rubric.score(problems, [composed(row["response"]) for row in rows], stations.networks)
                 _add(rows, batch, totals, groups)
                 if out is not None:
                     out.writelines(map(_line, rows, problems))
@@ -178,7 +178,7 @@ def _problem(row: dict[str, Any], where: str, stations: _Stations) -> Problem:
     ends = []
     for name in ("station_1", "station_2"):
         station = _text(row, name, where) if planning else row.get(name)
-        ends.append(station if isinstance(station, str) else "")
+        ends.append(composed(station) if isinstance(station, str) else "")
     if planning and (wrong := stations.names[network_id].complaint(*ends)):
         raise DataError(f"{where}, {wrong}")
     _text(row, "response", where)

@@ -6,6 +6,7 @@ import base64
 import binascii
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,7 @@ def check_metro_data(source: Any, name: str) -> MetroData:
     dropped.
 
     Raises DataError, naming the line, unless it is an object of lists of at least two station names each, whose lines
-    differ in more than case and spaces.
+    differ in more than case and spaces. Names are given ``composed``.
     """
     if not isinstance(source, dict):
         raise DataError(f"{name} must be an object of line names and station lists, got {type(source).__name__}")
@@ -166,7 +167,7 @@ def check_metro_data(source: Any, name: str) -> MetroData:
         raise DataError(f"{name} has no lines")
     names: dict[str, str] = {}
     for line, stops in network.items():
-        other = names.setdefault(" ".join(line.split()).casefold(), line)
+        other = names.setdefault(" ".join(composed(line).split()).casefold(), line)
         if other != line:
             remedy = "give the line one list with all its stations"
             raise DataError(f"{name}: lines {other!r} and {line!r} differ in case and spaces only; {remedy}")
@@ -174,4 +175,16 @@ def check_metro_data(source: Any, name: str) -> MetroData:
             raise DataError(f"{name}: line {line!r} must be a list of station names, got {stops!r}")
         if len(stops) < 2:
             raise DataError(f"{name}: line {line!r} has {len(stops)} stop(s), at least 2 are needed")
-    return network
+    return {composed(line): composed(stops) for line, stops in network.items()}
+
+
+def composed(value: Any) -> Any:
+    """JSON values with all text in Unicode's composed form (NFC), the one that tokenizers write: the published rewards
+    compare names letter by letter, and ``ü`` may also be stored as ``u`` and a mark."""
+    if isinstance(value, str):
+        return unicodedata.normalize("NFC", value)
+    if isinstance(value, list):
+        return [composed(item) for item in value]
+    if isinstance(value, dict):
+        return {composed(key): composed(item) for key, item in value.items()}
+    return value

@@ -9,7 +9,7 @@ A data folder holds the rows in one of these places, the first that exists:
 ``hf://datasets/OWNER/NAME`` instead of a folder fetches that repository from the Hugging Face hub.
 
 Pictures are paths inside the folder, base64 text, bytes, or the ``Image`` feature's ``{bytes, path}``; networks are
-paths of stations files inside the folder, JSON text, or the dictionary itself.
+paths of stations files inside the folder, JSON text, or the dictionary itself. Names are read ``assets.composed``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rewardmap.transit.assets import Assets
+from rewardmap.transit.assets import Assets, composed
 from rewardmap.transit.export import DATA_FOLDER, write_dataset, write_rows
 from rewardmap.transit.graph import Network
 from rewardmap.transit.topology import read_network
@@ -250,8 +250,8 @@ def _problem(row: _Row, assets: Assets, planning_question: str, default_uid: str
         question=question,
         kind=kind,
         answer=-1 if planning else row.integer("answer", ANSWERS[kind]),
-        station_1=row.text("station_1") if planning else row.optional_text("station_1"),
-        station_2=row.text("station_2") if planning else row.optional_text("station_2"),
+        station_1=composed(row.text("station_1") if planning else row.optional_text("station_1")),
+        station_2=composed(row.text("station_2") if planning else row.optional_text("station_2")),
         network_id=assets.network(network_id, row.value("json"), f"{row.where}: field 'json'"),
         map_difficulty=row.choice("difficulty_city", LEVELS),
         transfers_required=row.integer("question_transfer_count", TRANSFERS) if planning else 0,
@@ -266,11 +266,11 @@ def _details(row: _Row, planning: bool, released_planning: bool) -> Any:
     value = row.row.get(name)
     if isinstance(value, str) and value:
         try:
-            value = json.loads(value)
+            value = composed(json.loads(value))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{row.where}: field {name!r} is not JSON ({error}): {value[:80]!r}") from error
     if released_planning and isinstance(value, dict):
-        value = [plan for plan in value.values() if plan]
+        value = [composed(plan) for plan in value.values() if plan]
     if planning and value and not (isinstance(value, list) and all(map(_is_plan, value))):
         # Reports and controls read the routes when a run is over: they must not fail then.
         want = f"routes, each a list of legs with {', '.join(_LEG)}"
