@@ -151,10 +151,10 @@ def read_answer(text: str) -> str:
             raise DataError(f"--answer {text}: no such file; give the answer itself or the file that holds it")
         return text.replace("\\n", "\n")
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             return str(json.loads(content)["response"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not text, nor a JSON object with a 'response' ({error!r})") from error
     return content
 

@@ -330,7 +330,7 @@ def test_rows_are_read_from_the_split_alone(root: Path, name: str) -> None:
 
 def test_wrong_column_types_are_named(root: Path) -> None:
     write_rows(root, [row(answer="1")])
-    with pytest.raises(DataError, match=r"row 0: field 'answer' must be a whole number, got '1'"):
+    with pytest.raises(DataError, match=r"row 0: field 'answer' must be a whole number, got '1'; store the column as"):
         load_dataset(root)
     shutil.rmtree(root / DATA_FOLDER)
     write_rows(root, [row(question=7)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from rewardmap.cli import app
-from rewardmap.show import answer_on_map, find_problem, read_map
+from rewardmap.show import answer_on_map, find_problem, read_answer, read_map
 from rewardmap.transit import Line, Network, gold_response, load_dataset, write_dataset
 from rewardmap.transit.generate import generate_network
 from rewardmap.transit.overlay import TINY_ZOOM, draw_route, draw_stops, with_caption
@@ -175,3 +176,12 @@ def test_a_map_without_coordinates_is_refused(data: Path, tmp_path: Path) -> Non
     assert "two different" in same or "no station 'A'" in same
     with pytest.raises(DataError, match="no question 'nothing' about a/b; the map has none"):
         find_problem(data, "a/b", "nothing")
+
+
+def test_an_answer_in_a_file_may_follow_a_byte_order_mark(tmp_path: Path) -> None:
+    for name, content in (("a.txt", "by train"), ("a.json", json.dumps({"response": "by train"}))):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert read_answer(str(tmp_path / name)) == "by train"
+    (tmp_path / "a.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match=r"a\.json: not text, nor a JSON object with a 'response'"):
+        read_answer(str(tmp_path / "a.json"))

@@ -232,7 +232,9 @@ class _Row:
     def integer(self, name: str, allowed: range) -> int:
         value = self.value(name)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise DataError(f"{self.where}: field {name!r} must be a whole number, got {value!r}")
+            # Such as a column of pandas, which floats become where a row of it is empty.
+            stored = f"{value!r}; store the column as integers"
+            raise DataError(f"{self.where}: field {name!r} must be a whole number, got {stored}")
         if value not in allowed:
             raise DataError(f"{self.where}: field {name!r} is {value}; it must be from {allowed[0]} to {allowed[-1]}")
         return value
