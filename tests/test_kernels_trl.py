@@ -3,9 +3,13 @@ installed."""
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import itertools
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch.distributed as dist
 import trl
 from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PromptTuningConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
@@ -63,7 +68,7 @@ def distinct(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(text.split()))) for text in completions]
 
 
-def build(folder: Path, **options: Any) -> Any:
+def build(folder: Path, adapter: PeftConfig | None = None, **options: Any) -> Any:
     """A trainer of the tiny model for two steps; the seed makes every run sample the same completions."""
     settings = {
         "output_dir": str(folder),
@@ -86,7 +91,8 @@ def build(folder: Path, **options: Any) -> Any:
         "dataloader_pin_memory": False,
     }
     # From a folder: TRL loads the reference model by the name of the policy's.
-    model().save_pretrained(folder / "model")
+    if not (folder / "model").exists():  # of several ranks, once they know each other, only the first would write
+        model().save_pretrained(folder / "model")
     policy = Qwen2ForCausalLM.from_pretrained(folder / "model")
     rows = Dataset.from_dict({"prompt": [f"w{i} w{i + 1}" for i in range(8)]})
     return trl.GRPOTrainer(
@@ -95,6 +101,7 @@ def build(folder: Path, **options: Any) -> Any:
         args=trl.GRPOConfig(**{**settings, **options}),
         train_dataset=rows,
         processing_class=tokenizer(),
+        peft_config=adapter,
     )
 
 
@@ -209,6 +216,23 @@ CASES: dict[str, dict[str, Any]] = {
     "sapo": {"loss_type": "sapo"},
     "dr_grpo, delta": {"loss_type": "dr_grpo", "delta": 1.5},
     "bnpo, two epochs": {"loss_type": "bnpo", "num_iterations": 2},
+    "a generation for two updates, answers cut short masked": {
+        "steps_per_generation": 4,
+        "num_iterations": 2,
+        "max_steps": 4,
+        "mask_truncated_completions": True,
+        "scale_rewards": "none",
+        "beta": 0.1,
+    },
+    "reentrant checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    },
+    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+    "Liger's layers": {
+        "use_liger_kernel": True,
+        "liger_kernel_config": {"rope": False, "rms_norm": False, "swiglu": False},
+    },
 }
 
 
@@ -224,6 +248,68 @@ def test_a_fused_trainer_takes_trl_s_steps(options: dict[str, Any], tmp_path: Pa
     for a, b in zip(plain_log, fused_log, strict=True):
         for key in a.keys() & {"loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "reward"}:
             assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-5), key
+
+
+RANKS = """
+import os, pathlib, sys
+import torch
+import test_kernels_trl as cases
+folder = pathlib.Path(sys.argv[1]) / os.environ["RANK"]
+options = {"loss_type": "dapo", "beta": 0.1, "num_generations": 8, "steps_per_generation": 4}
+(plain, plain_log), (fused, fused_log) = (cases.run(folder, how, **options) for how in (None, "loss"))
+assert torch.distributed.get_world_size() == 2
+torch.testing.assert_close(fused, plain, rtol=2e-4, atol=2e-6)
+assert abs(fused_log[0]["grad_norm"] / plain_log[0]["grad_norm"] - 1) < 2e-3
+os._exit(0)  # gloo's threads
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_take_trl_s_steps(tmp_path: Path) -> None:
+    """A group's answers on both of them, two batches an update, two updates a generation."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANKS, str(tmp_path)],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+LORA = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]}
+ADAPTERS: dict[str, PeftConfig] = {
+    "lora": LoraConfig(**LORA),
+    "lora and the head": LoraConfig(**LORA, modules_to_save=["lm_head"]),
+    "prompt tuning": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_fused_trainer_takes_trl_s_steps_of_an_adapter(name: str, tmp_path: Path) -> None:
+    """Against the reference that TRL gets by switching the adapter off."""
+    found = []
+    for fused in (None, "loss"):
+        torch.manual_seed(1)  # an adapter's weights are drawn when the trainer is built
+        options = {"adapter": copy.deepcopy(ADAPTERS[name]), "loss_type": "grpo", "beta": 0.1, "max_steps": 3}
+        found.append(run(tmp_path / str(fused), fused, **options))
+    (plain, plain_log), (fused, fused_log) = found
+    for key, value in plain.items():
+        torch.testing.assert_close(fused[key], value, rtol=2e-4, atol=2e-6)
+    for a, b in zip(plain_log, fused_log, strict=True):
+        for key in a.keys() & {"loss", "grad_norm", "kl"}:
+            assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-5), key
+    assert plain_log[-2]["kl"] > 0  # the adapter has moved
 
 
 @pytest.mark.gpu

@@ -100,14 +100,19 @@ class _Head:
             )
             return logprobs, entropy, None, None, None
         assert state.scored is not None and state.objective is not None
-        rows: dict[str, Any] = {name: grid.reshape(-1) for name, grid in state.rows.items()}
-        if hidden.shape[0] != state.scored.numel():  # TRL took the scored positions only
+        # Virtual tokens (PEFT's prompt tuning) stand before the prompt; nothing of theirs is scored.
+        size, length = state.scored.shape
+        virtual = max(hidden.shape[0] - size * length, 0) // size
+        rows: dict[str, Any] = {
+            name: torch.nn.functional.pad(grid, (virtual, 0)).reshape(-1) for name, grid in state.rows.items()
+        }
+        if hidden.shape[0] < size * length:  # TRL took the scored positions only
             rows = {name: values[state.scored.reshape(-1)] for name, values in rows.items()}
         # A model split by device_map: TRL has brought hidden and targets to the head's device.
         rows = {name: values.to(hidden.device) for name, values in rows.items()}
         out = linear_policy_loss(
             hidden, weight, targets, objective=state.objective, temperature=temperature,
-            num_sequences=state.scored.shape[0], **rows,
+            num_sequences=size, **rows,
         )  # fmt: skip
         state.loss = out.loss.detach()
         return _OnLogprobs.apply(out.logprobs, out.loss), out.entropy, None, None, None
