@@ -79,6 +79,28 @@ def test_linear_policy_loss_matches_the_definition(objective: PolicyObjective, c
         for mine, theirs in zip(grads, expected, strict=True):
             torch.testing.assert_close(mine, 2 * theirs, rtol=1e-9, atol=1e-12)
         assert not got.logprobs.requires_grad and not got.entropy.requires_grad
+        metrics = policy_loss(logprobs, entropy=entropy, objective=objective, **rows).metrics
+        assert got.metrics.keys() == metrics.keys()
+        for name, value in metrics.items():
+            torch.testing.assert_close(got.metrics[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", [PolicyObjective(), PolicyObjective("gspo")], ids=cases.objective_id)
+def test_metrics_are_made_once_whatever_the_chunks(
+    objective: PolicyObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["rewardmap_kernels.policy_loss"]
+    made, make = [], module._metrics
+    monkeypatch.setattr(module, "_metrics", lambda *args: made.append(args) or make(*args))
+    for chunk_rows in (8, N):
+        linear_policy_loss(*tensors(), objective=objective, chunk_rows=chunk_rows, **cases.row_inputs(N))
+        assert len(made) == 1
+        made.clear()
+    logits_policy_loss(
+        torch.randn(N, V, requires_grad=True), tensors()[2], objective=objective,
+        **cases.row_inputs(N, dtype=torch.float32),
+    )  # fmt: skip
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("objective", cases.OBJECTIVES, ids=cases.objective_id)

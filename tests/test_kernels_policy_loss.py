@@ -199,6 +199,7 @@ def test_a_bad_objective_raises(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("objective", "change", "message"),
     [
+        ({}, {"advantages": None}, r"advantages must be a \[N\] tensor, got None"),
         ({}, {"advantages": torch.zeros(3)}, r"advantages must have shape \(4,\), got \(3,\)"),
         (
             {},

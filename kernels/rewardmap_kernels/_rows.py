@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from . import torch_rows
-from ._checks import check_normalizer, check_range, check_rows, check_temperature, compute_dtype, number_on
+from ._checks import compute_dtype, number_on
 from .dispatch import choose
-from .objective import require_inputs
 from .torch_rows import RowStatistics
 
 
@@ -48,26 +47,6 @@ def differentiable(tensor: Tensor) -> Tensor:
     """Under no_grad the tensor detached: a Function is told of requires_grad alone and would make the
     gradients."""
     return tensor if torch.is_grad_enabled() else tensor.detach()
-
-
-def check_policy_inputs(inputs: dict[str, Any], mask: Tensor | None, temperature: Tensor | float, like: Tensor) -> None:
-    """Raise for what policy_loss would raise for, before the first product."""
-    n = like.shape[0]
-    for name in ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs"):
-        check_rows(name, inputs[name], like, n)
-    if inputs["advantages"] is None:
-        raise ValueError("advantages must be a [N] tensor, got None")
-    check_rows("sequence", inputs["sequence"], like, n, "int")
-    check_rows("loss_mask", mask, like, n, "mask")
-    check_normalizer(inputs["normalizer"], like, n)
-    check_temperature(temperature, like, n)
-    require_inputs(
-        inputs["objective"], entropy=True, ref_logprobs=inputs["ref_logprobs"],
-        rollout_logprobs=inputs["rollout_logprobs"], sequence=inputs["sequence"],
-    )  # fmt: skip
-    if inputs["objective"].needs_sequence:
-        count = inputs["num_sequences"]
-        check_range("sequence", inputs["sequence"], 0, n if count is None else count)
 
 
 def divisor_of(normalizer: Tensor | float, like: Tensor) -> Tensor:

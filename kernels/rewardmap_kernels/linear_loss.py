@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _rows
-from ._checks import check_linear, check_no_overlap, check_row_index, compute_dtype
+from ._checks import check_linear, check_no_overlap, check_row_index, check_temperature, compute_dtype
 from ._head import Head, chunk_size, full_weight, operand_dtype
 from ._scale import scaled, taken
 from ._shard import VocabShard
 from .objective import PolicyObjective, check_objective, from_key
-from .policy_loss import metric_names, policy_loss
+from .policy_loss import PolicyLossOutput, check_policy_inputs, evaluate, metric_names
 from .torch_rows import RowStatistics
 
 OPERATION = "linear_policy_loss"
@@ -54,7 +54,7 @@ def _forward(
         "sequence": sequence, "num_sequences": num_sequences,
     }  # fmt: skip
     divisor = temperature if row_temperature is None else row_temperature
-    keep = None if loss_mask is None else loss_mask != 0
+    keep = None if loss_mask is None else loss_mask.bool()
     head = Head(impl, hidden, weight, keep, logits_dtype, need_hidden, need_weight, weight_grad, chunk_rows)
     shard = None if not group else VocabShard.of(group, weight.shape[0])
     targets = targets if shard is None else shard.local(targets)
@@ -73,8 +73,16 @@ def _forward(
 def _run(
     impl: Any, head: Head, shard: VocabShard | None, targets: Tensor, divisor: Tensor | float, inputs: dict[str, Any],
     keep: Tensor | None,
-) -> tuple[RowStatistics, Any, Tensor | None]:  # fmt: skip
+) -> tuple[RowStatistics, PolicyLossOutput, Tensor | None]:  # fmt: skip
     """The loop over chunks: all rows' statistics, ``policy_loss``'s output, and what the gradients are scaled by."""
+
+    def gradient_of(rows: slice, logits: Tensor, found: RowStatistics, c: Tensor, e: Tensor) -> Tensor:
+        per_row = _rows.row_slice(divisor, rows)
+        made: Tensor = impl.gradient(
+            OPERATION, logits, targets[rows], per_row, found, c, e, scale, head.dtype, in_place=True
+        )
+        return made
+
     objective: PolicyObjective = inputs["objective"]
     scale = _rows.float16_scale(head.dtype, inputs["normalizer"], head.hidden)
     training = head.d_hidden is not None or head.d_weight is not None
@@ -102,38 +110,25 @@ def _run(
             head.backward(rows, x, gradient, (-1.0 / (total * per_row))[:, None])
             continue
         part = {name: _rows.row_slice(value, rows) for name, value in inputs.items()}
-        out = policy_loss(found.logprobs, entropy=found.entropy, loss_mask=on, **part)
+        out = evaluate(found.logprobs, entropy=found.entropy, loss_mask=on, with_metrics=one, **part)
         output = out if one else None
         if factored:
             # Coefficients of 0 stay 0 beside an infinite quotient.
-            factor = torch.where(out.d_logprob == 0, 0.0, -out.d_logprob / (total * per_row))
+            factor = (out.d_logprob / (total * -per_row)).masked_fill_(out.d_logprob == 0, 0.0)
             head.backward(rows, x, gradient, factor[:, None])
         else:
-            head.backward(rows, x, _gradient(impl, head, logits, targets[rows], per_row, found, out, rows, scale, True))
+            head.backward(rows, x, gradient_of(rows, logits, found, out.d_logprob, out.d_entropy))
     whole = _rows.joined(parts, head.hidden)
     if output is None:
-        output = policy_loss(whole.logprobs, entropy=whole.entropy, loss_mask=keep, **inputs)
+        output = evaluate(whole.logprobs, entropy=whole.entropy, loss_mask=keep, **inputs)
     if directions and head.d_hidden is not None:
         head.d_hidden.mul_(output.d_logprob[:, None])
     if second_pass:
         for rows in head.chunks:
             x, logits = head.logits(rows)
             these = RowStatistics(*(values[rows] for values in whole))
-            per_row = _rows.row_slice(divisor, rows)
-            head.backward(
-                rows, x, _gradient(impl, head, logits, targets[rows], per_row, these, output, rows, scale, False)
-            )
+            head.backward(rows, x, gradient_of(rows, logits, these, output.d_logprob[rows], output.d_entropy[rows]))
     return whole, output, scale
-
-
-def _gradient(
-    impl: Any, head: Head, logits: Tensor, targets: Tensor, divisor: Tensor | float, found: RowStatistics, out: Any,
-    rows: slice, scale: Tensor | None, sliced: bool,
-) -> Tensor:  # fmt: skip
-    """d loss / d logits of a chunk, over the logits; ``sliced``: ``out`` is of the chunk alone."""
-    c, e = (out.d_logprob, out.d_entropy) if sliced else (out.d_logprob[rows], out.d_entropy[rows])
-    made: Tensor = impl.gradient(OPERATION, logits, targets, divisor, found, c, e, scale, head.dtype, in_place=True)
-    return made
 
 
 @_forward.register_fake
@@ -280,7 +275,8 @@ def linear_policy_loss(
         "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs, "sequence": sequence,
         "num_sequences": n if num_sequences is None else num_sequences,
     }  # fmt: skip
-    _rows.check_policy_inputs(inputs, loss_mask, temperature, hidden)
+    check_policy_inputs(hidden, loss_mask=loss_mask, **inputs)
+    check_temperature(temperature, hidden, n)
     hidden = _rows.differentiable(_rows.autocast_operand(hidden))
     weight = _rows.differentiable(_rows.autocast_operand(weight))
     if logits_dtype not in (torch.float32, torch.bfloat16) or (

@@ -12,7 +12,7 @@ from . import _rows
 from ._checks import check_floating, check_targets, check_temperature, compute_dtype, first_order_only
 from ._scale import scale_, taken
 from .objective import PolicyObjective, from_key
-from .policy_loss import metric_names, policy_loss
+from .policy_loss import check_policy_inputs, evaluate, metric_names
 from .torch_rows import RowStatistics
 
 
@@ -116,17 +116,17 @@ def _policy_forward(
         "num_sequences": num_sequences,
     }  # fmt: skip
     divisor = temperature if row_temperature is None else row_temperature
-    keep = None if loss_mask is None else loss_mask != 0
+    keep = None if loss_mask is None else loss_mask.bool()
     scale = _rows.float16_scale(logits.dtype, normalizer, logits)
     source, gradient = logits if over is None else over, None
     if training and not goal.needs_sequence:
         done = impl.fused(operation, source, targets, divisor, keep, inputs, scale, over is not None)
         logprobs, entropy, gradient = done.logprobs, done.entropy, done.gradient
-        out = policy_loss(logprobs, entropy=entropy, loss_mask=keep, **inputs)
+        out = evaluate(logprobs, entropy=entropy, loss_mask=keep, **inputs)
     else:
         rows = impl.statistics(operation, source, targets, divisor, keep)
         logprobs, entropy = rows.logprobs, rows.entropy
-        out = policy_loss(logprobs, entropy=entropy, loss_mask=keep, **inputs)
+        out = evaluate(logprobs, entropy=entropy, loss_mask=keep, **inputs)
         if training:
             gradient = impl.gradient(
                 operation, source, targets, divisor, rows, out.d_logprob, out.d_entropy, scale, logits.dtype,
@@ -200,9 +200,10 @@ def logits_policy_loss(
     inputs: dict[str, Any] = {
         "advantages": advantages, "normalizer": normalizer, "objective": objective, "old_logprobs": old_logprobs,
         "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs, "sequence": sequence,
-        "num_sequences": num_sequences,
+        "num_sequences": logits.shape[0] if num_sequences is None else num_sequences,
     }  # fmt: skip
-    _rows.check_policy_inputs(inputs, loss_mask, temperature, logits)
+    check_policy_inputs(logits, loss_mask=loss_mask, **inputs)
+    check_temperature(temperature, logits, logits.shape[0])
     if inplace and logits.requires_grad:
         base = logits if logits._base is None else logits._base  # of a view
         if base.requires_grad and base.is_leaf:
@@ -214,7 +215,7 @@ def logits_policy_loss(
     loss, logprobs, entropy, metrics = _LogitsPolicyLoss.apply(
         logits, inplace, targets, per_row, 1.0 if isinstance(temperature, Tensor) else float(temperature), advantages,
         _rows.divisor_of(normalizer, logits), old_logprobs, ref_logprobs, rollout_logprobs, sequence,
-        logits.shape[0] if num_sequences is None else num_sequences, loss_mask, objective.key,
+        inputs["num_sequences"], loss_mask, objective.key,
     )  # fmt: skip
     names = metric_names(objective, entropy=True, reference=ref_logprobs is not None)
     return LogitsPolicyLoss(loss, logprobs, entropy, dict(zip(names, metrics.unbind(), strict=True)))

@@ -128,7 +128,6 @@ def check_objective(objective: object) -> None:
 def require_inputs(
     objective: PolicyObjective,
     *,
-    entropy: object,
     ref_logprobs: object,
     rollout_logprobs: object,
     sequence: object,
@@ -137,8 +136,6 @@ def require_inputs(
     check_objective(objective)
     if objective.kl_coef and ref_logprobs is None:
         raise ValueError(f"kl_coef = {objective.kl_coef} needs ref_logprobs, got None")
-    if objective.entropy_coef and entropy is None:
-        raise ValueError(f"entropy_coef = {objective.entropy_coef} needs entropy, got None")
     if objective.importance_correction != "none" and rollout_logprobs is None:
         raise ValueError(
             f"importance_correction = {objective.importance_correction!r} needs rollout_logprobs, got None"

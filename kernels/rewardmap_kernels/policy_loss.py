@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from ._checks import check_floating, check_normalizer, check_range, check_rows, compute_dtype, first_order_only
-from .objective import PolicyObjective, require_inputs
+from .objective import CLIPPED, PolicyObjective, require_inputs
 
 LOG_RATIO_BOUND = 20.0
 """Log-ratios are clamped to +-this before exp: e^20 = 4.9e8 keeps float32 finite; the gradient outside is zero."""
@@ -28,10 +28,10 @@ _FIXED_POINT = 2.0**38
 
 def metric_names(objective: PolicyObjective, *, entropy: bool, reference: bool) -> tuple[str, ...]:
     """Keys of ``policy_loss``'s metrics, in order."""
-    names = ["clip_fraction_low", "clip_fraction_high", "approx_kl", "ratio_mean", "ratio_min", "ratio_max"]
+    names = ["clip_fraction_low", "clip_fraction_high", "approx_kl", "ratio_mean"]
     if objective.importance_correction != "none":
         names += ["importance_mean", "importance_rejected"]
-    return (*names, *(["kl_ref"] if reference else []), *(["entropy"] if entropy else []))
+    return (*names, *(["kl_ref"] if reference else []), *(["entropy"] if entropy else []), "ratio_min", "ratio_max")
 
 
 class PolicyLossOutput(NamedTuple):
@@ -110,49 +110,49 @@ def _importance_weights(
     outside = (weight < low) | (weight > high)
     if objective.importance_correction == "truncate":
         return weight.clamp(low, high), outside
-    return torch.where(outside, 0.0, weight), outside
+    return weight.masked_fill_(outside, 0.0), outside
 
 
-class _Terms(NamedTuple):
-    loss: Tensor
-    derivative: Tensor
-    clipped_low: Tensor
-    clipped_high: Tensor
-
-
-def _policy_terms(objective: PolicyObjective, logprobs: Tensor, ratio: Tensor, inside: Tensor, adv: Tensor) -> _Terms:
-    """The policy term per row and its derivative with respect to the row's log-probability.
-
-    ``ratio`` is r, with dr/dlogp = r where ``inside`` (the log-ratio was not clamped), else 0.
-    """
-    no = torch.zeros_like(inside)
-    slope = torch.where(inside, ratio, 0.0)
+def _policy_term(
+    objective: PolicyObjective, logprobs: Tensor, ratio: Tensor, slope: Tensor, adv: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The policy term per row and its derivative with respect to the row's log-probability; ``slope``: the ratio's."""
     low, high = 1.0 - objective.clip_eps_low, 1.0 + objective.clip_eps_high
     if objective.name == "reinforce":
-        return _Terms(-adv * logprobs, -adv, no, no)
+        return -adv * logprobs, -adv
     if objective.name == "cispo":
-        weight = ratio.clamp(low, high)
-        return _Terms(-weight * adv * logprobs, -weight * adv, ratio < low, ratio > high)
+        weighted = -ratio.clamp(low, high) * adv
+        return weighted * logprobs, weighted
     if objective.name == "sapo":
         tau = torch.where(adv > 0, objective.sapo_temperature_pos, objective.sapo_temperature_neg).to(ratio.dtype)
         gate, rest = torch.sigmoid(tau * (ratio - 1.0)), torch.sigmoid(tau * (1.0 - ratio))  # rest = 1 - gate, exactly
-        return _Terms(-gate * 4.0 / tau * adv, -4.0 * gate * rest * slope * adv, no, no)
+        return -gate * 4.0 / tau * adv, -4.0 * gate * rest * slope * adv
     capped, capped_slope = ratio, slope
     if objective.delta is not None:
         capped = ratio.clamp(max=objective.delta)
-        capped_slope = torch.where(ratio > objective.delta, 0.0, slope)
+        capped_slope = slope.masked_fill(ratio > objective.delta, 0.0)
     plain, clipped = capped * adv, ratio.clamp(low, high) * adv
     cut = plain > clipped
     value = torch.where(cut, clipped, plain)
     # Where the clipped branch wins strictly, the ratio is outside [low, high] and the clip's derivative is
     # zero.
-    derivative = torch.where(cut, 0.0, capped_slope * adv)
+    derivative = (capped_slope * adv).masked_fill_(cut, 0.0)
     if objective.dual_clip is not None:
         floor = objective.dual_clip * adv
         bounded = (adv < 0) & (value < floor)
         value = torch.where(bounded, floor, value)
-        derivative = torch.where(bounded, 0.0, derivative)
-    return _Terms(-value, -derivative, (ratio < low) & (adv < 0), (ratio > high) & (adv > 0))
+        derivative.masked_fill_(bounded, 0.0)
+    return -value, -derivative
+
+
+def _clipped(objective: PolicyObjective, ratio: Tensor, adv: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the clip acts on a row whose ratio is too low, and on one whose ratio is too high."""
+    low, high = ratio < 1.0 - objective.clip_eps_low, ratio > 1.0 + objective.clip_eps_high
+    if objective.name == "cispo":
+        return low, high
+    if objective.name in CLIPPED:
+        return low & (adv < 0), high & (adv > 0)
+    return torch.zeros_like(low), torch.zeros_like(high)
 
 
 def _kl_terms(estimator: str, gap: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,17 +163,37 @@ def _kl_terms(estimator: str, gap: Tensor) -> tuple[Tensor, Tensor]:
         return 0.5 * gap * gap, -gap
     bounded = gap.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     growth = torch.expm1(bounded)
-    return growth - bounded, torch.where(gap.abs() > LOG_RATIO_BOUND, 0.0, -growth)
+    return growth - bounded, (-growth).masked_fill_(gap.abs() > LOG_RATIO_BOUND, 0.0)
 
 
-def _times_ratio(estimator: str, gap: Tensor, kl: Tensor, d_kl: Tensor, ratio: Tensor, log_ratio: Tensor) -> Tensor:
-    """Derivative of kl * ratio with respect to logprob."""
-    derivative = d_kl * ratio + kl * torch.where(log_ratio.abs() > LOG_RATIO_BOUND, 0.0, ratio)
+def _times_ratio(estimator: str, gap: Tensor, kl: Tensor, d_kl: Tensor, ratio: Tensor, slope: Tensor) -> Tensor:
+    """Derivative of kl * ratio with respect to logprob; ``slope``: the ratio's."""
+    derivative = d_kl * ratio + kl * slope
     if estimator != "k3":
         return derivative
-    # (1 - e^gap) ratio + (e^gap - gap - 1) ratio without the large numbers that cancel.
-    inside = torch.maximum(log_ratio.abs(), gap.abs()) <= LOG_RATIO_BOUND
-    return torch.where(inside, -gap * ratio, derivative)
+    # (1 - e^gap) ratio + (e^gap - gap - 1) ratio without the large numbers that cancel, where nothing is clamped.
+    return torch.where((gap.abs() <= LOG_RATIO_BOUND) & (slope > 0), -gap * ratio, derivative)
+
+
+def check_policy_inputs(
+    like: Tensor, *, advantages: Tensor, normalizer: Tensor | float, objective: PolicyObjective,
+    old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None, sequence: Tensor | None,
+    num_sequences: int, loss_mask: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise for what ``policy_loss`` raises for, of rows [N] like those of ``like`` [N, ...]; all but the entropy."""
+    n = like.shape[0]
+    if advantages is None:
+        raise ValueError("advantages must be a [N] tensor, got None")
+    check_rows("advantages", advantages, like, n)
+    check_rows("old_logprobs", old_logprobs, like, n)
+    check_rows("ref_logprobs", ref_logprobs, like, n)
+    check_rows("rollout_logprobs", rollout_logprobs, like, n)
+    check_rows("sequence", sequence, like, n, "int")
+    check_rows("loss_mask", loss_mask, like, n, "mask")
+    check_normalizer(normalizer, like, n)
+    require_inputs(objective, ref_logprobs=ref_logprobs, rollout_logprobs=rollout_logprobs, sequence=sequence)
+    if sequence is not None and objective.needs_sequence:
+        check_range("sequence", sequence, 0, num_sequences)
 
 
 def policy_loss(
@@ -212,37 +232,21 @@ def policy_loss(
     None.
     """
     check_floating("logprobs", logprobs, 1)
-    n = logprobs.shape[0]
-    for name, value in (
-        ("advantages", advantages),
-        ("entropy", entropy),
-        ("old_logprobs", old_logprobs),
-        ("ref_logprobs", ref_logprobs),
-        ("rollout_logprobs", rollout_logprobs),
-    ):
-        check_rows(name, value, logprobs, n)
-    check_rows("sequence", sequence, logprobs, n, "int")
-    check_rows("loss_mask", loss_mask, logprobs, n, "mask")
-    check_normalizer(normalizer, logprobs, n)
-    require_inputs(
-        objective,
-        entropy=entropy,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        sequence=sequence,
-    )
-    buckets = n if num_sequences is None else num_sequences
-    if sequence is not None and objective.needs_sequence:
-        check_range("sequence", sequence, 0, buckets)
+    inputs: dict[str, Any] = {
+        "advantages": advantages, "normalizer": normalizer, "objective": objective, "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs, "rollout_logprobs": rollout_logprobs, "sequence": sequence,
+        "num_sequences": logprobs.shape[0] if num_sequences is None else num_sequences, "loss_mask": loss_mask,
+    }  # fmt: skip
+    check_policy_inputs(logprobs, **inputs)
+    check_rows("entropy", entropy, logprobs, logprobs.shape[0])
+    if objective.entropy_coef and entropy is None:
+        raise ValueError(f"entropy_coef = {objective.entropy_coef} needs entropy, got None")
     if not torch.compiler.is_compiling() and any(
         value is not None and unpack_dual(value).tangent is not None for value in (logprobs, entropy)
-    ):  # no_grad does not end forward mode, whose result through _evaluate would be another
+    ):  # no_grad does not end forward mode, whose result through evaluate would be another
         raise RuntimeError("policy_loss has no forward-mode derivative; differentiate by backward")
     with torch.no_grad():
-        output = _evaluate(
-            logprobs, advantages, normalizer, objective, entropy, old_logprobs, ref_logprobs,
-            rollout_logprobs, sequence, buckets, loss_mask,
-        )  # fmt: skip
+        output = evaluate(logprobs, entropy=entropy, **inputs)
     if torch.is_grad_enabled() and (logprobs.requires_grad or (entropy is not None and entropy.requires_grad)):
         row_loss = _AttachDerivatives.apply(logprobs, entropy, output.row_loss, output.d_logprob, output.d_entropy)
         return output._replace(row_loss=row_loss)
@@ -256,16 +260,35 @@ def _extreme(ratio: Tensor, mask: Tensor, reduce: Callable[[Tensor], Tensor], ne
     return torch.where(mask.any(), found, 1.0)
 
 
-def _evaluate(
-    logprobs: Tensor, advantages: Tensor, normalizer: Tensor | float, objective: PolicyObjective,
+def _metrics(
+    objective: PolicyObjective, ratio: Tensor, log_ratio: Tensor, adv: Tensor, others: dict[str, Tensor], mask: Tensor
+) -> dict[str, Tensor]:
+    """Means over the unmasked rows, of ``others`` [N] too, and the extremes of their ratios."""
+    low, high = _clipped(objective, ratio, adv)
+    rows = {"clip_fraction_low": low, "clip_fraction_high": high, "approx_kl": ratio - 1.0 - log_ratio}
+    rows |= {"ratio_mean": ratio, **others}
+    stacked = torch.stack([values.to(ratio.dtype) for values in rows.values()])
+    means = torch.where(mask, stacked, 0.0).sum(1) / mask.sum().clamp(min=1)
+    return {
+        **dict(zip(rows, means.unbind(), strict=True)),
+        "ratio_min": _extreme(ratio, mask, torch.amin, math.inf),
+        "ratio_max": _extreme(ratio, mask, torch.amax, -math.inf),
+    }
+
+
+def evaluate(
+    logprobs: Tensor, *, advantages: Tensor, normalizer: Tensor | float, objective: PolicyObjective,
     entropy: Tensor | None, old_logprobs: Tensor | None, ref_logprobs: Tensor | None, rollout_logprobs: Tensor | None,
-    sequence: Tensor | None, num_sequences: int, loss_mask: Tensor | None,
+    sequence: Tensor | None, num_sequences: int, loss_mask: Tensor | None, with_metrics: bool = True,
 ) -> PolicyLossOutput:  # fmt: skip
+    """``policy_loss`` for fused operations: of inputs that were checked, without autograd; ``metrics`` are empty
+    unless asked for."""
     dtype = compute_dtype(logprobs)
-    mask = torch.ones_like(logprobs, dtype=torch.bool) if loss_mask is None else loss_mask != 0
+    mask = torch.ones_like(logprobs, dtype=torch.bool) if loss_mask is None else loss_mask.bool()
+    zero = torch.zeros((), dtype=dtype, device=logprobs.device)  # a number would be filled in anew at every use
 
     def clean(values: Tensor) -> Tensor:
-        return torch.where(mask, values.to(dtype), 0.0)
+        return torch.where(mask, values.to(dtype), zero)
 
     logp, adv = clean(logprobs), clean(advantages)
     old = logp if old_logprobs is None else clean(old_logprobs)
@@ -277,47 +300,36 @@ def _evaluate(
         log_ratio = sequence_sums(bounded, sequence, num_sequences) / counts
     bounded = log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     ratio = torch.exp(bounded)
-    terms = _policy_terms(objective, logp, ratio, ~(log_ratio.abs() > LOG_RATIO_BOUND), adv)
-    loss, d_logprob = terms.loss, terms.derivative
-    count = mask.sum().clamp(min=1).to(dtype)
-
-    def mean_of(values: Tensor) -> Tensor:
-        return torch.where(mask, values.to(dtype), 0.0).sum() / count
-
-    metrics = {
-        "clip_fraction_low": mean_of(terms.clipped_low),
-        "clip_fraction_high": mean_of(terms.clipped_high),
-        "approx_kl": mean_of(ratio - 1.0 - bounded),
-        "ratio_mean": mean_of(ratio),
-        "ratio_min": _extreme(ratio, mask, torch.amin, math.inf),
-        "ratio_max": _extreme(ratio, mask, torch.amax, -math.inf),
-    }
+    slope = ratio.masked_fill(log_ratio.abs() > LOG_RATIO_BOUND, 0.0)  # d ratio / d logprob
+    loss, d_logprob = _policy_term(objective, logp, ratio, slope, adv)
+    shown: dict[str, Tensor] = {}
     if objective.importance_correction != "none":
         assert rollout_logprobs is not None
         gap = old - clean(rollout_logprobs)
         weight, outside = _importance_weights(objective, gap, mask, sequence, num_sequences)
         loss, d_logprob = loss * weight, d_logprob * weight
-        metrics["importance_mean"] = mean_of(weight)
-        metrics["importance_rejected"] = mean_of(outside)
+        shown |= {"importance_mean": weight, "importance_rejected": outside}
     if ref_logprobs is not None:
         gap = clean(ref_logprobs) - logp
         kl, d_kl = _kl_terms(objective.kl_estimator, gap)
         if objective.kl_bias_correction:
-            d_kl = _times_ratio(objective.kl_estimator, gap, kl, d_kl, ratio, log_ratio)
+            d_kl = _times_ratio(objective.kl_estimator, gap, kl, d_kl, ratio, slope)
             kl = kl * ratio
-        metrics["kl_ref"] = mean_of(kl)
+        shown["kl_ref"] = kl
         if objective.kl_coef:
             loss = loss + objective.kl_coef * kl
             d_logprob = d_logprob + objective.kl_coef * d_kl
-    d_entropy = torch.zeros_like(logp)
     if entropy is not None:
-        metrics["entropy"] = mean_of(entropy)
+        shown["entropy"] = entropy
         if objective.entropy_coef:
             loss = loss - objective.entropy_coef * clean(entropy)
-            d_entropy = d_entropy - objective.entropy_coef
     divisor = normalizer.to(device=logp.device, dtype=dtype) if isinstance(normalizer, Tensor) else normalizer
 
     def scale(values: Tensor) -> Tensor:
-        return torch.where(mask, values / divisor, 0.0)
+        return torch.where(mask, values / divisor, zero)
 
-    return PolicyLossOutput(scale(loss), scale(d_logprob), scale(d_entropy), metrics)
+    d_entropy = torch.zeros_like(logp)
+    if objective.entropy_coef:
+        d_entropy = scale(d_entropy - objective.entropy_coef)
+    metrics = _metrics(objective, ratio, bounded, adv, shown, mask) if with_metrics else {}
+    return PolicyLossOutput(scale(loss), scale(d_logprob), d_entropy, metrics)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._checks import compute_dtype
-from .policy_loss import policy_loss
+from .policy_loss import evaluate
 
 LOWEST_LOG_PROB = -1e3
 """Columns at -inf have this log-probability: e^-1000 is 0 in float64 too, and a coefficient times it is finite."""
@@ -186,7 +186,7 @@ def fused(
     logprobs, entropy = _logprob_and_entropy(log_probs, probs, targets)
     if keep is not None:
         logprobs, entropy = torch.where(keep, logprobs, 0.0), torch.where(keep, entropy, 0.0)
-    out = policy_loss(logprobs, entropy=entropy, loss_mask=keep, **inputs)
+    out = evaluate(logprobs, entropy=entropy, loss_mask=keep, with_metrics=False, **inputs)
     d_entropy = out.d_entropy if inputs["objective"].entropy_coef else None
     result = _gradient(log_probs, probs, targets, temperature, entropy, out.d_logprob, d_entropy, scale)
     d_logprob = out.d_logprob if scale is None else out.d_logprob * scale
