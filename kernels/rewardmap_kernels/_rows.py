@@ -1,5 +1,4 @@
-"""The one place that joins an implementation of the row operations with the policy objective and the matrix
-products."""
+"""What the fused operations share: the choice of the row operations, autocast, rows of a chunk, scales."""
 
 from __future__ import annotations
 

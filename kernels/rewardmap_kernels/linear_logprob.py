@@ -48,10 +48,6 @@ def _plan(
     return dtype, directions, keep, need_weight and not keep
 
 
-def _ones_and_zeros(like: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ones_like(like), torch.zeros_like(like)
-
-
 @torch.library.custom_op("rewardmap_kernels::linear_logprobs", mutates_args=())
 def _forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, row_temperature: Tensor | None, temperature: float,
@@ -82,7 +78,7 @@ def _forward(
         else:
             found = impl.statistics(OPERATION, logits, targets[rows], per_row, None)
             if directions:
-                one, zero = _ones_and_zeros(found.lse)
+                one, zero = torch.ones_like(found.lse), torch.zeros_like(found.lse)
                 arguments = (OPERATION, logits, targets[rows], per_row, found)
                 made = impl.gradient(*arguments, one, zero, None, dtype, not entropy_gradient)
                 head.backward(rows, x, made)

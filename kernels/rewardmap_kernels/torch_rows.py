@@ -1,7 +1,7 @@
 """The row operations in plain torch: statistics of logits, their gradient, and both with the policy
 coefficient between.
 
-Same functions as ``triton_launch``; ``dispatch`` says which of the two runs.
+``triton_launch`` and ``native_rows`` have the same functions; ``dispatch`` says which of the three runs.
 """
 
 from __future__ import annotations
@@ -80,10 +80,6 @@ def _scaled(logits: Tensor, temperature: Tensor | float, keep: Tensor | None) ->
     if isinstance(temperature, Tensor):
         return scaled / temperature.to(dtype)[:, None]
     return scaled if temperature == 1.0 else scaled / temperature
-
-
-def _log_probs(logits: Tensor, temperature: Tensor | float, keep: Tensor | None) -> Tensor:
-    return torch.log_softmax(_scaled(logits, temperature, keep), dim=1)
 
 
 def _logprob_and_entropy(log_probs: Tensor, probs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +177,7 @@ def fused(
     inputs: dict[str, Any], scale: Tensor | None, in_place: bool,
 ) -> FusedRows:  # fmt: skip
     """Statistics and gradient of a policy loss whose coefficients need no other row. ``inputs`` are policy_loss's."""
-    log_probs = _log_probs(logits, temperature, keep)
+    log_probs = torch.log_softmax(_scaled(logits, temperature, keep), dim=1)
     probs = log_probs.exp()
     logprobs, entropy = _logprob_and_entropy(log_probs, probs, targets)
     if keep is not None:
