@@ -238,6 +238,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_a_fused_trainer_takes_trl_s_steps(options: dict[str, Any], tmp_path: Path) -> None:
+    if options.get("use_liger_kernel"):
+        pytest.importorskip("liger_kernel")
     plain, plain_log = run(tmp_path / "a", None, **options)
     fused, fused_log = run(tmp_path / "b", "loss", **options)
     assert last_path("linear_policy_loss") is not None
