@@ -88,6 +88,12 @@ CLAIMS = (
     Claim("Cold: the detailed reward helps it", "cold RL on planning + reward", "cold RL on planning", PLANNING),
     Claim("Cold: RewardMap beats RL on planning, at planning", "cold RewardMap", "cold RL on planning", PLANNING),
     Claim("Cold: RewardMap beats RL on planning, on everything", "cold RewardMap", "cold RL on planning"),
+    Claim(
+        "Cold: earlier stages help planning, at as many questions about planning",
+        "cold RL in stages, no replay",
+        "cold RL on planning, half the updates",
+        PLANNING,
+    ),
     Claim("Cold: RewardMap beats SFT → RL, at planning", "cold RewardMap", "cold SFT → RL", PLANNING),
     Claim("Cold: RewardMap beats RL on all", "cold RewardMap", "cold RL on all"),
     Claim("Cold: stages help", "cold RL in stages", "cold RL on all"),
