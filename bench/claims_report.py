@@ -61,7 +61,7 @@ class Claim:
 
 CLAIMS = (
     Claim("RL teaches planning", "RL on planning", "base", PLANNING),
-    Claim("The detailed reward helps it", "RL on planning + reward", "RL on planning", PLANNING),
+    Claim("The detailed reward helps RL on planning", "RL on planning + reward", "RL on planning", PLANNING),
     Claim("SFT on Plus teaches Plus", "SFT", "base", PLUS),
     Claim("Plus data help planning: RL on all beats RL on planning", "RL on all", "RL on planning", PLANNING),
     Claim("RewardMap beats RL on planning, at planning", "RewardMap", "RL on planning", PLANNING),
@@ -85,7 +85,12 @@ CLAIMS = (
     Claim("Training on transit maps helps on the grid", "RewardMap", "base", world="grid"),
     Claim("Training on the grid helps on transit maps", "RewardMap on the grid", "base"),
     Claim("Cold: RL on planning teaches planning", "cold RL on planning", "cold base", PLANNING),
-    Claim("Cold: the detailed reward helps it", "cold RL on planning + reward", "cold RL on planning", PLANNING),
+    Claim(
+        "Cold: the detailed reward helps RL on planning",
+        "cold RL on planning + reward",
+        "cold RL on planning",
+        PLANNING,
+    ),
     Claim("Cold: RewardMap beats RL on planning, at planning", "cold RewardMap", "cold RL on planning", PLANNING),
     Claim("Cold: RewardMap beats RL on planning, on everything", "cold RewardMap", "cold RL on planning"),
     Claim(
