@@ -5,7 +5,8 @@
     python bench/claims.py --scale mini      # the same in a minute, to see that it works
 
 A seed has its own maps and questions, shared by all arms, and every arm makes the same number of updates (but where its
-name says otherwise). Arms run side by side, one thread each; a stopped one is resumed, a finished one is not run again.
+name says otherwise). Cold arms start from a policy that plans hardly any route right. Arms run side by side, one thread
+each; a stopped one is resumed, a finished one is not run again.
 A full run writes bench/results/claims.json, docs/claims/claims.png, the table in docs/claims.md, and README's section.
 """
 
@@ -22,7 +23,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 WARM_START = ROOT / "rewardmap" / "assets" / "tiny"
 PLUS = ("TorF1", "TorF2", "Counting1", "Counting2", "Counting3")
 ALL = (*PLUS, "planning")
+COLD = {"answer_steps": 300}
+"""What the cold start's recipe (``rewardmap.train.warmstart``) has otherwise: three fifths of the lessons in answering.
+It counts lines well, is better than a coin at true/false, and plans 1 to 2 routes in a hundred right."""
 WORLDS = {"transit": "tiny", "grid": "grid-tiny"}
 """World -> the generator's preset."""
 PLAIN = ("reward.alpha=0.0", "reward.map_weights=[1.0, 1.0, 1.0]", "reward.transfer_weight=0.0")
@@ -71,6 +75,8 @@ class Arm:
     stages: tuple[tuple[str, str, float, tuple[str, ...], float], ...] = ()
     settings: tuple[str, ...] = ()
     world: str = "transit"
+    cold: bool = False
+    """From the cold start, not the shipped warm one."""
 
 
 MIXED = (("all mixed", "rl", 1.0, ALL, 0.0),)
@@ -87,6 +93,7 @@ ARMS: dict[str, Arm] = {
     "SFT → RL": Arm((("SFT", "sft", 0.5, PLUS, 0.0), ("planning", "rl", 0.5, ("planning",), 0.0)), PLAIN),
     "RL on planning": Arm((("planning", "rl", 1.0, ("planning",), 0.0),), PLAIN),
     "RL on planning, half the updates": Arm((("planning", "rl", 0.5, ("planning",), 0.0),), PLAIN),
+    "RL on planning + reward": Arm((("planning", "rl", 1.0, ("planning",), 0.0),)),
     "RL on all": Arm(MIXED, PLAIN),
     "RL on all + reward": Arm(MIXED),
     "RL in stages": Arm(STAGED, PLAIN),
@@ -96,7 +103,10 @@ ARMS: dict[str, Arm] = {
     "RewardMap, paper reward": Arm(STAGED, ("reward.mode=paper",)),
     "RewardMap, graph reward": Arm(STAGED, ("reward.mode=graph",)),
     "RewardMap on the grid": Arm(STAGED, world="grid"),
+    "cold base": Arm(cold=True),
 }
+COLD_ARMS = ("SFT → RL", "RL on planning", "RL on planning + reward", "RL on all", "RL in stages", "RewardMap")
+ARMS |= {f"cold {name}": replace(ARMS[name], cold=True) for name in COLD_ARMS}
 TRANSFER = ("base", "RewardMap", "RewardMap on the grid")
 """Arms that are tested on both worlds."""
 
@@ -135,6 +145,8 @@ def run_all(runs: Path, scale: Scale, arms: Sequence[str], jobs: int) -> None:
     """Every missing row, seed by seed. Raises the first failure after the runs at work have ended."""
     jobs_left = [(arm, seed) for seed in range(scale.seeds) for arm in arms if not row_file(runs, arm, seed).is_file()]
     locks = {(world, seed): threading.Lock() for world in WORLDS for seed in range(scale.seeds)}
+    if any(ARMS[arm].cold for arm, _ in jobs_left):
+        make_cold_start(cold_start(runs))
     failed = threading.Event()
     done = 0
 
@@ -169,13 +181,13 @@ def run_arm(
     tested = {}
     if arm.stages:
         if not (folder / "report.json").is_file():
-            train(folder, train_arguments(scale, name, seed, data[arm.world]))
+            train(folder, train_arguments(runs, scale, name, seed))
         tested[arm.world] = numbers(folder / "report.json")
     for world in data:
         if world not in tested:
             out = folder / f"on-{world}"
             if not (out / "report.json").is_file():
-                target = str(folder if arm.stages else WARM_START)
+                target = str(folder if arm.stages else cold_start(runs) if arm.cold else WARM_START)
                 settings = ["rollout.max_new_tokens=24", "rollout.batch_sequences=512", *COMMON]
                 where = ["--data", str(data[world]), "--out", str(out)]
                 rewardmap("eval", target, *settings, *where, "--normaliser", "training")
@@ -192,16 +204,18 @@ def worlds_of(name: str) -> list[str]:
     return [own, *(world for world in WORLDS if world != own and name in TRANSFER)]
 
 
-def train_arguments(scale: Scale, name: str, seed: int, data: Path) -> list[str]:
+def train_arguments(runs: Path, scale: Scale, name: str, seed: int) -> list[str]:
     """Arguments of ``rewardmap train`` for an arm."""
     arm = ARMS[name]
-    stages = ["{name='warm start', kind='sft', steps=0, checkpoint='shipped'}"]
+    start = cold_start(runs) if arm.cold else "shipped"
+    stages = [f"{{name='start', kind='sft', steps=0, checkpoint='{start}'}}"]
     for title, kind, share, kinds, replay in arm.stages:
         steps = max(1, round(share * scale.steps))
         stages.append(
             f"{{name='{title}', kind='{kind}', steps={steps}, question_kinds={list(kinds)}, replay={replay}}}"
         )
     sizes = [f"train.prompts_per_step={scale.prompts}", f"rollout.group_size={scale.group}", f"train.seed={seed}"]
+    data = data_path(runs, arm.world, seed)
     return ["tiny", f"data.path={data}", *COMMON, *sizes, f"train.stages=[{', '.join(stages)}]", *arm.settings]
 
 
@@ -224,11 +238,35 @@ def rewardmap(*arguments: str) -> None:
         raise RuntimeError(f"rewardmap {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
+def cold_start(runs: Path) -> Path:
+    return runs / "cold-start"
+
+
+def make_cold_start(folder: Path) -> None:
+    """Train it, in one thread, where it is not there yet."""
+    import torch
+    from rich.console import Console
+
+    from rewardmap.train.warmstart import make_warm_start
+
+    if folder.exists():
+        return
+    print("the cold start is made first: three minutes", flush=True)
+    torch.set_num_threads(1)
+    partial = folder.with_name(f"{folder.name}.partial")
+    make_warm_start(partial, Console(), COLD)
+    partial.rename(folder)
+
+
+def data_path(runs: Path, world: str, seed: int) -> Path:
+    return runs / f"data-{world}-{seed}"
+
+
 def data_folder(runs: Path, scale: Scale, world: str, seed: int, lock: threading.Lock) -> Path:
     """A seed's maps and questions, drawn when first asked for."""
     from rewardmap.transit import write_dataset
 
-    folder = runs / f"data-{world}-{seed}"
+    folder = data_path(runs, world, seed)
     with lock:
         if not folder.exists():
             counts = dict(zip(("train", "test"), scale.maps, strict=True))
