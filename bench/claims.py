@@ -105,7 +105,16 @@ ARMS: dict[str, Arm] = {
     "RewardMap on the grid": Arm(STAGED, world="grid"),
     "cold base": Arm(cold=True),
 }
-COLD_ARMS = ("SFT → RL", "RL on planning", "RL on planning + reward", "RL on all", "RL in stages", "RewardMap")
+COLD_ARMS = (
+    "SFT → RL",
+    "RL on planning",
+    "RL on planning, half the updates",
+    "RL on planning + reward",
+    "RL on all",
+    "RL in stages",
+    "RL in stages, no replay",
+    "RewardMap",
+)
 ARMS |= {f"cold {name}": replace(ARMS[name], cold=True) for name in COLD_ARMS}
 TRANSFER = ("base", "RewardMap", "RewardMap on the grid")
 """Arms that are tested on both worlds."""
