@@ -156,8 +156,11 @@ def evaluate(
         typer.Option(metavar="FILE.jsonl", help="Judge these answers ('uid' and 'response' a line); asks no model."),
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="A ReasonMap, -Plus or -Train folder. Default: the run's own data."),
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="A ReasonMap, -Plus or -Train folder, or hf://datasets/OWNER/NAME. Default: the run's own data.",
+        ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Default: the run's test split, else test.")] = None,
     questions: Annotated[str, typer.Option(help="ReasonMap's planning questions: short or long.")] = "short",
@@ -188,13 +191,14 @@ def evaluate(
         }
 
         from rewardmap.train.examine import EvalRequest, evaluate_target
+        from rewardmap.transit.reasonmap import data_root
 
         _quiet()
         evaluate_target(
             EvalRequest(
                 target=target,
                 responses=responses,
-                data=data,
+                data=None if data is None else data_root(data),
                 split=split,
                 map_scores=map_scores,
                 out=out,

@@ -40,8 +40,8 @@ class ConfigError(ValueError):
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
 class DataConfig:
     path: str | None = None
-    """Folder of a ReasonMap-Train data set, from the working directory. None: a seeded one is generated into the run
-    folder."""
+    """Folder of a ReasonMap-Train data set, from the working directory, or ``hf://datasets/OWNER/NAME``, which is
+    fetched. None: a seeded one is generated into the run folder."""
     train_split: str = "train"
     test_split: str = "test"
     level: Literal["tiny", "full"] = "tiny"

@@ -75,7 +75,7 @@ def dump_toml(config: Config) -> str:
 
 def with_absolute_paths(config: Config) -> Config:
     """Paths from the working directory made absolute, so that a run goes on from any other."""
-    server = config.rollout.server
+    server, path = config.rollout.server, config.data.path
     changed = replace(
         server,
         keys_file=server.keys_file and os.path.abspath(server.keys_file),
@@ -85,7 +85,7 @@ def with_absolute_paths(config: Config) -> Config:
     stages = tuple(replace(stage, checkpoint=_folder(stage.checkpoint)) for stage in config.train.stages)
     return replace(
         config,
-        data=replace(config.data, path=config.data.path and os.path.abspath(config.data.path)),
+        data=replace(config.data, path=path if path is None or "://" in path else os.path.abspath(path)),
         policy=replace(config.policy, model=_folder(config.policy.model) or "tiny"),
         rollout=replace(config.rollout, server=changed),
         train=replace(config.train, stages=stages),

@@ -16,9 +16,13 @@ from unicodedata import normalize
 import datasets
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from rewardmap.cli import app
+from rewardmap.config_file import load_config, with_absolute_paths
 from rewardmap.files import open_picture
 from rewardmap.rewards import Rubric
+from rewardmap.train.examine import data_folder
 from rewardmap.transit import Line, Network, gold_response, load_dataset
 from rewardmap.transit.draw import encode_png
 from rewardmap.transit.questions import question_text
@@ -170,8 +174,15 @@ def test_a_repository_of_the_hub_whose_files_are_links(root: Path, monkeypatch: 
         return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    assert len(load_dataset("hf://datasets/FSCCS/ReasonMap-Plus", "test").problems) == 1
-    assert asked == [("FSCCS/ReasonMap-Plus", "dataset")]
+    name = "hf://datasets/FSCCS/ReasonMap-Plus"
+    assert len(load_dataset(name, "test").problems) == len(load_dataset(snapshot, "test").problems) == 1
+    assert asked == [("FSCCS/ReasonMap-Plus", "dataset")]  # what is in the cache is a folder like any other
+    config = with_absolute_paths(load_config("tiny", [f"data.path={name}"]))
+    assert config.data.path == name and data_folder(config, None) == snapshot
+    (root / "answers.jsonl").write_text('{"uid": "test-000000", "response": "yes"}\n')
+    command = ["eval", "--responses", str(root / "answers.jsonl"), "--data", name, "--out", str(root / "out")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0 and (root / "out/report.json").is_file(), done.output
     with pytest.raises(DataError, match=r"hf://datasets/a/gone: cannot be fetched \(not there\)"):
         load_dataset("hf://datasets/a/gone")
 

@@ -43,7 +43,7 @@ from rewardmap.rollout.engine import RolloutEngine
 from rewardmap.train.checkpoint import find_damage, list_checkpoints
 from rewardmap.train.engines import attach, make_engine, need_client, need_engine
 from rewardmap.train.faults import interrupts_say
-from rewardmap.transit.reasonmap import MapData, load_dataset
+from rewardmap.transit.reasonmap import MapData, data_root, load_dataset
 from rewardmap.types import DataError, Problem, SamplingParams
 
 CHECKPOINTS = "checkpoints"
@@ -301,11 +301,11 @@ def _load(
 
 
 def data_folder(config: Config, run_dir: Path | None) -> Path:
-    """Where a run's data is. Raises DataError for a folder that is not there."""
+    """Where a run's data is; what is on the hub is fetched. Raises DataError for a folder that is not there."""
     if config.data.path is None:
         assert run_dir is not None
         return run_dir / "data"
-    folder = Path(config.data.path)
+    folder = data_root(config.data.path)
     if not folder.is_dir():
         raise DataError(
             f"data.path='{folder}': no such folder ({folder.absolute()}); give a ReasonMap-Train folder, from the "

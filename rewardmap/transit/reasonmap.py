@@ -74,8 +74,8 @@ def load_dataset(
         raise ValueError(f"on_bad_row must be 'raise' or 'skip', got {on_bad_row!r}")
     if planning_question not in ("short", "long"):
         raise ValueError(f"planning_question must be 'short' or 'long', got {planning_question!r}")
-    root, store = _local(folder)
-    assets = Assets(root, store, max_image_pixels)
+    root = data_root(folder).absolute()
+    assets = Assets(root, _store(root), max_image_pixels)
     problems: list[Problem] = []
     skipped: list[str] = []
     uids: set[str] = set()
@@ -98,21 +98,29 @@ def load_dataset(
     return MapData(problems, assets.networks, root, tuple(skipped))
 
 
-def _local(folder: str | Path) -> tuple[Path, Path]:
-    """The data folder, and the folder that holds its files (the hub's cache keeps them beside it, as links)."""
-    name = str(folder)
-    if not name.startswith(_HUB):
-        return Path(folder).absolute(), Path(folder).absolute()
+def data_root(source: str | Path) -> Path:
+    """The data folder that ``source`` is, or the hub's cached copy of the repository that it names.
+
+    Raises DataError for a repository that cannot be fetched.
+    """
+    if not str(source).startswith(_HUB):
+        return Path(source)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    name = str(source)
     try:
-        root = Path(snapshot_download(name.removeprefix(_HUB), repo_type="dataset")).absolute()
+        return Path(snapshot_download(name.removeprefix(_HUB), repo_type="dataset"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise DataError(
             f"{name}: cannot be fetched ({error}); check the name and the network, or download it"
         ) from error
-    return root, root.parents[1]
+
+
+def _store(root: Path) -> Path:
+    """The folder that holds a data folder's files: itself, but in the hub's cache, where they are links beside it."""
+    cached = root.parent.name == "snapshots" and (root.parents[1] / "blobs").is_dir()
+    return root.parents[1] if cached else root
 
 
 def _rows(root: Path, split: str) -> Iterator[tuple[Path, int, dict[str, Any]]]:
