@@ -28,7 +28,7 @@ import numpy as np
 import pytest
 
 sys.path.append(str(Path(__file__).parent))
-from maps import processor
+from records import processor
 
 from rewardmap.rewards import Networks, Rubric
 from rewardmap.rewards.parse import clean, clean_network, split_legs, strip_markers

@@ -15,8 +15,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -31,6 +29,7 @@ import torch
 import transformers
 
 sys.path.append(str(Path(__file__).parent))
+from records import RESULTS, commit, processor, slug
 from step_tiny import make_problems
 
 from rewardmap.config import PolicyConfig, ServerConfig
@@ -40,7 +39,6 @@ from rewardmap.rollout.sglang_server import KEYS_FILE, Keys
 from rewardmap.tiny import WARM_START
 from rewardmap.types import Problem, SamplingParams
 
-RESULTS = Path(__file__).parent / "results"
 GROUP, REPEATS = 8, 5
 
 
@@ -59,7 +57,8 @@ def main() -> None:
     policy = replace(policy, stop_token_ids=policy.banned_token_ids[1:], banned_token_ids=banned)
     problems = make_problems(arguments.problems)[0][:: max(1, len(make_problems(1)[0]))][: arguments.problems]
     row: dict[str, Any] = {
-        "machine": machine(arguments.device),
+        "machine": torch.cuda.get_device_name() if arguments.device == "cuda" else processor(),
+        "commit": commit(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "transformers": transformers.__version__,
@@ -75,8 +74,7 @@ def main() -> None:
         return
     text = json.dumps(row, indent=1)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", row["machine"].lower()).strip("-")
-    (arguments.out / f"rollout-{slug}.json").write_text(text + "\n", encoding="utf-8")
+    (arguments.out / f"rollout-{slug(row['machine'])}.json").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 
@@ -215,15 +213,6 @@ def race(*contenders: Callable[[], Any]) -> list[float]:
             if turn:
                 taken.append(time.perf_counter() - begin)
     return [statistics.median(taken) for taken in times]
-
-
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "cpu"
 
 
 if __name__ == "__main__":

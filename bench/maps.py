@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+from records import processor, write_between
 
 from rewardmap.transit.draw import draw_map, encode_png
 from rewardmap.transit.export import GENERATOR_VERSION
@@ -47,9 +48,7 @@ def main() -> None:
         "maps": rows,
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.split(START)[0], text.split(END)[1]
-    PAGE.write_text(f"{before}{START}\n{table(result)}\n{END}{after}", encoding="utf-8")
+    write_between(PAGE, START, END, table(result))
     print(table(result))
 
 
@@ -108,13 +107,6 @@ def table(result: dict[str, Any]) -> str:
         f"none took more than {near['slowest_draw']:.2f} s to draw."
     )
     return "\n".join(lines)
-
-
-def processor() -> str:
-    """The processor's name, as the system gives it."""
-    cpu = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

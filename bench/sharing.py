@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from records import write_between
 from tiny import machine
 
 from rewardmap.config import Config, StageConfig
@@ -64,9 +65,7 @@ def main() -> None:
     ]
     found = {"machine": machine(), "share": chosen.share, "maps_per_step": MAPS, "arms": rows}
     RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    text = DOC.read_text(encoding="utf-8")
-    before, after = text.split(START)[0], text.split(END)[1]
-    DOC.write_text(f"{before}{START}\n{markdown(found)}\n{END}{after}", encoding="utf-8")
+    write_between(DOC, START, END, markdown(found))
 
 
 def named(arm: str, seed: int | str) -> str:

@@ -14,7 +14,6 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,9 +24,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "bench"), str(ROOT), str(ROOT / "kernels")]
 
+import records  # noqa: E402
+from records import commit, processor, write_between  # noqa: E402
 from step_cases import CASES, arms_of  # noqa: E402
 
-RESULTS = ROOT / "bench" / "results" / "step-cpu.json"
+RESULTS = records.RESULTS / "step-cpu.json"
 DOC = ROOT / "docs" / "forest.md"
 START, END = "<!-- step-table:start -->", "<!-- step-table:end -->"
 BASE = "without shared prefixes"
@@ -47,15 +48,14 @@ def main() -> None:
         found["cases"][name] = summary(run(name, chosen.trl_python)) | {"machine": machine()}
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    text = DOC.read_text(encoding="utf-8")
-    before, after = text.split(START)[0], text.split(END)[1]
-    DOC.write_text(f"{before}{START}\n{markdown(found['cases'])}\n{END}{after}", encoding="utf-8")
-    print(markdown(found["cases"]))
+    table = markdown(found["cases"])
+    write_between(DOC, START, END, table)
+    print(table)
 
 
 def run(case: str, trl_python: str) -> dict[str, dict[str, Any]]:
     """Rows by arm, each arm in a process of its own; they take turns, step by step, so that whatever else the machine
-    does falls on all of them. Raises RuntimeError with an arm's last lines when it fails."""
+    does falls on all of them. Raises RuntimeError where an arm fails."""
     path = os.pathsep.join(str(ROOT / folder) for folder in ("bench", ".", "kernels"))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
     arms = arms_of("cpu", case)
@@ -64,30 +64,36 @@ def run(case: str, trl_python: str) -> dict[str, dict[str, Any]]:
         python = trl_python if arm == "TRL" else sys.executable
         script = str(ROOT / "bench" / "step_run.py")
         command = [python, script, "--device", "cpu", "--case", case, "--arm", arm, "--turns"]
+        # stderr goes where ours does: a pipe that nobody reads would hold up an arm that fills it.
         children[arm] = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-    for arm, child in children.items():
-        _until(child, arm, "ready")
     rows: dict[str, dict[str, Any]] = {}
-    while len(rows) < len(arms):
+    try:
         for arm, child in children.items():
-            assert child.stdin is not None
-            child.stdin.write("go\n")
-            child.stdin.flush()
-            line = _until(child, arm, "ready", '{"ok"')
-            if line.startswith("{"):
-                rows[arm] = json.loads(line)
-        print(f"{case}: a step of every arm", file=sys.stderr, flush=True)
+            _until(child, arm, "ready")
+        while len(rows) < len(arms):
+            for arm, child in children.items():
+                assert child.stdin is not None
+                child.stdin.write("go\n")
+                child.stdin.flush()
+                line = _until(child, arm, "ready", '{"ok"')
+                if line.startswith("{"):
+                    rows[arm] = json.loads(line)
+            print(f"{case}: a step of every arm", file=sys.stderr, flush=True)
+    finally:
+        for child in children.values():  # without this the other arms of one that failed would go on
+            child.kill()
+            child.wait()
     return rows
 
 
 def _until(child: subprocess.Popen[str], arm: str, *starts: str) -> str:
-    assert child.stdout is not None and child.stderr is not None
+    assert child.stdout is not None
     for line in child.stdout:
         if line.startswith(starts):
             return line
-    raise RuntimeError(f"{arm} failed\n{child.stderr.read()[-2000:]}")
+    raise RuntimeError(f"{arm} failed: see above")
 
 
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -120,15 +126,9 @@ def error(found: dict[str, list[float]], expected: dict[str, list[float]]) -> fl
 
 
 def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    cpu = next((line.split(":")[1].strip() for line in info if "model name" in line), platform.processor())
-    commit = subprocess.run(
-        ("git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"),
-        capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
     date = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"cpu": cpu, "threads": 1, "dtype": "float32", **versions, "commit": commit, "date": date}
+    return {"cpu": processor(), "threads": 1, "dtype": "float32", **versions, "commit": commit(), "date": date}
 
 
 def markdown(cases: dict[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """TRL's own GRPOTrainer on a case of the step bench: its padding, its pictures, its forward, loss and optimizer.
 
 Only ``_generate`` is answered from the given completions. It runs at its best here: the aligned update without old
-log-probabilities, its fused head on response rows, the patch embedding as a matrix product, one group a micro-batch,
-torchvision's image processor where it is installed, and on a GPU without flash-attn the tower's attention in one call.
+log-probabilities, its fused head on response rows, the patch embedding as a matrix product, one group a micro-batch
+(one sequence where layers are recomputed), torchvision's image processor where it is installed, and on a GPU without
+flash-attn the tower's attention in one call.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from records import commit, processor, write_between
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results" / "tiny.json"
 README = ROOT / "README.md"
@@ -35,9 +37,7 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"machine": machine(), "arms": rows}, indent=1) + "\n", encoding="utf-8")
     table = markdown(rows)
-    text = README.read_text(encoding="utf-8")
-    before, after = text.split(START)[0], text.split(END)[1]
-    README.write_text(f"{before}{START}\n{table}\n{END}{after}", encoding="utf-8")
+    write_between(README, START, END, table)
     print(table)
 
 
@@ -63,15 +63,12 @@ def summary(arm: str, seed: int, run_dir: Path) -> dict[str, Any]:
 def machine() -> dict[str, Any]:
     import torch
 
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return {
-        "cpu": model.split(":")[-1].strip(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
 
 

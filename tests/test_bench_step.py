@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 
@@ -93,3 +94,27 @@ def test_a_step_stands_beside_its_plan() -> None:
     assert 1 < found["seconds"]["train"] / without_recomputing < 4 / 3
     assert "refused" in step_run.planned(config, case, torch.float32, model.config, "H100")
     assert step_run.planned(config, case, torch.bfloat16, model.config, None) is None
+
+
+def test_an_arm_that_says_much_holds_nothing_up_and_one_that_fails_ends_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import step
+
+    script = tmp_path / "bench" / "step_run.py"
+    script.parent.mkdir()
+    monkeypatch.setattr(step, "ROOT", tmp_path)
+    turns = "for _ in range(2): print('ready', flush=True); sys.stdin.readline()\n"
+    script.write_text(f"import sys\nsys.stderr.write(200_000 * 'x')\n{turns}print('{{\"ok\": true}}', flush=True)\n")
+    assert step.run("160+40", sys.executable) == {arm: {"ok": True} for arm in step.arms_of("cpu", "160+40")}
+    pids = tmp_path / "pids"
+    script.write_text(
+        f"import os, sys, time\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')\n"
+        f"if 'TRL' in sys.argv: sys.exit('no such module')\nprint('ready', flush=True)\ntime.sleep(60)\n"
+    )
+    with pytest.raises(RuntimeError, match="TRL failed"):
+        step.run("160+40", sys.executable)
+    assert "no such module" in capfd.readouterr().err
+    for pid in map(int, pids.read_text().split()):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
