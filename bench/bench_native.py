@@ -10,7 +10,6 @@ for bfloat16 products, only the narrowest head is measured in it: the others tak
 from __future__ import annotations
 
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).parent))
 import kernel_problem
 import kernel_run
+from records import RESULTS, commit, processor, slug
 
 from rewardmap_kernels import linear_policy_loss, logits_policy_loss, native, use_implementation
 from rewardmap_kernels.dispatch import Implementation
@@ -31,7 +31,6 @@ from rewardmap_kernels.dispatch import Implementation
 VOCAB, THREADS, ROUNDS = 32768, 2, 5
 ROWS, HEAD_ROWS, PEAK_ROWS = 256, 1024, 4096
 HEADS = (64, 256, 1024)
-RESULTS = Path(__file__).parent / "results"
 Run = Callable[[], tuple[Tensor, ...]]
 
 
@@ -107,11 +106,6 @@ def head_providers(dtype: torch.dtype, width: int, n: int = HEAD_ROWS) -> dict[s
     }
 
 
-def relative_error(got: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
-    """The largest relative Frobenius error of the gradients."""
-    return max(float((g.double() - e).norm() / e.norm()) for g, e in zip(got, exact, strict=True))
-
-
 def exact_gradients(dtype: torch.dtype, width: int | None) -> tuple[Tensor, ...]:
     """In float64, from the same narrow values."""
     of = kernel_problem.problem(ROWS if width is None else HEAD_ROWS, VOCAB, width or 16, "cpu", dtype)
@@ -153,7 +147,7 @@ def measure(
         if before and provider in before:
             before[provider]()
         if provider != "products":  # which have no result to compare
-            error[provider] = relative_error(run(), exact)
+            error[provider] = kernel_problem.relative_error(run(), exact)
     times = kernel_run.take_turns(providers, "cpu", ROUNDS, before)
     seconds = {provider: statistics.median(each) for provider, each in times.items()}
     faster = {provider: seconds["torch eager"] / each for provider, each in seconds.items()}
@@ -170,7 +164,7 @@ def main() -> None:
     if reason is not None:
         sys.exit(f"the C++ kernels are not there: {reason}")
     torch.set_num_threads(THREADS)
-    device = kernel_run.device_name("cpu")
+    device = processor()
     found: dict[str, Any] = {}
     for dtype in (torch.float32, torch.bfloat16):
         label = str(dtype).removeprefix("torch.")
@@ -192,9 +186,9 @@ def main() -> None:
         "device": device, "threads": THREADS, "torch": torch.__version__, "rounds": ROUNDS,
         "instructions": native.capability(),
         "own_products": [torch.ops.rewardmap.products(bfloat16) for bfloat16 in (False, True)],
-        "compiler": native.compiler_version("cpu"),
+        "compiler": native.compiler_version("cpu"), "commit": commit(),
     }  # fmt: skip
-    path = RESULTS / f"native-{re.sub(r'[^a-z0-9]+', '-', device.lower())}-{native.capability()}.json"
+    path = RESULTS / f"native-{slug(device)}-{native.capability()}.json"
     path.write_text(json.dumps({**about, "rows": found}, indent=1) + "\n")
     print(path)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,17 @@ def errors(case: Case, provider: str) -> float:
     """Largest relative Frobenius error of a provider's tensors against float64; of the rows that it worked on."""
     exact = case.own.get(provider, case.exact)
     pairs = [(a, b[: len(a)]) for a, b in zip(case.providers[provider](), exact, strict=True)]
-    return max(float((a.double() - b).norm() / b.norm().clamp(min=1e-300)) for a, b in pairs)
+    return relative_error(*zip(*pairs, strict=True))
+
+
+def relative_error(found: Iterable[Tensor], exact: Iterable[Tensor]) -> float:
+    """The largest relative Frobenius error of ``found``'s tensors; NaN where any of them holds one, which ``max`` would
+    lose behind a number."""
+    each = [
+        (a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-300)
+        for a, b in zip(found, exact, strict=True)
+    ]
+    return float(torch.stack(each).max())
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 sys.path.append(str(Path(__file__).parent))
 import kernel_times
 from kernel_peers import why
+from kernel_problem import relative_error
+from records import read_rows
 
 from rewardmap_kernels.tree_attention import segment_attention, tree_attention, tree_mask
 from rewardmap_kernels.tree_routes import KERNELS, TABLE
@@ -120,7 +122,6 @@ def measure(case: Case, device: str) -> dict[str, Any]:
     names = ("sdpa" if case.segments else KERNELS, *(("torch-flash", "flash-attn") if device == "cuda" else ("plain",)))
     absent = {name: why_not(name, dtype, case.head_dim) for name in names[1:]}
     calls: dict[str, Callable[[], Any]] = {name: partial(run, name) for name in names if not absent.get(name)}
-    here = tuple(calls)
     if case.children and device == "cuda":
         calls |= {FLEX: flex(case, q, k, v, dout), UNSHARED: unshared(case, q)}
     taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -130,13 +131,14 @@ def measure(case: Case, device: str) -> dict[str, Any]:
             try:
                 call()
             except Exception as reason:
-                if name in here:
+                if name == names[0]:
                     raise
                 absent[name] = why(reason)
                 del calls[name], taken[name]
                 continue
             if round_ > 1:
                 taken[name].append(_now(device) - start)
+    here = [name for name in names if name in calls]
     error, allowed = errors(case, {name: run(name) for name in here}, q, k, v, dout)
     seconds = {name: statistics.median(times) for name, times in taken.items()}
     flop = useful_flop(case)
@@ -225,21 +227,19 @@ def errors(
     that float64's scores fit."""
     group = q.shape[1] // k.shape[1]
     one = q[:, :group], k[:, :1], v[:, :1]
-    exact, eager = (_eager(case, *(x.to(dtype) for x in (*one, dout[:, :group]))) for dtype in (torch.float64, q.dtype))
-
-    def off(parts: tuple[Tensor, ...]) -> float:
-        return max(
-            float((x.double() - y.double()).norm() / y.double().norm()) for x, y in zip(parts, exact, strict=True)
-        )
-
+    exact, eager = (
+        definition(case, *(x.to(dtype) for x in (*one, dout[:, :group]))) for dtype in (torch.float64, q.dtype)
+    )
     heads = (group, group, 1, 1)
     return {
-        name: off(tuple(x[:, :count] for x, count in zip(parts, heads, strict=True))) for name, parts in found.items()
-    }, 2 * off(eager)
+        name: relative_error((x[:, :count] for x, count in zip(parts, heads, strict=True)), exact)
+        for name, parts in found.items()
+    }, 2 * relative_error(eager, exact)
 
 
-def _eager(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
-    """The mask as written, one head at a time; gradients of k and v summed over heads in float64."""
+def definition(case: Case, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+    """Attention by its definition, of one group of heads: (out, dq, dk, dv). The mask as written, one head at a time;
+    gradients of k and v summed over heads in float64."""
     ends = case.ends.to(q.device)
     at = torch.arange(len(ends), device=q.device)
     hidden = (at[None] >= ends[:, None]).T | (at[None] > at[:, None])
@@ -267,8 +267,7 @@ def write_table(path: Path) -> None:
     """Take the newest passed row of every case over into the table that runs choose by."""
     found: dict[str, Any] = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.is_file() else {}
     rows: dict[str, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_rows(path):
         if row["item"].startswith("routes.") and row["ok"] and row["gpu"]:
             rows[row["item"]] = row
     if not rows:

@@ -102,7 +102,8 @@ def test_an_item_that_hangs_costs_its_limit_and_one_that_fails_says_why(gpu: Mod
     assert first["tail"] == ["begun"]
     assert third["ok"] and "stderr" not in third
     log = path.with_suffix(".log").read_text()
-    assert log == "--- slow\nstuck\nbegun\n--- dead\nout of memory\n--- chatty\n{\"ok\": true}\n{goodbye}\n"
+    said = '{"ok": true}\n{goodbye}\n'
+    assert log == f"--- slow\nstuck\nbegun\n--- dead\nout of memory\n--- chatty\n{said}"
 
 
 def test_a_grandchild_that_lives_on_holds_nothing_up(stages: ModuleType) -> None:
@@ -274,9 +275,35 @@ def test_the_routes_of_attention_are_measured_and_their_table_written(
     import routes
 
     monkeypatch.setattr(routes, "TABLE", tmp_path / "table.json")
+    with (tmp_path / "kernels.jsonl").open("a") as file:
+        file.write('{"item": "cut')  # by a kill
     routes.write_table(tmp_path / "kernels.jsonl")
     table = json.loads((tmp_path / "table.json").read_text())["Some GPU"]
     assert table["torch"] == "2" and [row["seconds"] for row in table["rows"]] == [forest["seconds"], tower["seconds"]]
+
+
+def test_a_route_that_fails_or_is_wrong_is_told(stages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    import routes
+
+    stages.kernel_items("cpu")
+    plain, case = routes.tree_attention, routes.CASES["cpu"]["answers"]
+
+    def attention(q: Any, k: Any, v: Any, mask: Any, scale: float, route: str) -> Any:
+        if route != routes.KERNELS:
+            raise RuntimeError("no such kernel on this GPU")
+        return plain(q, k, v, mask, scale, route)
+
+    monkeypatch.setattr(routes, "tree_attention", attention)
+    row = routes.measure(case, "cpu")
+    assert row["ok"] and set(row["seconds"]) == {routes.KERNELS}
+    assert row["absent"] == {"plain": "RuntimeError: no such kernel on this GPU"}
+
+    def lost(q: Any, k: Any, v: Any, *rest: Any) -> Any:
+        k.register_hook(lambda gradient: gradient * float("nan"))
+        return plain(q, k, v, *rest)
+
+    monkeypatch.setattr(routes, "tree_attention", lost)
+    assert not routes.measure(case, "cpu")["ok"]
 
 
 def test_a_dry_run_of_the_rollout_stage(tmp_path: Path) -> None:

@@ -77,6 +77,11 @@ def test_what_is_wrong_or_does_not_launch_has_no_time(monkeypatch: pytest.Monkey
     assert "from the usual plan's results" in wrong and refused == "RuntimeError: out of resource: shared memory"
 
 
+def test_where_the_usual_plan_has_no_time_the_row_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = tune_tree.measure(routes.CASES["cpu"]["answers"], [FAST], "cpu", torch.float32, lambda run: [])
+    assert not row["ok"] and len(row["failed"]) == 2
+
+
 def test_every_candidate_is_tried() -> None:
     plans = tune_tree.candidates()
     assert len(plans) == len(tune_tree.COLUMNS) * len(tune_tree.STAGES)

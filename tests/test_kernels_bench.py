@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,15 @@ def test_a_row_has_errors_ratios_and_the_reasons_of_peers_that_fail() -> None:
     }  # fmt: skip
     assert set(row["times_faster_than"]) == {"torch eager"} and row["counts"]
     assert not kernel_run.measure(case(("absent",)), "cpu", 1)["counts"]
+
+
+def test_a_nan_in_a_later_tensor_is_no_small_error() -> None:
+    good, bad = torch.ones(4), torch.full((4,), torch.nan)
+    for found in ((good, bad), (bad, good)):
+        assert math.isnan(kernel_problem.relative_error(found, (good, good)))
+        runs = {"ours": lambda found=found: found, "torch eager": lambda: (good, good)}
+        row = kernel_run.measure(kernel_problem.Case("made up", runs, (good.double(),) * 2, 1.0, 1.0), "cpu", 1)
+        assert not row["error"]["ours"] <= kernel_run.allowed_error(row)
 
 
 def test_the_providers_of_the_native_bench_give_one_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
