@@ -8,14 +8,27 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import routes
 import torch
-from kernel_peers import QUACK, HeadLoss, Rows, from_logprobs, head_losses, logits_peers, why, with_tf32
+from kernel_peers import (
+    LIGER,
+    LIGER_WHOLE,
+    QUACK,
+    HeadLoss,
+    Rows,
+    from_logprobs,
+    head_losses,
+    logits_peers,
+    why,
+    with_tf32,
+)
 from kernel_problem import LENGTH, OBJECTIVE, Case, Run, Tensors, eager_loss, exact_gradients, problem
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from rewardmap_kernels import (
     contributing_rows,
@@ -27,9 +40,10 @@ from rewardmap_kernels import (
     selective_log_softmax,
 )
 from rewardmap_kernels.dispatch import choose
+from rewardmap_kernels.tree_attention import tree_attention, tree_mask
 
-HEAD_PEERS = ("torch.compile", "TRL head", "Liger chunked GRPO")
-AGAIN = {"TRL head": 1, "Liger chunked GRPO": 1, "Liger SM90 head": 1}
+HEAD_PEERS = ("torch.compile", "TRL head", LIGER)
+AGAIN = {"TRL head": 1, LIGER: 1, LIGER_WHOLE: 1, "Liger SM90 head": 1}
 """Products that a provider spends on making the logits a second time."""
 HEADS = {"3b": (151_936, 2048), "7b": (152_064, 3584)}
 ROW_KERNELS = ("EXPONENTIALS", "GRADIENT", "STATISTICS", "POLICY_ROW")
@@ -88,7 +102,7 @@ def linear_case(
         losses.pop(QUACK, None)  # it has no rows to leave out and no frozen head
     peers = {name: gathered(loss) for name, loss in losses.items()}
     if device == "cuda":
-        wide = [name for name in ("TRL head", "Liger chunked GRPO") if name in peers]
+        wide = [name for name in ("TRL head", LIGER, LIGER_WHOLE) if name in peers]
         peers |= {f"{name}, TF32": with_tf32(peers[name]) for name in wide}
     providers = {"ours": ours, "linear_logprobs": gathered(_own_loss), "torch eager": gathered(_eager), "floor": floor}
     product, products, size = 2.0 * v * h, 2 if frozen else 3, dtype.itemsize
@@ -231,6 +245,50 @@ def advantage_case(groups: int, size: int, device: str) -> Case:
     )  # fmt: skip
 
 
+def attention_case(case: routes.Case, device: str, dtype: torch.dtype) -> Case:
+    """Attention of a prompt with answers, forward and backward; beside it causal attention of every answer with a
+    prompt of its own, which is compared by the last answer's output."""
+    inputs = routes.inputs(case, device, dtype)
+    ends, (prompt, answer), (count,) = case.ends, case.sizes, case.children
+    group = case.heads[0] // case.heads[1]
+    at = torch.arange(len(ends))
+    hidden = ((at[:, None] < at) | (at[:, None] >= ends)).to(device)
+    own = prompt + torch.arange(count * answer).view(count, answer)
+    alone = torch.cat([torch.arange(prompt).expand(count, -1), own], 1).to(device)
+    wide = [x[0][:, alone].transpose(0, 1).contiguous() for x in inputs]
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        return (q @ k.mT * case.head_dim**-0.5).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+    def both(attention: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensors:
+        leaves = [x.detach().requires_grad_() for x in tensors[:3]]
+        out = attention(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, tensors[3])
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return tree_attention(q, k, v, tree_mask(ends, q.device))
+
+    causal = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    unshared = "unshared causal SDPA"
+    q, k, v, dout = (x.double() for x in inputs)
+    parts = [
+        routes.definition(case, q[:, i * group : (i + 1) * group], k[:, [i]], v[:, [i]],
+                          dout[:, i * group : (i + 1) * group])
+        for i in range(case.heads[1])
+    ]  # fmt: skip
+    exact = tuple(torch.cat(each, 1) for each in zip(*parts, strict=True))
+    return Case(
+        "tree_attention",
+        {
+            "ours": lambda: both(ours, inputs), "torch eager": lambda: both(eager, inputs),
+            unshared: lambda: (both(causal, wide)[0][-1:, :, prompt:],),
+        },
+        exact, routes.useful_flop(case), 0.0, own={unshared: (exact[0][:, :, -answer:],)},
+        about={"prompt": prompt, "answer": answer, "answers": count, "heads": case.heads, "head_dim": case.head_dim},
+    )  # fmt: skip
+
+
 def tune_case(kernel: str, n: int, v: int, device: str, dtype: torch.dtype) -> Case:
     """One row kernel by blocks and warps; "ours" is what is launched otherwise, and what the results are held to."""
     from rewardmap_kernels import triton_launch
@@ -255,8 +313,8 @@ def tune_case(kernel: str, n: int, v: int, device: str, dtype: torch.dtype) -> C
                 "tune", wide, of.targets, 1.0, found, one, 0 * one, None, dtype, in_place=False
             ),
         ),
-        "POLICY_ROW": lambda: triton_launch.fused(
-            "tune", wide, of.targets, 1.0, None, inputs, None, in_place=False
+        "POLICY_ROW": lambda: triton_launch.fused(  # of a model's own logits, whose rows are half as long in memory
+            "tune", narrow, of.targets, 1.0, None, inputs, None, in_place=False
         )[:2],
     }
 
@@ -271,11 +329,12 @@ def tune_case(kernel: str, n: int, v: int, device: str, dtype: torch.dtype) -> C
 
         return run
 
-    reads = {"STATISTICS": 4, "EXPONENTIALS": 6, "GRADIENT": 6, "POLICY_ROW": 8}
+    size = dtype.itemsize
+    moved = {"STATISTICS": 4, "EXPONENTIALS": 4 + size, "GRADIENT": 4 + size, "POLICY_ROW": 2 * size}
     exact = tuple(t.double() for t in calls[kernel]())
     configs = {f"{block} x {warps}": by((block, warps)) for block, warps in CONFIGS}
     return Case(
-        "tune", {"ours": calls[kernel]} | configs, exact, 0.0, 1.0 * reads[kernel] * n * v,
+        "tune", {"ours": calls[kernel]} | configs, exact, 0.0, 1.0 * moved[kernel] * n * v,
         about={"kernel": kernel, "rows": n, "vocabulary": v},
     )  # fmt: skip
 
@@ -300,6 +359,9 @@ def cases(device: str) -> dict[str, Callable[[], Case]]:
             "logits": partial(logits_case, 512, 8192, device, torch.float32),
             "log_softmax": partial(log_softmax_case, 512, 8192, device, torch.float32),
             "advantage": partial(advantage_case, 1024, 8, device),
+            "attention": partial(
+                attention_case, routes.Case((480, 40), (8,), heads=(4, 2), head_dim=64), device, torch.float32
+            ),
         }
     wide, (v, h) = torch.bfloat16, HEADS["7b"]
     found: dict[str, Callable[[], Case]] = {"advantage": partial(advantage_case, 1024, 8, device)}
@@ -319,6 +381,7 @@ def cases(device: str) -> dict[str, Callable[[], Case]]:
     for n in (4096, 32_768):
         for size in ("7b", "3b"):
             found[f"linear.{size}.{n}"] = partial(linear_case, n, *HEADS[size], device, wide)
+    found["attention.3b"] = partial(attention_case, routes.CASES["cuda"]["answers.3b.6000"], device, wide)
     found["chunks.7b.8192"] = partial(chunks_case, 8192, v, h, device, wide)
     for kernel in ROW_KERNELS:
         found[f"tune.{kernel.lower()}"] = partial(tune_case, kernel, 4096, v, device, wide)

@@ -52,10 +52,11 @@ def _trl() -> HeadLoss:
     return loss
 
 
-def _liger(cuda: bool, responses: Callable[[int], int]) -> HeadLoss:
+def _liger(cuda: bool, responses: Callable[[int], int], chunk_size: int = 1) -> HeadLoss:
+    """``chunk_size``: responses; 1 is Liger's default."""
     chunked = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss(
         beta=0.0, use_ref_model=False, loss_type="dapo", epsilon_low=OBJECTIVE.clip_eps_low,
-        epsilon_high=OBJECTIVE.clip_eps_high, compiled=cuda,
+        epsilon_high=OBJECTIVE.clip_eps_high, compiled=cuda, chunk_size=chunk_size,
     )  # fmt: skip
 
     def loss(hidden: Tensor, weight: Tensor, targets: Tensor, rows: Rows) -> Tensor:
@@ -86,6 +87,10 @@ def _compiled() -> HeadLoss:
     return lambda hidden, weight, targets, rows: compiled(hidden @ weight.t(), targets, rows)
 
 
+LIGER = "Liger chunked GRPO"
+LIGER_WHOLE = f"{LIGER}, one chunk"
+"""Its chunks cut their logits once more by themselves, and each fills and adds up a float32 gradient of the head:
+beside the default, the setting with the fewest of these."""
 QUACK = "QuACK cross-entropy"
 """No policy term: its loss is the sum of -logprob, and its error is against that."""
 
@@ -96,7 +101,8 @@ def head_losses(device: str, responses: Callable[[int], int]) -> tuple[dict[str,
     cuda = device == "cuda"
     builders: dict[str, Callable[[], HeadLoss]] = {
         "TRL head": _trl,
-        "Liger chunked GRPO": lambda: _liger(cuda, responses),
+        LIGER: lambda: _liger(cuda, responses),
+        LIGER_WHOLE: lambda: _liger(cuda, responses, 1 << 20),
     }
     if cuda:
         builders |= {"torch.compile": _compiled, "Liger SM90 head": _hopper, QUACK: _quack}

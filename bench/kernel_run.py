@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,17 +27,19 @@ import kernel_peers
 import kernel_problem
 import kernel_times  # brings the profiler before the providers, so that its import is on nobody's clock
 from kernel_problem import Case, Run
+from records import processor
 
+T = TypeVar("T")
 LONG = 10.0
 """Seconds: a slow peer must not cost the others their row."""
+
+YARDSTICKS = ("torch eager", "floor", "unshared causal SDPA")
+"""torch's own: beside what has our code in it nothing of ours could fall, and others' change with their versions."""
 
 
 def device_name(device: str) -> str:
     """The GPU's name, or the processor's."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    return found.group(1) if found else platform.processor() or platform.machine()
+    return torch.cuda.get_device_name() if device == "cuda" else processor()
 
 
 def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
@@ -50,25 +51,21 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
     errors: dict[str, float] = {}
     failed, first_call = dict(case.missing), {}
     providers = dict(case.providers)
+
+    def first(name: str) -> None:
+        if name == "floor":
+            providers[name]()
+        else:
+            errors[name] = kernel_problem.errors(case, name)
+        _synchronize(device)
+
     for name in case.providers:
         start = time.perf_counter()
-        try:
-            if name == "floor":
-                providers[name]()
-            else:
-                errors[name] = kernel_problem.errors(case, name)
-            _synchronize(device)
-        except Exception as reason:
-            if name == "ours":
-                raise
-            failed[name] = kernel_peers.why(reason)
-            del providers[name]
-            if device == "cuda":
-                torch.cuda.empty_cache()
+        _unless_it_fails(name, partial(first, name), providers, failed, device)
         first_call[name] = round(time.perf_counter() - start, 3)
         if name == "ours":
             path = list(last_path(case.name.removesuffix(".frozen")) or ())
-    times = take_turns(providers, device, rounds)
+    times = take_turns(providers, device, rounds, failed=failed)
     fastest = {name: min(values) for name, values in times.items()}
     median = {name: statistics.median(values) for name, values in times.items()}
     seconds = median if case.ratios == "median" else fastest
@@ -82,13 +79,32 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
         "counts": all(name in times or "OutOfMemory" in failed.get(name, "") for name in case.required),
     }  # fmt: skip
     if device == "cuda":
-        row["host_s"] = {name: _host(run) for name, run in providers.items()}
-        row["on_device"] = {
-            name: kernel_times.summary(kernel_times.kernel_events(run), 8) for name, run in providers.items()
-        }
-        row["peak_bytes"] = {name: _peak(run) for name, run in providers.items() if name != "floor"}
+        looks: dict[str, Callable[[Run], Any]] = {"host_s": _host, "on_device": _on_device, "peak_bytes": _peak}
+        for look, of in looks.items():
+            row[look] = {}
+            for name, run in list(providers.items()):
+                found = _unless_it_fails(name, partial(of, run), providers, failed, device)
+                if name in providers:
+                    row[look][name] = found
         row["ceilings"], row["launched"] = kernel_times.ceilings(), kernel_cases.launched()
     return row
+
+
+def _unless_it_fails(
+    name: str, call: Callable[[], T], providers: dict[str, Any], failed: dict[str, str], device: str
+) -> T | None:
+    """What the call gives. Where it raises, unless it is ours, the provider goes from ``providers`` into ``failed``,
+    with the reason: a peer must not cost the others their row."""
+    try:
+        return call()
+    except Exception as reason:
+        if name == "ours":
+            raise
+        failed[name] = kernel_peers.why(reason)
+        del providers[name]
+    if device == "cuda":  # not before: until here the exception held the memory of the call
+        torch.cuda.empty_cache()
+    return None
 
 
 def allowed_error(row: dict[str, Any]) -> float:
@@ -97,34 +113,43 @@ def allowed_error(row: dict[str, Any]) -> float:
 
 
 def slower_than(row: dict[str, Any], stored: dict[str, Any], margin: float) -> str | None:
-    """How a row's ratio to torch eager (to the floor where eager cannot run) fell by more than ``margin`` against the
-    stored one; None where it did not."""
+    """How a row's ratios to YARDSTICKS all fell by more than ``margin`` against the stored ones; None where one did
+    not: then it was that yardstick, or what else the machine did, and not ours."""
     ratios, before = row["times_faster_than"], stored["times_faster_than"]
-    peer = next((peer for peer in ("torch eager", "floor") if peer in ratios and peer in before), None)
-    if peer is None or ratios[peer] * margin >= before[peer]:
+    peers = [peer for peer in YARDSTICKS if peer in ratios and peer in before]
+    if not peers or any(ratios[peer] * margin >= before[peer] for peer in peers):
         return None
-    return f"{ratios[peer]:.2f} x {peer}, was {before[peer]:.2f}"
+    return "; ".join(f"{ratios[peer]:.2f} x {peer}, was {before[peer]:.2f}" for peer in peers)
 
 
 def take_turns(
-    providers: dict[str, Run], device: str, rounds: int, before: dict[str, Callable[[], Any]] | None = None
-) -> dict[str, list[float]]:
+    providers: dict[str, Run], device: str, rounds: int, before: dict[str, Callable[[], Any]] | None = None,
+    failed: dict[str, str] | None = None,
+) -> dict[str, list[float]]:  # fmt: skip
     """Seconds of ``rounds`` calls of each provider, one after the other in every round, after a warm-up; at least three
-    of one that has used up LONG. ``before``: what a provider needs done before each call, on nobody's clock."""
+    of one that has used up LONG. ``before``: what a provider needs done before each call, on nobody's clock. Where
+    ``failed`` is given, one that raises, unless it is ours, is taken from ``providers`` and named there."""
     seconds: dict[str, list[float]] = {name: [] for name in providers}
+
+    def turn(name: str, timed: bool) -> None:
+        if before and name in before:
+            before[name]()
+        _synchronize(device)
+        start = _clock(device)
+        providers[name]()
+        _synchronize(device)
+        if timed:
+            seconds[name].append(_clock(device) - start)
+
     for round_ in range(rounds + 1):
-        for name, run in providers.items():
+        for name in list(providers):
             if len(seconds[name]) >= 3 and sum(seconds[name]) > LONG:
                 continue
-            if before and name in before:
-                before[name]()
-            _synchronize(device)
-            start = _clock(device)
-            run()
-            _synchronize(device)
-            if round_:
-                seconds[name].append(_clock(device) - start)
-    return seconds
+            if failed is None:
+                turn(name, round_ > 0)
+            else:
+                _unless_it_fails(name, partial(turn, name, round_ > 0), providers, failed, device)
+    return {name: seconds[name] for name in providers}
 
 
 def _host(run: Run) -> float:
@@ -137,6 +162,10 @@ def _host(run: Run) -> float:
         seconds.append(time.perf_counter() - start)
     torch.cuda.synchronize()
     return min(seconds)
+
+
+def _on_device(run: Run) -> dict[str, Any]:
+    return kernel_times.summary(kernel_times.kernel_events(run), 8)
 
 
 def _peak(run: Run) -> int:

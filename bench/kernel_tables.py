@@ -11,18 +11,19 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(Path(__file__).parent))
+from records import RESULTS, ROOT, Row, between, read_rows
+
 PAGE = ROOT / "docs" / "kernels.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-Row = dict[str, Any]
 TITLES = {
     "linear_policy_loss": "Head with policy loss, forward and backward",
     "linear_policy_loss.frozen": "The same with a frozen head",
     "logits_policy_loss": "Policy loss from logits, gradient included",
     "selective_log_softmax": "Log-probabilities and entropy of logits, forward",
     "group_advantage": "Group advantage",
+    "tree_attention": "Attention of a prompt with eight answers, forward and backward",
     "tune": "Row kernels by block and warps",
 }
 
@@ -36,8 +37,7 @@ def machines(folder: Path) -> dict[str, tuple[bool, dict[str, Row]]]:
         gpu = any("peak_bytes" in row for row in stored["rows"].values())
         found[f"{stored['device']}, {threads}, torch {stored['torch']}"] = (gpu, stored["rows"])
     for path in sorted(folder.glob("kernels-*.jsonl")):
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        good = [row for row in rows if row.get("ok") and row.get("counts") and row["device"] == "cuda"]
+        good = [row for row in read_rows(path) if row.get("ok") and row.get("counts") and row["device"] == "cuda"]
         for row in good:
             commit = (row["commit"] or "no commit")[:12]
             about = f"{row['gpu']}, driver {row['driver']}, torch {row['torch']}, triton {row['triton']}, {commit}"
@@ -88,25 +88,25 @@ def _launches(row: Row) -> list[str]:
     ours_host, ours_device = row["host_s"]["ours"], row["on_device"]["ours"]["seconds"]
     lines = ["", "| provider | launches | GPU time, × ours | host time, × ours |", "| --- | --- | --- | --- |"]
     for name, device in row["on_device"].items():
-        times = f"{device['seconds'] / ours_device:.2f} | {row['host_s'][name] / ours_host:.2f}"
+        gpu = f"{device['seconds'] / ours_device:.2f}" if ours_device else "–"  # where the profiler may not look
+        times = f"{gpu} | {row['host_s'][name] / ours_host:.2f}"
         lines.append(f"| {name} | {device['launches']} | {times} |")
     return lines
 
 
 def section(folder: Path) -> str:
     """The text between the markers."""
-    lines = [BEGIN]
+    lines: list[str] = []
     for heading, (gpu, rows) in machines(folder).items():
         lines += ["", f"### {heading}", "", *tables(gpu, rows)]
-    return "\n".join([*lines, END]).replace("\n\n\n", "\n\n")
+    return "\n".join(lines).replace("\n\n\n", "\n\n")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    made = before + section(ROOT / "bench" / "results") + rest.split(END)[1]
+    made = between(text, BEGIN, END, section(RESULTS))
     if parser.parse_args().check:
         return int(made != text)
     PAGE.write_text(made, encoding="utf-8")

@@ -37,6 +37,22 @@ def test_a_row_has_errors_ratios_and_the_reasons_of_peers_that_fail() -> None:
     assert not kernel_run.measure(case(("absent",)), "cpu", 1)["counts"]
 
 
+@pytest.mark.parametrize("name", ["floor", "big"])
+def test_a_provider_that_fails_at_a_later_call_costs_no_row(name: str) -> None:
+    calls = iter(range(9))
+
+    def later() -> Any:
+        if next(calls):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return (torch.ones(4),)
+
+    row = kernel_run.measure(case((name,), **{name: later}), "cpu", 2)
+    assert row["failed"][name] == "OutOfMemoryError: CUDA out of memory" and row["counts"]
+    assert set(row["times_faster_than"]) == {"torch eager"}
+    with pytest.raises(torch.OutOfMemoryError):
+        kernel_run.measure(case(ours=later), "cpu", 2)
+
+
 def test_a_nan_in_a_later_tensor_is_no_small_error() -> None:
     good, bad = torch.ones(4), torch.full((4,), torch.nan)
     for found in ((good, bad), (bad, good)):
@@ -44,6 +60,79 @@ def test_a_nan_in_a_later_tensor_is_no_small_error() -> None:
         runs = {"ours": lambda found=found: found, "torch eager": lambda: (good, good)}
         row = kernel_run.measure(kernel_problem.Case("made up", runs, (good.double(),) * 2, 1.0, 1.0), "cpu", 1)
         assert not row["error"]["ours"] <= kernel_run.allowed_error(row)
+
+
+def test_launches_of_the_policy_kernel_are_tried_on_logits_as_a_model_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    import kernel_cases
+
+    from rewardmap_kernels import triton_launch
+
+    seen: list[torch.dtype] = []
+
+    def fused(operation: str, logits: torch.Tensor, *rest: Any, in_place: bool) -> tuple[torch.Tensor, ...]:
+        seen.append(logits.dtype)
+        return logits[:, 0], logits[:, 1], logits, logits
+
+    monkeypatch.setattr(triton_launch, "statistics", lambda *arguments: None)
+    monkeypatch.setattr(triton_launch, "fused", fused)
+    made = kernel_cases.tune_case("POLICY_ROW", 512, 8, "cpu", torch.bfloat16)
+    assert seen == [torch.bfloat16] and made.bytes == 2 * 2 * 512 * 8
+
+
+def test_attention_beside_its_definition_and_the_unshared_sequences() -> None:
+    import kernel_cases
+    import routes
+
+    made = kernel_cases.attention_case(routes.Case((9, 4), (3,), heads=(4, 2), head_dim=16), "cpu", torch.float32)
+    assert all(kernel_problem.errors(made, name) < 1e-5 for name in made.providers) and len(made.exact) == 4
+
+
+class Guard:
+    """The gate of ``bench_kernels`` on rows that the test makes up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        import bench_kernels
+
+        self.bench, self.path = bench_kernels, tmp_path / "kernels-some-cpu.json"
+        self.again = 2.0
+        monkeypatch.setattr(bench_kernels, "BASELINE", self.path)
+        monkeypatch.setattr(bench_kernels, "CASES", {"head": lambda: None, "rows": lambda: None})
+        monkeypatch.setattr(bench_kernels, "ROWS", {})
+        monkeypatch.setattr(bench_kernels.kernel_run, "measure", lambda *_: self.row(self.again))
+
+    def row(self, ratio: float) -> dict[str, Any]:
+        return {"times_faster_than": {"torch eager": ratio}}
+
+    def check(self) -> None:
+        self.bench.test_no_ratio_is_worse_than_this_device_s_baseline()
+
+
+def test_the_guard_fails_by_name_where_a_kernel_is_slower_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    guard = Guard(monkeypatch, tmp_path)
+    guard.path.write_text(json.dumps({"torch": "0", "rows": {"head": guard.row(2.0), "rows": guard.row(2.0)}}))
+    guard.bench.ROWS |= {"head": guard.row(1.0), "rows": guard.row(1.9)}
+    guard.check()  # at the second measurement it was not
+    guard.again = 1.2
+    with pytest.raises(AssertionError, match=r"^head: 1.20 x torch eager, was 2.00\n *\(baseline: torch 0, here"):
+        guard.check()
+
+
+def test_a_device_without_a_baseline_is_told_how_to_store_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    guard = Guard(monkeypatch, tmp_path)
+    told = "nothing is guarded: there is no baseline of .*REWARDMAP_BENCH_WRITE=1"
+    with pytest.warns(UserWarning, match=told), pytest.raises(pytest.skip.Exception, match=told):
+        guard.check()
+    monkeypatch.setenv("REWARDMAP_BENCH_WRITE", "1")
+    guard.bench.ROWS["head"] = guard.row(2.0)
+    with pytest.raises(AssertionError, match="no baseline without rows: run all"):  # which failed, or was not run
+        guard.check()
+    assert not guard.path.exists()
+    guard.bench.ROWS["rows"] = guard.row(2.0)
+    guard.check()
+    assert set(json.loads(guard.path.read_text())["rows"]) == {"head", "rows"}
 
 
 def test_the_providers_of_the_native_bench_give_one_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +156,9 @@ def test_a_fallen_ratio_is_named() -> None:
     before = row(**{"torch eager": 2.0, "floor": 0.8})
     assert kernel_run.slower_than(row(**{"torch eager": 1.6}), before, 1.35) is None
     assert kernel_run.slower_than(row(**{"torch eager": 1.4}), before, 1.35) == "1.40 x torch eager, was 2.00"
+    both = row(**{"torch eager": 1.4, "floor": 0.5})
+    assert kernel_run.slower_than(both, before, 1.35) == "1.40 x torch eager, was 2.00; 0.50 x floor, was 0.80"
+    assert kernel_run.slower_than(row(**{"torch eager": 1.4, "floor": 0.7}), before, 1.35) is None
     assert kernel_run.slower_than(row(floor=0.4), before, 1.35) == "0.40 x floor, was 0.80"
     assert kernel_run.slower_than(row(), before, 1.35) is None
 
@@ -103,6 +195,8 @@ def test_a_gpu_s_rows_count_with_their_peers_only(tmp_path: Path) -> None:
     }  # fmt: skip
     rows = [groups, {**row, "fastest_s": {"ours": 9.0}}, row, {**row, "item": "alone", "ok": False, "counts": False}]
     (tmp_path / "kernels-gpu.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with (tmp_path / "kernels-gpu.jsonl").open("a") as file:
+        file.write('{"item": "cut')  # by a kill
     text = kernel_tables.section(tmp_path)
     assert "| linear.7b | triton | 500 ms | 2.00 | – | 500 | 3 | 2.00 | 1.0e-03 | – |" in text
     assert "| ours | 1 | 1.00 | 1.00 |" in text and "| eager | 6 | 6.00 | 3.00 |" in text
@@ -122,3 +216,9 @@ def test_a_slow_provider_is_left_after_three_rounds(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(kernel_run, "_clock", lambda device: now[0])
     times = kernel_run.take_turns({"ours": takes(0.1), "slow": takes(6.0)}, "cpu", 15)
     assert times["ours"] == pytest.approx([0.1] * 15) and times["slow"] == pytest.approx([6.0] * 3)
+
+
+def test_launches_are_told_where_the_profiler_may_not_look() -> None:
+    device = {"launches": 0, "seconds": 0.0}
+    row = {"host_s": {"ours": 1e-5, "eager": 3e-5}, "on_device": {"ours": device, "eager": device}}
+    assert kernel_tables._launches(row)[-1] == "| eager | 0 | – | 3.00 |"
