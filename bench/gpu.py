@@ -33,9 +33,8 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -46,9 +45,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent))
-from gpu_stages import FIRST, ROOT, STAGE_ITEMS, CannotRunError, Item, Part, Row, run_child
+from gpu_stages import FIRST, STAGE_ITEMS, CannotRunError, Item, Part, end_children, run_child
+from records import RESULTS, ROOT, Row, commit, read_rows, said, slug
 
-RESULTS = ROOT / "bench" / "results"
 SOURCES = ("rewardmap", "kernels", "csrc", "bench", "tests")
 DEADLINE = 530
 """Seconds a stage may take: under nine minutes."""
@@ -60,14 +59,23 @@ SENSORS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "memory.u
 """What nvidia-smi is asked for while an item runs: MHz, MHz, W, °C, MiB, and a mask of what held the clocks down."""
 CSV = "--format=csv,noheader,nounits"
 
+PACKAGES = ("transformers", "accelerate", "trl", "liger-kernel", "quack-kernels", "flash-attn", "sglang")
+"""What peers come from, and what a step runs through: their versions stand in each row."""
+
 PROBE = """
-import importlib.util, json, platform, torch
+import importlib.metadata, importlib.util, json, platform, sys, torch
 here = torch.cuda.is_available()
 triton = importlib.util.find_spec("triton") and __import__("triton").__version__
+packages = {}
+for name in sys.argv[1:]:
+    try:
+        packages[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
 print(json.dumps({
     "gpu": torch.cuda.get_device_name() if here else None, "gpus": torch.cuda.device_count() if here else 0,
     "capability": list(torch.cuda.get_device_capability()) if here else None, "torch": torch.__version__,
-    "cuda": torch.version.cuda, "triton": triton, "python": platform.python_version(),
+    "cuda": torch.version.cuda, "triton": triton, "python": platform.python_version(), "packages": packages,
 }))
 """
 
@@ -134,7 +142,11 @@ def run(
         return PASSED if row["ok"] else FAILED
 
     with ThreadPoolExecutor(len(items) if together and items else 1) as pool:
-        return max(pool.map(measured, items), default=PASSED)
+        try:
+            return max(pool.map(measured, items), default=PASSED)
+        except KeyboardInterrupt:
+            end_children()
+            raise
 
 
 @contextlib.contextmanager
@@ -186,7 +198,7 @@ def logged_child(item: Item, log: Path, seconds: float) -> tuple[str, int | None
 
 def probe(device: str) -> Row:
     """GPU, driver and versions. Raises CannotRunError where ``device`` is missing."""
-    output, code = run_child((sys.executable, "-c", PROBE), 120)
+    output, code = run_child((sys.executable, "-c", PROBE, *PACKAGES), 120)
     if code != 0:
         raise CannotRunError(f"{sys.executable} cannot import torch; start this with an interpreter that can")
     machine: Row = json.loads(output.splitlines()[-1])
@@ -201,13 +213,6 @@ def probe(device: str) -> Row:
     return machine | {"driver": driver[0] if driver else None}
 
 
-def said(*command: str) -> str:
-    """What a program prints; nothing where there is no such program."""
-    if shutil.which(command[0]) is None:
-        return ""
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
-
-
 def source() -> Row:
     """The commit where git knows it, and a digest of the sources, which decides what is the same code."""
     digest = hashlib.sha256()
@@ -215,15 +220,14 @@ def source() -> Row:
         for file in sorted((ROOT / folder).rglob("*")):
             if file.is_file() and "__pycache__" not in file.parts and RESULTS not in file.parents:
                 digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
-    commit = said("git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*").strip()
-    return {"commit": commit or os.environ.get("REWARDMAP_COMMIT"), "sources": digest.hexdigest()[:16]}
+    return {"commit": commit(), "sources": digest.hexdigest()[:16]}
 
 
 def passed(path: Path, provenance: Row) -> set[str]:
     """Items of ``path`` that passed with these sources, on this machine's kind of GPU."""
     if not path.exists():
         return set()
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    rows = read_rows(path)
     same = ("sources", "gpu", "torch", "triton", "driver")
     return {row["item"] for row in rows if row["ok"] and all(row[key] == provenance[key] for key in same)}
 
@@ -239,10 +243,6 @@ def append(path: Path, row: Row) -> None:
         file.write(json.dumps(row) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _arguments() -> argparse.Namespace:
@@ -264,4 +264,5 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ``timeout`` ends a stage as Ctrl-C does
     sys.exit(main())

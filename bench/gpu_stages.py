@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-Row = dict[str, Any]
+sys.path.append(str(Path(__file__).parent))
+from records import ROOT, Row
+
+_children: set[subprocess.Popen[bytes]] = set()
 
 
 class CannotRunError(Exception):
@@ -49,9 +51,9 @@ FIRST = (
     Part("tests", "kernels_gpu|tree_attention|tree_varlen", 120, together=True),
     Part("step", r"^6000\+500: ours$", 100),
     Part("step", r"^6000\+500: TRL$", 140),
-    Part("kernels", r"^linear\.7b\.8192$", 130),
+    Part("kernels", r"^linear\.7b\.8192$", 145),
     Part("kernels", r"^routes\.answers\.3b\.6000$", 90),
-    Part("kernels", r"^linear\.3b\.8192$", 100),
+    Part("kernels", r"^linear\.3b\.8192$", 110),
     Part("kernels", r"^tune\.tree$", 90),
     Part("kernels", r"^logits\.7b\.8192$", 70),
     Part("kernels", r"^routes\.tower\.whole$", 40),
@@ -173,13 +175,14 @@ def read_sanitizer(output: str, code: int) -> Row:
 
 
 def read_json(output: str, code: int) -> Row:
-    """The last line that is a JSON object: a library may have the last word on stdout."""
+    """The last line that is a JSON object with ``ok``: a library may have the last word on stdout."""
     lines = output.splitlines()
     for line in reversed(lines if code == 0 else []):
         if line.startswith("{"):
             with contextlib.suppress(ValueError):
                 row: Row = json.loads(line)
-                return row
+                if "ok" in row:
+                    return row
     return {"ok": False, "exit_code": code, "tail": lines[-12:]}
 
 
@@ -223,11 +226,21 @@ def run_child(command: Sequence[str], seconds: float, stderr: Any = None) -> tup
         child = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=output, stderr=stderr, start_new_session=True
         )
+        _children.add(child)
         code: int | None = None
         try:
             code = child.wait(seconds)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+        finally:
+            _children.discard(child)
         output.seek(0)
         return output.read(), code
+
+
+def end_children() -> None:
+    """Kill what ``run_child`` has started in other threads: in sessions of their own, children outlive a Ctrl-C."""
+    for child in tuple(_children):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)

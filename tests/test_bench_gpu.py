@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -94,7 +95,7 @@ def test_an_item_that_hangs_costs_its_limit_and_one_that_fails_says_why(gpu: Mod
     code = "import sys, time; print('begun'); print('stuck', file=sys.stderr, flush=True); time.sleep(60)"
     slow = item(gpu, "slow", code)
     dead = item(gpu, "dead", "raise SystemExit('out of memory')")
-    chatty = item(gpu, "chatty", "print('{\"ok\": true}'); print('{goodbye}')")
+    chatty = item(gpu, "chatty", "print('{\"ok\": true}'); print('{goodbye}'); print('{\"bye\": 1}')")
     assert gpu.run([slow, dead, chatty], path, PROVENANCE, time.monotonic() + 50, 5.0) == gpu.FAILED
     first, second, third = rows(path)
     assert first["timed_out"] and not first["ok"] and first["stderr"] == ["stuck"]
@@ -102,13 +103,44 @@ def test_an_item_that_hangs_costs_its_limit_and_one_that_fails_says_why(gpu: Mod
     assert first["tail"] == ["begun"]
     assert third["ok"] and "stderr" not in third
     log = path.with_suffix(".log").read_text()
-    said = '{"ok": true}\n{goodbye}\n'
+    said = '{"ok": true}\n{goodbye}\n{"bye": 1}\n'
     assert log == f"--- slow\nstuck\nbegun\n--- dead\nout of memory\n--- chatty\n{said}"
 
 
 def test_a_grandchild_that_lives_on_holds_nothing_up(stages: ModuleType) -> None:
     code = "import subprocess; subprocess.Popen(['sleep', '20'], start_new_session=True); print('done', flush=True)"
     assert stages.run_child((sys.executable, "-c", code), 10) == ("done\n", 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stage_that_is_ended_leaves_no_child(tmp_path: Path, number: int) -> None:
+    """A child has a session of its own, where no Ctrl-C reaches it: it would keep the GPU."""
+    code = """
+import os, runpy, sys
+sys.path.insert(0, BENCH)
+import gpu_stages
+said = "import os, time; open(FILE, 'w').write(str(os.getpid())); time.sleep(60)"
+slow = gpu_stages.Item("slow", (sys.executable, "-c", said), gpu_stages.read_json)
+gpu_stages.STAGE_ITEMS["tests"] = lambda device: [slow]
+sys.argv = [SCRIPT, "--stage", "tests", "--device", "cpu", "--out", OUT]
+runpy.run_path(SCRIPT, run_name="__main__")
+"""
+    file = tmp_path / "pid"
+    for name, value in {"BENCH": SCRIPT.parent, "SCRIPT": SCRIPT, "OUT": tmp_path}.items():
+        code = code.replace(name, repr(str(value)))
+    code = code.replace("FILE", f"{str(file)!r}")
+    stage = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (file.exists() and file.read_text()) and stage.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child = int(file.read_text())
+        stage.send_signal(number)
+        stage.wait(20)
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+    finally:
+        stage.kill()
 
 
 def test_items_that_are_not_timed_run_at_once_and_each_keeps_its_own_errors(gpu: ModuleType, tmp_path: Path) -> None:
@@ -211,6 +243,17 @@ def test_the_digest_follows_the_sources(
     assert gpu.source()["sources"] == before
     (tmp_path / "rewardmap/a.py").write_text("2")
     assert gpu.source()["sources"] != before
+
+
+def test_versions_of_peers_stand_in_the_row(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tmp_path / "liger_kernel-9.8.7.dist-info" / "METADATA"
+    found.parent.mkdir()
+    found.write_text("Metadata-Version: 2.1\nName: liger_kernel\nVersion: 9.8.7\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    packages = gpu.probe("cpu")["packages"]
+    assert packages["liger-kernel"] == "9.8.7" and "sglang" not in packages and set(packages) <= set(gpu.PACKAGES)
 
 
 def test_what_is_missing_is_named(stages: ModuleType) -> None:
