@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import claims_report as report
+from records import ROOT, commit, processor
 
-ROOT = Path(__file__).resolve().parents[1]
 WARM_START = ROOT / "rewardmap" / "assets" / "tiny"
 PLUS = ("TorF1", "TorF2", "Counting1", "Counting2", "Counting3")
 ALL = (*PLUS, "planning")
@@ -309,16 +309,10 @@ def read_rows(runs: Path) -> list[dict[str, Any]]:
     return sorted((row for row in rows if row["arm"] in ARMS), key=lambda row: (order.index(row["arm"]), row["seed"]))
 
 
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-
-
 def machine() -> dict[str, Any]:
     import torch
 
-    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    facts = {"cpu": model.split(":")[-1].strip(), "cores": os.cpu_count(), "torch": torch.__version__}
+    facts = {"cpu": processor(), "cores": os.cpu_count(), "torch": torch.__version__}
     return {"command": "python bench/claims.py", **facts}
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from records import write_between
 
 Row = Mapping[str, Any]
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
@@ -259,18 +260,6 @@ def publish(root: Path, rows: Sequence[Row], facts: Mapping[str, Any]) -> None:
     write_text(root / "bench" / "results" / "claims.json", result)
     draw(rows, root / "docs" / "claims" / "claims.png")
     tables = markdown(rows)
-    replace_between(root / "docs" / "claims.md", lambda _: f"![Every arm](claims/claims.png)\n\n{tables}")
+    write_between(root / "docs" / "claims.md", START, END, f"![Every arm](claims/claims.png)\n\n{tables}")
     picture = "![Every arm: one dot a seed, mean and 95 % interval](docs/claims/claims.png)"
-    replace_between(root / "README.md", lambda _: f"{picture}\n\n{paragraph(rows, intervals=False)}")
-
-
-def replace_between(path: Path, new: Callable[[str], str]) -> None:
-    """Replace what stands between the markers of a file. Raises ValueError where it has none."""
-    from rewardmap.files import write_text
-
-    text = path.read_text(encoding="utf-8")
-    if START not in text or END not in text.split(START, 1)[1]:
-        raise ValueError(f"{path}: no {START} … {END} to write between")
-    before, rest = text.split(START, 1)
-    old, after = rest.split(END, 1)
-    write_text(path, f"{before}{START}\n{new(old)}\n{END}{after}")
+    write_between(root / "README.md", START, END, f"{picture}\n\n{paragraph(rows, intervals=False)}")

@@ -48,10 +48,20 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def between(text: str, start: str, end: str, new: str) -> str:
-    """``text`` with ``new`` in the place of the lines between two marks."""
-    before, rest = text.split(start)
-    return f"{before}{start}\n{new}\n{end}{rest.split(end)[1]}"
+    """``text`` with ``new`` in the place of the lines between two marks. Raises ValueError where it lacks one."""
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"no {start} … {end} to write between")
+    return f"{before}{start}\n{new}\n{end}{after}"
 
 
 def write_between(page: Path, start: str, end: str, new: str) -> None:
-    page.write_text(between(page.read_text(encoding="utf-8"), start, end, new), encoding="utf-8")
+    """``between`` for a page. Raises ValueError, which names it."""
+    from rewardmap.files import write_text  # not above: where a GPU is lent, only the kernels may be there
+
+    try:
+        text = between(page.read_text(encoding="utf-8"), start, end, new)
+    except ValueError as error:
+        raise ValueError(f"{page}: {error}") from None
+    write_text(page, text)
