@@ -297,7 +297,7 @@ def test_a_server_that_keeps_ending_is_given_up(sync, proxy):
         def start(self):
             Ended.starts += 1
 
-        def wait_ready(self, progress):
+        def wait_ready(self, progress=None):
             pass
 
         def last_lines(self):
