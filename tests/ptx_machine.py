@@ -1,0 +1,432 @@
+"""Runs the PTX of a kernel on the CPU, in the numbers of a GPU, and says what a GPU would keep to itself.
+
+Refused, with the line of PTX: an access outside the tensors that were passed, or unaligned; two threads that touch one
+byte, one of them writing another value, without a barrier between them; a barrier that not all threads reach; shared
+memory that is read while a copy is under way. Warps and blocks advance in an order drawn from ``seed``. Shared memory
+begins as NaN. Nothing is said of speed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from ptx_text import Instruction, Kernel
+
+Mask = NDArray[np.bool_]
+WARP = 32
+SHARED = 1 << 24
+"""Block b of a cluster has its shared memory at (b + 1) * SHARED, of the 32-bit addresses that a cluster shares."""
+GENERIC = 1 << 60
+"""A generic address of shared memory is its 32-bit address beyond this."""
+NOBODY = -1
+
+
+class PtxError(Exception):
+    """What a GPU would do silently, or not at all."""
+
+
+@dataclass
+class Region:
+    """Memory with what is known of each byte: who wrote and who read it last, and in which epoch."""
+
+    begin: int
+    values: NDArray[np.uint8]
+    allowed: Mask | None = None
+    owner: Block | None = None
+    dirty: Mask | None = None
+    """Of shared memory: written by a thread that has made no fence to the proxy of asynchronous copies since."""
+
+    def __post_init__(self) -> None:
+        size = len(self.values)
+        self.writer, self.reader = (np.full(size, NOBODY, np.int64) for _ in range(2))
+        self.written, self.read = (np.full((3, size), -1, np.int32) for _ in range(2))  # epochs: cluster, block, warp
+        self.readers = np.zeros(size, np.int8)  # in that epoch: 0 one, 1 several of a warp, 2 of several warps
+        self.filled, self.drained = (np.zeros(size, np.int16) for _ in range(2))  # by copies under way
+
+    @property
+    def end(self) -> int:
+        return self.begin + len(self.values)
+
+
+class Memory:
+    """The tensors that a kernel may touch, at their own addresses."""
+
+    def __init__(self, tensors: Any) -> None:
+        self.regions: list[Region] = []
+        spans: list[tuple[int, int, torch.Tensor]] = []
+        for tensor in tensors:
+            if tensor.numel():
+                elements = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+                begin = tensor.data_ptr()
+                spans.append((begin, begin + elements * tensor.itemsize, tensor))
+        spans.sort(key=lambda span: span[:2])
+        while spans:
+            begin, end, _ = spans[0]
+            group = [spans.pop(0)]
+            while spans and spans[0][0] < end:
+                group.append(spans.pop(0))
+                end = max(end, group[-1][1])
+            allowed = torch.zeros(end - begin, dtype=torch.bool)
+            for at, _, tensor in group:
+                strides = [s * tensor.itemsize for s in tensor.stride()]
+                torch.as_strided(
+                    allowed, (*tensor.shape, tensor.itemsize), (*strides, 1), at - begin
+                ).fill_(True)  # fmt: skip
+            self.regions.append(Region(begin, _bytes_at(begin, end - begin), allowed.numpy()))
+
+
+def _bytes_at(address: int, size: int) -> NDArray[np.uint8]:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+
+class Copy:
+    """An asynchronous copy under way: ``move`` does it; it reads ``drains`` and writes ``fills``, (region, index) of
+    shared memory."""
+
+    def __init__(
+        self,
+        move: Callable[[], None],
+        drains: tuple[Region, Any] | None = None,
+        fills: tuple[Region, Any] | None = None,
+    ) -> None:
+        self.move, self.drains, self.fills, self.done = move, drains, fills, False
+        self._count(1)
+
+    def finish(self) -> None:
+        if not self.done:
+            self.done = True
+            self._count(-1)
+            self.move()
+
+    def _count(self, step: int) -> None:
+        if self.drains is not None:
+            self.drains[0].drained[self.drains[1]] += step
+        if self.fills is not None:
+            self.fills[0].filled[self.fills[1]] += step
+
+
+@dataclass
+class Barrier:
+    """An mbarrier: arrivals and bytes that its phase still waits for."""
+
+    count: int
+    arrivals: int
+    bytes: int = 0
+    phase: int = 0
+
+
+class Block:
+    """A thread block: registers, shared memory, and where its threads are."""
+
+    def __init__(self, launch: Launch, index: tuple[int, int, int], rank: int, cluster: Cluster) -> None:
+        self.launch, self.index, self.rank, self.cluster = launch, index, rank, cluster
+        self.threads = launch.threads
+        kernel = launch.kernel
+        width = {8: np.bool_, 16: np.uint16, 32: np.uint32, 64: np.uint64}
+        poison = 0xFFFFFFFFFFFFFFFF
+        self.registers: dict[str, NDArray[Any]] = {}
+        for name, bits in kernel.widths.items():
+            self.registers[name] = np.full(self.threads, poison & ((1 << bits) - 1) if bits > 8 else 0, width[bits])
+        size = kernel.shared_bytes + launch.dynamic_shared
+        self.base = (rank + 1) * SHARED
+        self.shared = Region(self.base, np.full(size, 0xFF, np.uint8), owner=self, dirty=np.zeros(size, bool))
+        self.at: dict[int, Mask] = {0: np.ones(self.threads, bool)}
+        self.arrived: dict[int, Mask] = {}  # barrier -> threads that wait at it
+        self.resume: dict[int, int] = {}  # barrier -> where they go on
+        self.epoch = 0
+        self.warp_epoch = np.zeros(self.threads, np.int32)
+        self.exited = np.zeros(self.threads, bool)
+        self.barriers: dict[int, Barrier] = {}
+        self.groups: dict[tuple[str, int], list[list[Copy]]] = {}
+        """(kind, warp or thread) -> groups of copies, the last one still open."""
+        linear = (index[2] * launch.grid[1] + index[1]) * launch.grid[0] + index[0]
+        self.uid = linear * 1024 + np.arange(self.threads, dtype=np.int64)
+
+    def special(self, name: str) -> Any:
+        launch = self.launch
+        t = np.arange(self.threads, dtype=np.uint32)
+        zero = np.zeros_like(t)
+        axis = "xyz".find(name[-1]) if "." in name else 0
+        kind = name.split(".")[0]
+        size = launch.cluster
+        values = {
+            "tid": t if axis == 0 else zero,
+            "laneid": t % WARP,
+            "warpid": t // WARP,
+            "ntid": launch.threads if axis == 0 else 1,
+            "ctaid": self.index[axis],
+            "nctaid": launch.grid[axis],
+            "cluster_ctarank": self.rank,
+            "cluster_nctarank": size,
+            "cluster_ctaid": self.rank if axis == 0 else 0,
+            "cluster_nctaid": size if axis == 0 else 1,
+        }
+        return np.broadcast_to(np.asarray(values[kind], np.uint32), (self.threads,))
+
+    def move(self, mask: Mask, to: int) -> None:
+        there = self.at.get(to)
+        self.at[to] = mask if there is None else there | mask
+
+    def live(self) -> int:
+        return self.threads - int(self.exited.sum())
+
+    def release(self) -> None:
+        """The barriers that everyone has reached."""
+        for name, mask in list(self.arrived.items()):
+            if int(mask.sum()) == self.live():
+                del self.arrived[name]
+                self.move(mask, self.resume[name])
+                self.epoch += 1
+
+
+@dataclass
+class Cluster:
+    blocks: list[Block] = field(default_factory=list)
+    epoch: int = 0
+    waiting: dict[int, tuple[Mask, int]] = field(default_factory=dict)
+    """Block -> its threads at the cluster's barrier, and where they go on."""
+    pending: list[Copy] = field(default_factory=list)
+
+    def release(self) -> None:
+        """The cluster's barrier, once everyone waits at it."""
+        there = {rank: int(mask.sum()) for rank, (mask, _) in self.waiting.items()}
+        if all(there.get(b.rank, 0) == b.live() for b in self.blocks):
+            self.epoch += 1
+            for b in self.blocks:
+                b.epoch += 1
+                if b.rank in self.waiting:
+                    b.move(*self.waiting.pop(b.rank))
+
+
+@dataclass
+class Launch:
+    """One launch of one kernel. ``threads`` are along x. ``run`` is all there is to call."""
+
+    kernel: Kernel
+    grid: tuple[int, int, int]
+    threads: int
+    parameters: bytes
+    memory: Memory
+    cluster: int = 1
+    dynamic_shared: int = 0
+    seed: int | None = None
+    """None: the fewest steps, all warps together. A number: warps and blocks advance by chance."""
+
+    def run(self) -> None:
+        from ptx_operators import compiled
+
+        if self.threads % WARP or self.threads > 1024:
+            raise PtxError(f"{self.threads} threads")
+        assert len(self.parameters) >= self.kernel.parameter_bytes
+        self.chance = None if self.seed is None else random.Random(self.seed)
+        self.code = compiled(self.kernel)
+        self.leaders = {0, *self.kernel.labels.values()}
+        for i, instruction in enumerate(self.kernel.code):
+            if instruction.parts[0] in ("bra", "ret", "exit") or _waits(instruction):
+                self.leaders |= {i, i + 1} if _waits(instruction) else {i + 1}
+        x, y, z = self.grid
+        indices = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
+        clusters = [indices[i : i + self.cluster] for i in range(0, len(indices), self.cluster)]
+        if self.chance is not None:
+            self.chance.shuffle(clusters)
+        with np.errstate(all="ignore"):
+            for indices in clusters:
+                self._run_cluster(indices)
+
+    def _run_cluster(self, indices: list[tuple[int, int, int]]) -> None:
+        cluster = Cluster()
+        cluster.blocks = [Block(self, index, rank, cluster) for rank, index in enumerate(indices)]
+        while True:
+            ready = [(b, pc, mask) for b in cluster.blocks for pc, mask in self._runnable(b)]
+            if cluster.pending and (not ready or (self.chance is not None and self.chance.random() < 0.1)):
+                cluster.pending.pop(self.chance.randrange(len(cluster.pending)) if self.chance else 0).finish()
+                continue
+            if not ready:
+                break
+            if self.chance is None:
+                block, pc, mask = min(ready, key=lambda entry: entry[1])
+            else:
+                block, pc, mask = self.chance.choice(ready)
+                mask = self._some_warps(mask)
+            self._step(block, pc, mask)
+        stuck = [b for b in cluster.blocks if b.live()]
+        if stuck:
+            raise PtxError("no thread can go on: " + "; ".join(self._where(b) for b in stuck))
+        kept = [groups for b in cluster.blocks for (kind, _), groups in b.groups.items() if kind == "bulk"]
+        if any(group for groups in kept for group in groups):
+            raise PtxError("a block ended before its bulk copies")
+
+    def _where(self, block: Block) -> str:
+        places = [f"{int(m.sum())} threads before {self.kernel.code[pc].text!r}" for pc, m in block.at.items()]
+        places += [f"{int(m.sum())} of {block.live()} threads at barrier {n}" for n, m in block.arrived.items()]
+        if block.rank in block.cluster.waiting:
+            places.append(f"{int(block.cluster.waiting[block.rank][0].sum())} threads at the cluster's barrier")
+        return f"block {block.index}: " + ", ".join(places)
+
+    def _some_warps(self, mask: Mask) -> Mask:
+        """Of the warps that could go on, one or several."""
+        assert self.chance is not None
+        warps = np.flatnonzero(mask.reshape(-1, WARP).any(1))
+        if len(warps) == 1 or self.chance.random() < 0.3:
+            return mask
+        chosen = self.chance.sample(list(warps), self.chance.randrange(1, len(warps) + 1))
+        some = np.zeros_like(mask).reshape(-1, WARP)
+        some[chosen] = mask.reshape(-1, WARP)[chosen]
+        return some.reshape(-1)
+
+    def _runnable(self, block: Block) -> Iterator[tuple[int, Mask]]:
+        for pc, mask in block.at.items():
+            instruction = self.kernel.code[pc] if pc < len(self.kernel.code) else None
+            if instruction is not None and _waits(instruction):
+                whole = self.code[pc].ready(block, mask)
+                if whole is None:
+                    continue
+                yield pc, whole
+            else:
+                yield pc, mask
+
+    def _step(self, block: Block, pc: int, mask: Mask) -> None:
+        """From ``pc`` to the next place where threads may part or meet."""
+        rest = block.at.pop(pc) & ~mask
+        if rest.any():
+            block.at[pc] = rest
+        every = bool(mask.all())
+        first = True
+        while first or pc not in self.leaders:
+            first = False
+            if pc >= len(self.kernel.code):
+                raise PtxError(f"{self.kernel.name} runs off its end")
+            instruction, operator = self.kernel.code[pc], self.code[pc]
+            active, whole = mask, every
+            if instruction.guard is not None:
+                guard = block.registers[instruction.guard.name]
+                active = mask & (~guard if instruction.negated else guard)
+                whole = bool(active.all())
+            try:
+                if operator.control is not None:
+                    operator.control(block, pc, mask, active)
+                    return
+                if whole or active.any():
+                    operator.run(block, active, whole)
+            except PtxError as error:
+                raise PtxError(f"{self.kernel.name}, line {instruction.line}, {instruction.text!r}: {error}") from None
+            pc += 1
+        block.move(mask, pc)
+
+
+def _waits(instruction: Instruction) -> bool:
+    """Whether it needs other threads, or a copy, to be there."""
+    parts = instruction.parts
+    return parts[0] in ("bar", "barrier", "shfl", "redux", "vote", "mma", "ldmatrix", "stmatrix", "elect", "wgmma") or (
+        parts[:2] == ("mbarrier", "try_wait")
+    )
+
+
+def regions(block: Block, addresses: NDArray[np.int64], size: int) -> Iterator[tuple[Region, Any]]:
+    """Each region that the addresses lie in, and which of them do. Raises PtxError for those in none."""
+    if (addresses % size).any():
+        raise PtxError(f"{size} bytes at {hex(int(addresses[addresses % size != 0][0]))}, which is no multiple")
+    every = (*(b.shared for b in block.cluster.blocks), *block.launch.memory.regions)
+    first, last = int(addresses.min()), int(addresses.max()) + size
+    for region in every:
+        if region.begin <= first and last <= region.end:
+            yield region, slice(None)
+            return
+    left = np.ones(len(addresses), bool)
+    for region in every:
+        here = (addresses >= region.begin) & (addresses + size <= region.end)
+        if here.any():
+            left &= ~here
+            yield region, here
+    if left.any():
+        at = hex(int(addresses[left][0]))
+        raise PtxError(f"{size} bytes at {at} are neither shared memory nor of a tensor passed")
+
+
+def touch(
+    block: Block, mask: Mask, addresses: NDArray[np.int64], size: int, values: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
+    """Reads [active threads, size] bytes at the addresses of the active threads, or writes ``values``."""
+    addresses = np.where(addresses >= GENERIC, addresses - GENERIC, addresses)
+    out = np.empty((len(addresses), size), np.uint8) if values is None else values
+    threads = np.flatnonzero(mask)
+    for region, here in regions(block, addresses, size):
+        index = (addresses[here] - region.begin)[:, None] + np.arange(size)
+        if region.allowed is not None and not region.allowed[index].all():
+            raise PtxError("an access between the elements of the tensors passed")
+        if values is None:
+            note_read(block, region, index, threads[here])
+            out[here] = region.values[index]
+        else:
+            note_write(block, region, index, threads[here], values[here])
+            region.values[index] = values[here]
+    return out
+
+
+Index = NDArray[np.int64]
+
+
+def _epochs(block: Block, who: Index) -> NDArray[np.int32]:
+    """[cluster, block, warp] of each thread, [3, n, 1]."""
+    both = np.full((2, len(who)), [[block.cluster.epoch], [block.epoch]], np.int32)
+    return np.concatenate([both, block.warp_epoch[who][None]])[:, :, None]
+
+
+def _unordered(block: Block, uid: Index, now: NDArray[np.int32], other: Index, then: NDArray[np.int32]) -> Mask:
+    """Where the access of another thread, ``then``, need not have come before that of ``uid``, ``now``."""
+    in_cluster = (other >> 10) // block.launch.cluster == (uid >> 10) // block.launch.cluster
+    ordered = np.where(other >> 10 == uid >> 10, then[1] != now[1], in_cluster & (then[0] != now[0]))
+    ordered |= (other >> 5 == uid >> 5) & (then[2] != now[2])
+    return (other != NOBODY) & (other != uid) & ~ordered
+
+
+def note_read(block: Block, region: Region, index: Index, who: Index) -> None:
+    """Raises PtxError where another thread's write, or a copy, need not have come before."""
+    if region.filled[index].any():
+        raise PtxError("a copy to these bytes is still under way")
+    uid, now = np.broadcast_to(block.uid[who][:, None], index.shape), _epochs(block, who)
+    race = _unordered(block, uid, now, region.writer[index], region.written[:, index])
+    if race.any():
+        at, byte = np.argwhere(race)[0]
+        raise PtxError(f"thread {who[at]} reads what thread {region.writer[index][at, byte] & 1023} has just written")
+    reader = region.reader[index]
+    together = (region.read[:, index] == now).all(0) & (reader != NOBODY)
+    several = np.where(reader >> 5 == uid >> 5, (reader != uid).astype(np.int8), np.int8(2))
+    region.readers[index] = np.where(together, np.maximum(region.readers[index], several), np.int8(0))
+    region.reader[index] = uid
+    region.read[:, index] = np.broadcast_to(now, (3, *index.shape))
+    crowd = region.reader[index] != uid  # of one instruction
+    if crowd.any():
+        same = region.reader[index] >> 5 == uid >> 5
+        np.maximum.at(region.readers, index[crowd], np.where(same[crowd], np.int8(1), np.int8(2)))
+
+
+def note_write(block: Block, region: Region, index: Index, who: Index, values: NDArray[np.uint8]) -> None:
+    """Raises PtxError where a byte changes that another thread, or a copy, may still have to read or to write."""
+    if region.filled[index].any() or region.drained[index].any():
+        raise PtxError("a copy of these bytes is still under way")
+    uid, now = np.broadcast_to(block.uid[who][:, None], index.shape), _epochs(block, who)
+    changed = region.values[index] != values
+    reader, readers = region.reader[index], region.readers[index]
+    own_warp = reader >> 5 == uid >> 5
+    # Of several readers one is known: the others are in its warp, or in another.
+    reader = np.where((readers == 1) & (reader == uid), uid ^ 1, np.where((readers == 2) & own_warp, uid ^ 512, reader))
+    for other, then in (region.writer[index], region.written[:, index]), (reader, region.read[:, index]):
+        race = changed & _unordered(block, uid, now, other, then)
+        if race.any():
+            at, byte = np.argwhere(race)[0]
+            raise PtxError(f"thread {who[at]} writes where thread {other[at, byte] & 1023} may not have been yet")
+    region.values[index] = values
+    if (region.values[index] != values).any():
+        raise PtxError("two threads write different values to one place")
+    region.writer[index] = uid
+    region.written[:, index] = np.broadcast_to(now, (3, *index.shape))
+    if region.dirty is not None:
+        region.dirty[index] = True

@@ -1,0 +1,412 @@
+"""What each instruction of PTX does to the registers of the threads that execute it: see ``ptx_machine.py``.
+
+Values are computed for all threads of a block at once and kept for the active ones. Roundings are those of the PTX
+manual but for approximate functions, which are more accurate here than on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from ptx_copies import COPIES
+from ptx_machine import GENERIC, WARP, Block, Mask, PtxError, touch
+from ptx_text import Instruction, Kernel, Number, Symbol, Vector
+from ptx_values import (
+    KINDS,
+    UNSIGNED,
+    Maker,
+    Operator,
+    Values,
+    addresses,
+    divided,
+    fused,
+    fused_down,
+    least,
+    left,
+    most,
+    product,
+    reader,
+    remainder,
+    right,
+    rounded,
+    to_tf32,
+    whole_warps,
+    widened,
+    write,
+)
+
+TWO: dict[str, Callable[[Values, Values], Values]] = {
+    "add": np.add, "sub": np.subtract, "min": least, "max": most, "and": np.bitwise_and, "or": np.bitwise_or,
+    "xor": np.bitwise_xor, "div": divided, "rem": remainder,
+}  # fmt: skip
+ONE: dict[str, Callable[[Values], Values]] = {
+    "neg": np.negative, "abs": np.abs, "not": np.invert, "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt,
+    "rcp": np.reciprocal, "rsqrt": lambda x: np.reciprocal(np.sqrt(x)), "mov": lambda x: x, "cvta": lambda x: x,
+}  # fmt: skip
+COMPARED: dict[str, Callable[[Values, Values], Values]] = {
+    "eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
+    "ne": lambda a, b: (a != b) & ~(_nan(a) | _nan(b)), "neu": lambda a, b: a != b,
+    "equ": lambda a, b: (a == b) | _nan(a) | _nan(b), "ltu": lambda a, b: ~(a >= b), "leu": lambda a, b: ~(a > b),
+    "gtu": lambda a, b: ~(a <= b), "geu": lambda a, b: ~(a < b), "num": lambda a, b: ~(_nan(a) | _nan(b)),
+    "nan": lambda a, b: _nan(a) | _nan(b), "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal,
+}  # fmt: skip
+
+
+def _nan(x: Values) -> Values:
+    return np.isnan(x) if x.dtype.kind == "f" else np.zeros(x.shape, bool)
+
+
+def arithmetic(kernel: Kernel, i: Instruction) -> Operator | None:
+    """Operators of one, two or three values of one kind."""
+    name, kind = i.parts[0], i.parts[-1]
+    half = kind in ("bf16", "f16", "bf16x2", "f16x2")
+    if half:
+        return _sixteen(kernel, i)
+    if kind not in KINDS:
+        return None
+    to, sources = i.operands[0], i.operands[1:]
+    if name in ("shl", "shr"):
+        value, by = reader(kernel, sources[0], kind), reader(kernel, sources[1], "u32")
+        shift = left if name == "shl" else right
+        return Operator(lambda b, m, w: write(kernel, b, to, shift(value(b), by(b)), m, w))
+    if name in ("mul", "mad"):
+        kinds = [kind, kind] + ([f"{kind[0]}{2 * int(kind[1:])}" if "wide" in i.parts else kind] * (name == "mad"))
+        read = [reader(kernel, source, k) for source, k in zip(sources, kinds, strict=True)]
+
+        def multiply(b: Block, m: Mask, w: bool) -> None:
+            made = product(read[0](b), read[1](b), i.parts)
+            write(kernel, b, to, made + read[2](b) if len(read) == 3 else made, m, w)
+
+        return Operator(multiply)
+    read = [reader(kernel, source, kind) for source in sources]
+    if name == "fma":
+        rule = fused_down if "rm" in i.parts else fused
+        return Operator(lambda b, m, w: write(kernel, b, to, rule(*(r(b) for r in read)), m, w))
+    table: dict[str, Any] = TWO if len(read) == 2 else ONE
+    if name not in table or len(read) > 2 or any(p in i.parts for p in ("sat", "rz", "rm", "rp")):
+        return None
+    function = table[name]
+    return Operator(lambda b, m, w: write(kernel, b, to, function(*(r(b) for r in read)), m, w))
+
+
+def _sixteen(kernel: Kernel, i: Instruction) -> Operator | None:
+    """In bfloat16 or float16, computed in float32 and rounded once."""
+    name, kind = i.parts[0], i.parts[-1]
+    pair = kind.endswith("x2")
+    table: dict[str, Any] = {**TWO, **ONE, "mul": np.multiply, "fma": fused}
+    if name not in table or name in ("and", "or", "xor", "not", "mov", "cvta"):
+        return None
+    function, read = table[name], [reader(kernel, source, "b32" if pair else "b16") for source in i.operands[1:]]
+    wide, narrow = (widened, rounded) if kind.startswith("bf16") else (_from_half, _to_half)
+
+    def run(b: Block, m: Mask, w: bool) -> None:
+        bits = [np.ascontiguousarray(r(b)).view(np.uint16) for r in read]
+        made = narrow(function(*(wide(x) for x in bits)))
+        write(kernel, b, i.operands[0], made.view(np.uint32) if pair else made, m, w)
+
+    return Operator(run)
+
+
+def _from_half(bits: Values) -> Values:
+    return bits.view(np.float16).astype(np.float32)
+
+
+def _to_half(values: Values) -> Values:
+    return values.astype(np.float16).view(np.uint16)
+
+
+def move(kernel: Kernel, i: Instruction) -> Operator | None:
+    """``mov``: also between one register and a vector of its parts."""
+    to, source = i.operands
+    if isinstance(to, Vector):
+        read = reader(kernel, source, f"b{i.parts[1][1:]}")
+
+        def unpack(b: Block, m: Mask, w: bool) -> None:
+            size = np.dtype(KINDS[i.parts[1]]).itemsize // len(to.parts)
+            pieces = np.ascontiguousarray(read(b)).view(UNSIGNED[size]).reshape(b.threads, -1)
+            for k, part in enumerate(to.parts):
+                write(kernel, b, part, pieces[:, k], m, w)
+
+        return Operator(unpack)
+    if isinstance(source, Vector):
+        size = np.dtype(KINDS[i.parts[1]]).itemsize // len(source.parts)
+        reads = [reader(kernel, part, f"b{size * 8}") for part in source.parts]
+
+        def pack(b: Block, m: Mask, w: bool) -> None:
+            made = np.stack([r(b) for r in reads], 1)
+            write(kernel, b, to, np.ascontiguousarray(made).view(KINDS[i.parts[1]])[:, 0], m, w)
+
+        return Operator(pack)
+    return arithmetic(kernel, i)
+
+
+def compare(kernel: Kernel, i: Instruction) -> Operator | None:
+    """``setp``."""
+    if len(i.parts) != 3 or len(i.operands) != 3 or i.parts[1] not in COMPARED:
+        return None
+    if i.parts[2] in ("bf16", "f16"):
+        return None
+    a, b = (reader(kernel, operand, i.parts[2]) for operand in i.operands[1:])
+    function = COMPARED[i.parts[1]]
+    return Operator(lambda block, m, w: write(kernel, block, i.operands[0], function(a(block), b(block)), m, w))
+
+
+def select(kernel: Kernel, i: Instruction) -> Operator:
+    """``selp``."""
+    a, b = (reader(kernel, operand, i.parts[1]) for operand in i.operands[1:3])
+    p = reader(kernel, i.operands[3], "pred")
+    to = i.operands[0]
+    return Operator(lambda block, m, w: write(kernel, block, to, np.where(p(block), a(block), b(block)), m, w))
+
+
+def convert(kernel: Kernel, i: Instruction) -> Operator | None:
+    """``cvt``."""
+    *modes, to_kind, from_kind = i.parts[1:]
+    to = i.operands[0]
+    if from_kind not in KINDS and from_kind not in ("bf16", "f16"):
+        return None
+    sixteen = from_kind in ("bf16", "f16")
+    read = [reader(kernel, operand, "b16" if sixteen else from_kind) for operand in i.operands[1:]]
+    widen = widened if from_kind == "bf16" else _from_half if sixteen else None
+
+    def run(b: Block, m: Mask, w: bool) -> None:
+        values = [widen(r(b)) if widen else r(b) for r in read]
+        x = values[0]
+        if to_kind in ("bf16x2", "f16x2"):  # the first source is the upper half
+            narrow = rounded if to_kind == "bf16x2" else _to_half
+            high, low = (narrow(v).astype(np.uint32) for v in values)
+            made: Values = (high << np.uint32(16)) | low
+        elif to_kind == "bf16":
+            made = rounded(x)
+        elif to_kind == "f16":
+            made = _to_half(x)
+        elif to_kind == "tf32":
+            made = to_tf32(x)
+        elif to_kind == "f32" and x.dtype.kind == "f":
+            made = np.rint(x) if "rni" in modes else x.astype(np.float32)
+            made = np.fmin(np.fmax(made, np.float32(0)), np.float32(1)) if "sat" in modes else made
+        elif KINDS[to_kind] in (np.float32, np.float64):
+            made = x.astype(KINDS[to_kind])
+        elif x.dtype.kind == "f":
+            limits = np.iinfo(KINDS[to_kind])
+            whole = np.rint(x.astype(np.float64)) if "rni" in modes else np.trunc(x.astype(np.float64))
+            made = np.clip(np.nan_to_num(whole), limits.min, limits.max).astype(KINDS[to_kind])
+        else:
+            made = x.astype(KINDS[to_kind])
+        write(kernel, b, to, made, m, w)
+
+    known = {"rn", "rna", "rni", "rzi", "sat", "ftz"}
+    return Operator(run) if set(modes) <= known else None
+
+
+def bits_of_field(kernel: Kernel, i: Instruction) -> Operator:
+    """``bfe``."""
+    kind = i.parts[1]
+    a = reader(kernel, i.operands[1], kind)
+    at, count = (reader(kernel, operand, "u32") for operand in i.operands[2:])
+
+    def run(b: Block, m: Mask, w: bool) -> None:
+        x, start, length = a(b), at(b) & 255, count(b) & 255
+        bits = x.dtype.itemsize * 8
+        length = np.minimum(length, bits - np.minimum(start, bits))
+        up = left(x.view(UNSIGNED[x.dtype.itemsize]), (bits - start - length).astype(np.uint32)).view(x.dtype)
+        write(kernel, b, i.operands[0], np.where(length == 0, x.dtype.type(0), right(up, bits - length)), m, w)
+
+    return Operator(run)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def load(kernel: Kernel, i: Instruction) -> Operator | None:
+    """``ld``."""
+    kind, count = i.parts[-1], next((int(p[1:]) for p in i.parts if p in ("v2", "v4", "v8")), 1)
+    if kind not in KINDS:
+        return None
+    at, dtype = addresses(kernel, i.operands[1]), np.dtype(KINDS[kind])
+    to = i.operands[0].parts if isinstance(i.operands[0], Vector) else (i.operands[0],)
+
+    def run(b: Block, m: Mask, w: bool) -> None:
+        where = at(b)
+        if i.parts[1] == "param":
+            begin = int(where[0])
+            raw = np.frombuffer(b.launch.parameters, np.uint8, dtype.itemsize * count, begin)
+            for k, value in enumerate(raw.view(dtype)):
+                write(kernel, b, to[k], np.full(b.threads, value, dtype), m, w)
+            return
+        raw = touch(b, m, where[m], dtype.itemsize * count)
+        values = np.zeros((b.threads, count), dtype)
+        values[m] = raw.view(dtype)
+        for k, operand in enumerate(to):
+            write(kernel, b, operand, np.ascontiguousarray(values[:, k]), m, w)
+
+    return Operator(run)
+
+
+def store(kernel: Kernel, i: Instruction) -> Operator | None:
+    """``st``."""
+    kind = i.parts[-1]
+    if kind not in KINDS:
+        return None
+    at = addresses(kernel, i.operands[0])
+    parts = i.operands[1].parts if isinstance(i.operands[1], Vector) else (i.operands[1],)
+    values = [reader(kernel, part, kind) for part in parts]
+
+    def run(b: Block, m: Mask, w: bool) -> None:
+        made = np.ascontiguousarray(np.stack([v(b) for v in values], 1)[m]).view(np.uint8)
+        touch(b, m, at(b)[m], made.shape[1], made)
+
+    return Operator(run)
+
+
+def nothing(kernel: Kernel, i: Instruction) -> Operator:
+    """Hints."""
+    return Operator(lambda b, m, w: None)
+
+
+def policy(kernel: Kernel, i: Instruction) -> Operator:
+    return Operator(lambda b, m, w: write(kernel, b, i.operands[0], np.zeros(b.threads, np.uint64), m, w))
+
+
+def to_generic(kernel: Kernel, i: Instruction) -> Operator:
+    """``cvta``: global memory has its generic addresses."""
+    value = reader(kernel, i.operands[1], i.parts[-1])
+    step = np.uint64((GENERIC if "shared" in i.parts else 0) * (1 if "to" not in i.parts else -1) % (1 << 64))
+    return Operator(lambda b, m, w: write(kernel, b, i.operands[0], value(b) + step, m, w))
+
+
+# --- where threads go -------------------------------------------------------------------------------------------------
+
+
+def branch(kernel: Kernel, i: Instruction) -> Operator | None:
+    target = i.operands[0]
+    if not isinstance(target, Symbol) or target.name not in kernel.labels:
+        return None
+    to = kernel.labels[target.name]
+
+    def go(block: Block, pc: int, mask: Mask, active: Mask) -> None:
+        if active.any():
+            block.move(active, to)
+        if not active.all() and (mask & ~active).any():
+            block.move(mask & ~active, pc + 1)
+
+    return Operator(lambda b, m, w: None, go)
+
+
+def leave(kernel: Kernel, i: Instruction) -> Operator:
+    def go(block: Block, pc: int, mask: Mask, active: Mask) -> None:
+        block.exited |= active
+        if (mask & ~active).any():
+            block.move(mask & ~active, pc + 1)
+        block.release()
+
+    return Operator(lambda b, m, w: None, go)
+
+
+def barrier(kernel: Kernel, i: Instruction) -> Operator | None:
+    """``bar.sync``, ``bar.warp.sync``, ``barrier.cluster``."""
+    if i.parts[1] == "warp":
+
+        def together(b: Block, m: Mask, w: bool) -> None:
+            b.warp_epoch = b.warp_epoch + m
+
+        return Operator(together, ready=whole_warps)
+    if i.parts[1] == "cluster":
+        if i.parts[2] == "arrive":
+            return Operator(lambda b, m, w: None)
+
+        def cluster(block: Block, pc: int, mask: Mask, active: Mask) -> None:
+            held = block.cluster.waiting.get(block.rank)
+            if held is not None and held[1] != pc + 1:
+                raise PtxError("threads of one block wait at two barriers of the cluster")
+            block.cluster.waiting[block.rank] = (mask if held is None else held[0] | mask, pc + 1)
+            block.cluster.release()
+
+        return Operator(lambda b, m, w: None, cluster)
+    if i.parts[1] != "sync" or len(i.operands) != 1 or not isinstance(i.operands[0], Number):
+        return None
+    name = i.operands[0].bits
+
+    def wait(block: Block, pc: int, mask: Mask, active: Mask) -> None:
+        if i.guard is not None and not (active == mask).all():
+            raise PtxError("a barrier for some of the threads")
+        block.arrived[name] = block.arrived.get(name, np.zeros_like(mask)) | mask
+        block.resume.setdefault(name, pc + 1)
+        if block.resume[name] != pc + 1:
+            raise PtxError("threads of one block wait at one barrier in two places")
+        block.release()
+        if name not in block.arrived:
+            del block.resume[name]
+
+    return Operator(lambda b, m, w: None, wait)
+
+
+# --- warps ------------------------------------------------------------------------------------------------------------
+
+
+def shuffle(kernel: Kernel, i: Instruction) -> Operator | None:
+    """``shfl.sync``."""
+    to = i.operands[0]
+    to, predicate = to.parts if isinstance(to, Vector) else (to, None)
+    value = reader(kernel, i.operands[1], "b32")
+    by, clamp = (reader(kernel, operand, "u32") for operand in i.operands[2:4])
+    mode = i.parts[2]
+
+    def run(b: Block, m: Mask, w: bool) -> None:
+        lane = np.arange(b.threads) % WARP
+        step, c = by(b).astype(np.int64), clamp(b).astype(np.int64)
+        segment = c >> 8 & 31
+        last, first = (lane & segment) | (c & 31 & ~segment), lane & segment
+        source = {"bfly": lane ^ step, "down": lane + step, "up": lane - step}.get(mode)
+        if source is None:
+            source = first | (step & ~segment & 31)
+        inside = source >= last if mode == "up" else source <= last
+        source = np.where(inside, source, lane) + np.arange(b.threads) // WARP * WARP
+        if (m & ~m[source]).any():
+            raise PtxError("a shuffle from a thread that takes no part")
+        write(kernel, b, to, value(b)[source], m, w)
+        if predicate is not None:
+            write(kernel, b, predicate, inside, m, w)
+
+    return Operator(run, ready=whole_warps)
+
+
+def reduce(kernel: Kernel, i: Instruction) -> Operator | None:
+    """``redux.sync``."""
+    value = reader(kernel, i.operands[1], i.parts[3])
+    functions: dict[str, Any] = {"add": np.add, "min": np.minimum, "max": np.maximum, "or": np.bitwise_or}
+    function = functions.get(i.parts[2])
+    if function is None:
+        return None
+
+    def run(b: Block, m: Mask, w: bool) -> None:
+        rows = m.reshape(-1, WARP)
+        if not rows[rows.any(1)].all():
+            raise PtxError("a reduction over part of a warp")
+        values = value(b).reshape(-1, WARP)
+        write(kernel, b, i.operands[0], np.repeat(function.reduce(values, 1, dtype=values.dtype), WARP), m, w)
+
+    return Operator(run, ready=whole_warps)
+
+
+MAKERS: dict[str, Maker] = {
+    **dict.fromkeys((*TWO, *ONE, "shl", "shr", "mul", "mad", "fma"), arithmetic),
+    "mov": move, "setp": compare, "selp": select, "cvt": convert, "bfe": bits_of_field, "ld": load, "st": store,
+    "bra": branch, "ret": leave, "exit": leave, "bar": barrier, "barrier": barrier, "shfl": shuffle, "redux": reduce,
+    "createpolicy": policy, "prefetch": nothing, "cvta": to_generic,
+    **COPIES,
+}  # fmt: skip
+
+
+def compiled(kernel: Kernel) -> list[Operator]:
+    """Every instruction of a kernel. Raises PtxError for one that is not known, with its line."""
+    made = []
+    for instruction in kernel.code:
+        make = MAKERS.get(instruction.parts[0])
+        operator = None if make is None else make(kernel, instruction)
+        if operator is None:
+            raise PtxError(f"{kernel.name}, line {instruction.line}: {instruction.text!r} is not known here")
+        made.append(operator)
+    return made

@@ -1,0 +1,83 @@
+"""A GPU for Triton that is a program: launches go through Triton's own path and compiler, and ``ptx_machine.py`` runs
+what the compiler made of the kernel. Tensors are the CPU's.
+
+    with ptx_gpu(90):
+        kernel[grid](...)
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from ptx_machine import Launch, Memory
+from ptx_text import Kernel, parse
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import CompiledKernel
+from triton.runtime import driver
+
+SHARED_BYTES = {80: 166_912, 86: 101_376, 90: 232_448}
+"""That a block may have, by compute capability."""
+RUNS: Counter[str] = Counter()
+"""Kernel -> launches."""
+
+
+@contextmanager
+def ptx_gpu(capability: int, seed: int | None = None) -> Iterator[Counter[str]]:
+    """Launches inside the block run as on this compute capability; see ``Launch`` for ``seed``. Yields ``RUNS``."""
+    RUNS.clear()
+    target = GPUTarget("cuda", capability, 32)
+    active = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: capability,  # Triton keeps what it has compiled by device
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+
+    def prepare(kernel: Any) -> None:
+        if kernel.module is None:
+            kernel.module, kernel.function = kernel.asm["ptx"], kernel
+            kernel._run = functools.partial(_launch, kernel, SHARED_BYTES[capability], seed)
+
+    before = driver._active
+    driver.set_active(active)
+    try:
+        with mock.patch.object(CompiledKernel, "_init_handles", prepare):
+            yield RUNS
+    finally:
+        driver._active = before
+
+
+@functools.cache
+def _parsed(text: str) -> Kernel:
+    return parse(text)
+
+
+def _launch(compiled: Any, limit: int, seed: int | None, x: int, y: int, z: int, *rest: Any) -> None:
+    """As Triton's launcher: the stream, the function, metadata and hooks, then the kernel's arguments."""
+    given = rest[6:]
+    kernel, metadata = _parsed(compiled.asm["ptx"]), compiled.metadata
+    if metadata.shared > limit:
+        raise RuntimeError(f"{kernel.name} wants {metadata.shared} bytes of shared memory of {limit}")
+    kinds = list(compiled.src.signature.values())
+    values = [value for value, kind in zip(given, kinds, strict=True) if kind != "constexpr"]
+    raw = bytearray(kernel.parameter_bytes)
+    for parameter, value in zip(kernel.parameters, [*values, 0, 0], strict=True):
+        if isinstance(value, torch.Tensor):
+            value = value.data_ptr()
+        form = "f" if isinstance(value, float) else {4: "i", 8: "Q" if value >= 0 else "q"}[parameter.size]
+        struct.pack_into(form, raw, parameter.offset, value)
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    assert not metadata.global_scratch_size and metadata.num_ctas == 1
+    RUNS[kernel.name] += 1
+    launch = Launch(
+        kernel, (x, y, z), 32 * metadata.num_warps, bytes(raw), Memory(tensors), 1, metadata.shared, seed
+    )
+    launch.run()
