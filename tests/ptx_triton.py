@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +30,11 @@ RUNS: Counter[str] = Counter()
 
 
 @contextmanager
-def ptx_gpu(capability: int, seed: int | None = None) -> Iterator[Counter[str]]:
-    """Launches inside the block run as on this compute capability; see ``Launch`` for ``seed``. Yields ``RUNS``."""
+def ptx_gpu(
+    capability: int, seed: int | None = None, edit: Callable[[str], str] = str
+) -> Iterator[Counter[str]]:
+    """Launches inside the block run as on this compute capability; see ``Launch`` for ``seed``. ``edit``: of the PTX,
+    to see that a fault shows. Yields ``RUNS``."""
     RUNS.clear()
     target = GPUTarget("cuda", capability, 32)
     active = SimpleNamespace(
@@ -44,7 +47,10 @@ def ptx_gpu(capability: int, seed: int | None = None) -> Iterator[Counter[str]]:
     def prepare(kernel: Any) -> None:
         if kernel.module is None:
             kernel.module, kernel.function = kernel.asm["ptx"], kernel
-            kernel._run = functools.partial(_launch, kernel, SHARED_BYTES[capability], seed)
+            kernel._run = launch
+
+    def launch(x: int, y: int, z: int, stream: Any, kernel: Any, packed: Any, metadata: Any, *rest: Any) -> None:
+        _launch(kernel, _parsed(edit(kernel.asm["ptx"])), SHARED_BYTES[capability], seed, (x, y, z), rest[2:])
 
     before = driver._active
     driver.set_active(active)
@@ -60,10 +66,10 @@ def _parsed(text: str) -> Kernel:
     return parse(text)
 
 
-def _launch(compiled: Any, limit: int, seed: int | None, x: int, y: int, z: int, *rest: Any) -> None:
-    """As Triton's launcher: the stream, the function, metadata and hooks, then the kernel's arguments."""
-    given = rest[6:]
-    kernel, metadata = _parsed(compiled.asm["ptx"]), compiled.metadata
+def _launch(
+    compiled: Any, kernel: Kernel, limit: int, seed: int | None, grid: tuple[int, int, int], given: Sequence[Any]
+) -> None:
+    metadata = compiled.metadata
     if metadata.shared > limit:
         raise RuntimeError(f"{kernel.name} wants {metadata.shared} bytes of shared memory of {limit}")
     kinds = list(compiled.src.signature.values())
@@ -78,6 +84,6 @@ def _launch(compiled: Any, limit: int, seed: int | None, x: int, y: int, z: int,
     assert not metadata.global_scratch_size and metadata.num_ctas == 1
     RUNS[kernel.name] += 1
     launch = Launch(
-        kernel, (x, y, z), 32 * metadata.num_warps, bytes(raw), Memory(tensors), 1, metadata.shared, seed
+        kernel, grid, 32 * metadata.num_warps, bytes(raw), Memory(tensors), 1, metadata.shared, seed
     )
     launch.run()

@@ -51,7 +51,9 @@ def _there(launch: Callable[Concatenate[str, Tensor, P], R]) -> Callable[Concate
 
 
 def _block(config: tuple[int, int], columns: int) -> dict[str, int]:
-    return {"BLOCK": min(triton.next_power_of_2(columns), config[0]), "num_warps": config[1]}
+    # Each thread has values of its own: one that read another's might come after that one has written over it.
+    block = min(max(triton.next_power_of_2(columns), 32), config[0])
+    return {"BLOCK": block, "num_warps": min(config[1], block // 32)}
 
 
 def _per_row(values: Tensor | None, dummy: Tensor) -> Tensor:
