@@ -93,6 +93,11 @@ def check_temperature(temperature: Tensor | float, like: Tensor, rows: int) -> N
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 
+def temperatures(temperature: Tensor | float) -> tuple[Tensor | None, float]:
+    """(per row, or None; one number for all rows, 1 where each has its own)."""
+    return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
+
+
 def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, slices: int = 1) -> None:
     """Raise unless hidden [N, H], weight [V / slices, H] and targets [N] fit one another."""
     check_floating("hidden", hidden, 2)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _rows
-from ._checks import check_linear, check_temperature, compute_dtype, first_order_only
+from ._checks import check_linear, check_temperature, compute_dtype, first_order_only, temperatures
 from ._head import (
     Head,
     accumulate_product,
@@ -234,11 +234,9 @@ def linear_logprobs(
     check_temperature(temperature, hidden, hidden.shape[0])
     hidden = _rows.differentiable(_rows.autocast_operand(hidden))
     weight = _rows.differentiable(_rows.autocast_operand(weight))
-    per_row = temperature if isinstance(temperature, Tensor) else None
     chunk = chunk_size(hidden.shape[0], weight.shape[0], chunk_rows, hidden.device)
     with _rows.no_autocast(hidden):
         result: tuple[Tensor, Tensor] = _LinearLogprobs.apply(
-            hidden, weight, targets, per_row, 1.0 if isinstance(temperature, Tensor) else float(temperature), chunk,
-            entropy_gradient, keep_bytes,
-        )  # fmt: skip
+            hidden, weight, targets, *temperatures(temperature), chunk, entropy_gradient, keep_bytes
+        )
     return result

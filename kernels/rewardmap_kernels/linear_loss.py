@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _rows
-from ._checks import check_linear, check_no_overlap, check_row_index, check_temperature, compute_dtype
+from ._checks import check_linear, check_no_overlap, check_row_index, check_temperature, compute_dtype, temperatures
 from ._head import Head, chunk_size, full_weight, operand_dtype
 from ._scale import scaled, taken
 from ._shard import VocabShard
@@ -294,9 +294,8 @@ def linear_policy_loss(
         inputs = {k: v.index_select(0, rows) if _is_per_row(v) else v for k, v in inputs.items()}
         temperature = temperature.index_select(0, rows) if isinstance(temperature, Tensor) else temperature
         mask = None if loss_mask is None else loss_mask.index_select(0, rows)
-    per_row = temperature if isinstance(temperature, Tensor) else None
     loss, logprobs, entropy, metrics = _LinearPolicyLoss.apply(
-        hidden, weight, targets, per_row, 1.0 if isinstance(temperature, Tensor) else float(temperature),
+        hidden, weight, targets, *temperatures(temperature),
         inputs["advantages"], _rows.divisor_of(inputs["normalizer"], hidden), inputs["old_logprobs"],
         inputs["ref_logprobs"], inputs["rollout_logprobs"], inputs["sequence"], inputs["num_sequences"], mask,
         weight_grad, objective.key, chunk_size(hidden.shape[0], weight.shape[0], chunk_rows, hidden.device),

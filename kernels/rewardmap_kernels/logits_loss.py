@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _rows
-from ._checks import check_floating, check_targets, check_temperature, compute_dtype, first_order_only
+from ._checks import check_floating, check_targets, check_temperature, compute_dtype, first_order_only, temperatures
 from ._scale import scale_, taken
 from .objective import PolicyObjective, from_key
 from .policy_loss import check_policy_inputs, evaluate, metric_names
@@ -91,10 +91,7 @@ def selective_log_softmax(logits: Tensor, targets: Tensor, temperature: Tensor |
     check_floating("logits", logits, 2)
     check_targets(targets, logits, logits.shape[1])
     check_temperature(temperature, logits, logits.shape[0])
-    per_row = temperature if isinstance(temperature, Tensor) else None
-    result: tuple[Tensor, Tensor] = _SelectiveLogSoftmax.apply(
-        logits, targets, per_row, 1.0 if isinstance(temperature, Tensor) else float(temperature)
-    )
+    result: tuple[Tensor, Tensor] = _SelectiveLogSoftmax.apply(logits, targets, *temperatures(temperature))
     return result
 
 
@@ -211,11 +208,9 @@ def logits_policy_loss(
     if inplace and (logits.stride(1) != 1 or (logits.shape[0] > 1 and logits.stride(0) < logits.shape[1])):
         raise ValueError(f"inplace = True needs rows of stride 1 that do not overlap, got strides {logits.stride()}")
     logits = _rows.differentiable(logits)
-    per_row = temperature if isinstance(temperature, Tensor) else None
     loss, logprobs, entropy, metrics = _LogitsPolicyLoss.apply(
-        logits, inplace, targets, per_row, 1.0 if isinstance(temperature, Tensor) else float(temperature), advantages,
-        _rows.divisor_of(normalizer, logits), old_logprobs, ref_logprobs, rollout_logprobs, sequence,
-        inputs["num_sequences"], loss_mask, objective.key,
+        logits, inplace, targets, *temperatures(temperature), advantages, _rows.divisor_of(normalizer, logits),
+        old_logprobs, ref_logprobs, rollout_logprobs, sequence, inputs["num_sequences"], loss_mask, objective.key,
     )  # fmt: skip
     names = metric_names(objective, entropy=True, reference=ref_logprobs is not None)
     return LogitsPolicyLoss(loss, logprobs, entropy, dict(zip(names, metrics.unbind(), strict=True)))

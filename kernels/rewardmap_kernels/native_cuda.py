@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from ._checks import number_on
+from ._checks import number_on, temperatures
 from .objective import CLIPPED, PolicyObjective
 from .torch_rows import FusedRows
 
@@ -141,7 +141,8 @@ def fused(
     normalizer = number_on(inputs["normalizer"], device).detach().contiguous()
     # Kept alive until the launch: the kernel sees their addresses alone.
     index, on = targets.to(torch.int64).contiguous(), None if keep is None else keep.contiguous()
-    per_row = vector(temperature) if isinstance(temperature, Tensor) else None
+    per_row, number = temperatures(temperature)
+    per_row = vector(per_row)
     given = [
         vector(inputs[name]) for name in ("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs")
     ]
@@ -155,7 +156,7 @@ def fused(
         logits.data_ptr(), logits.stride(0), n, logits.shape[1], index.data_ptr(), _pointer(per_row), _pointer(on),
         *(_pointer(values) for values in given), normalizer.data_ptr(), int(normalizer.dim() > 0),
         logprobs.data_ptr(), entropy.data_ptr(), d_logprob.data_ptr(),
-        1.0 if per_row is not None else float(temperature), objective,
+        number, objective,
     )  # fmt: skip
     size = cluster_size(logits.shape[1])
     assert size is not None

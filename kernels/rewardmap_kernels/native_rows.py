@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from ._checks import number_on
+from ._checks import number_on, temperatures
 from .dispatch import launched
 from .objective import CLIPPED, PolicyObjective
 from .torch_rows import NATS_PER_UNIT, Exponentials, FusedRows, RowStatistics, over, scale_
@@ -53,7 +53,8 @@ def _ids(targets: Tensor) -> Tensor:
 
 
 def _temperatures(temperature: Tensor | float) -> tuple[float, Tensor | None]:
-    return (1.0, _vector(temperature)) if isinstance(temperature, Tensor) else (float(temperature), None)
+    per_row, number = temperatures(temperature)
+    return number, _vector(per_row)
 
 
 def statistics(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import native_cuda
 from . import triton_rows as kernels
-from ._checks import number_on
+from ._checks import number_on, temperatures
 from .dispatch import launched, on_device_of
 from .objective import CLIPPED, PolicyObjective
 from .torch_rows import PRODUCT, Exponentials, FusedRows, RowStatistics, empty_matrix, over
@@ -79,14 +79,13 @@ def statistics(
     logits = _unit_stride(logits)
     n = logits.shape[0]
     lse2, logprobs, entropy = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3))
-    per_row = isinstance(temperature, Tensor)
+    per_row, number = temperatures(temperature)
     launched(operation, "statistics_kernel")
     if n:
         kernels.statistics_kernel[(n,)](
             logits, logits.stride(0), targets.contiguous(),
-            _per_row(temperature if isinstance(temperature, Tensor) else None, lse2), _per_row(keep, lse2),
-            lse2, logprobs, entropy, logits.shape[1], 1.0 if per_row else float(temperature), HAS_MASK=keep is
-            not None, HAS_TEMPERATURE=per_row, **_block(STATISTICS, logits.shape[1]),
+            _per_row(per_row, lse2), _per_row(keep, lse2), lse2, logprobs, entropy, logits.shape[1], number,
+            HAS_MASK=keep is not None, HAS_TEMPERATURE=per_row is not None, **_block(STATISTICS, logits.shape[1]),
         )  # fmt: skip
     return RowStatistics(lse2, logprobs, entropy)
 
@@ -100,14 +99,14 @@ def gradient(
     logits = _unit_stride(logits)
     out = over(logits, dtype, upper=True) if in_place else torch.empty(logits.shape, dtype=dtype, device=logits.device)
     n = logits.shape[0]
-    per_row = isinstance(temperature, Tensor)
+    per_row, number = temperatures(temperature)
     launched(operation, "gradient_kernel")
     if n:
         kernels.gradient_kernel[(n,)](
             logits, logits.stride(0), out, out.stride(0), targets.contiguous(),
-            _per_row(temperature if isinstance(temperature, Tensor) else None, rows.lse), _one(scale, logits),
+            _per_row(per_row, rows.lse), _one(scale, logits),
             rows.lse, rows.entropy, d_logprob.contiguous(), d_entropy.contiguous(), logits.shape[1],
-            1.0 if per_row else float(temperature), HAS_TEMPERATURE=per_row, BARRIER=in_place and dtype != logits.dtype,
+            number, HAS_TEMPERATURE=per_row is not None, BARRIER=in_place and dtype != logits.dtype,
             **_block(GRADIENT, logits.shape[1]),
         )  # fmt: skip
     return out
@@ -122,14 +121,13 @@ def exponentials(
     n = logits.shape[0]
     into = over(logits, dtype, upper=False) if out is None else out
     lse2, total, logprobs, entropy = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(4))
-    per_row = isinstance(temperature, Tensor)
+    per_row, number = temperatures(temperature)
     launched(operation, "exponentials_kernel")
     if n:
         kernels.exponentials_kernel[(n,)](
             logits, logits.stride(0), into, into.stride(0), targets.contiguous(),
-            _per_row(temperature if isinstance(temperature, Tensor) else None, lse2), _per_row(keep, lse2),
-            lse2, total, logprobs, entropy, logits.shape[1], 1.0 if per_row else float(temperature),
-            HAS_MASK=keep is not None, HAS_TEMPERATURE=per_row, IN_PLACE=out is None,
+            _per_row(per_row, lse2), _per_row(keep, lse2), lse2, total, logprobs, entropy, logits.shape[1], number,
+            HAS_MASK=keep is not None, HAS_TEMPERATURE=per_row is not None, IN_PLACE=out is None,
             **_block(EXPONENTIALS, logits.shape[1]),
         )  # fmt: skip
     return Exponentials(RowStatistics(lse2, logprobs, entropy), total, into)
@@ -151,16 +149,15 @@ def fused(
     n = logits.shape[0]
     logprobs, entropy, d_logprob = (torch.empty(n, dtype=torch.float32, device=logits.device) for _ in range(3))
     normalizer = number_on(inputs["normalizer"], logits.device)
-    per_row = isinstance(temperature, Tensor)
+    per_row, number = temperatures(temperature)
     launched(operation, "policy_row_kernel")
     if n:
         kernels.policy_row_kernel[(n,)](
             logits, logits.stride(0), out, out.stride(0), targets.contiguous(),
-            _per_row(temperature if isinstance(temperature, Tensor) else None, logprobs), _per_row(keep,
-            logprobs), _per_row(inputs["advantages"], logprobs), _per_row(inputs["old_logprobs"], logprobs),
-            _per_row(inputs["ref_logprobs"], logprobs), _per_row(inputs["rollout_logprobs"], logprobs),
-            normalizer.contiguous(), normalizer.dim(), _one(scale, logits), logprobs, entropy, d_logprob,
-            logits.shape[1], 1.0 if per_row else float(temperature), 1.0 - objective.clip_eps_low,
+            _per_row(per_row, logprobs), _per_row(keep, logprobs), _per_row(inputs["advantages"], logprobs),
+            _per_row(inputs["old_logprobs"], logprobs), _per_row(inputs["ref_logprobs"], logprobs),
+            _per_row(inputs["rollout_logprobs"], logprobs), normalizer.contiguous(), normalizer.dim(),
+            _one(scale, logits), logprobs, entropy, d_logprob, logits.shape[1], number, 1.0 - objective.clip_eps_low,
             1.0 + objective.clip_eps_high, objective.dual_clip or 0.0, objective.delta or 0.0,
             objective.kl_coef, objective.entropy_coef, objective.importance_min, objective.importance_max,
             objective.sapo_temperature_pos, objective.sapo_temperature_neg,
@@ -168,7 +165,7 @@ def fused(
             DUAL_CLIP=objective.dual_clip is not None, DELTA=objective.delta is not None,
             KL=objective.kl_estimator if objective.kl_coef else "none", KL_BIAS=objective.kl_bias_correction,
             IMPORTANCE=objective.importance_correction, ENTROPY=objective.entropy_coef != 0.0,
-            HAS_OLD=inputs["old_logprobs"] is not None, HAS_MASK=keep is not None, HAS_TEMPERATURE=per_row,
+            HAS_OLD=inputs["old_logprobs"] is not None, HAS_MASK=keep is not None, HAS_TEMPERATURE=per_row is not None,
             **_block(POLICY_ROW, logits.shape[1]),
         )  # fmt: skip
     return FusedRows(logprobs, entropy, d_logprob, out)
