@@ -6,6 +6,7 @@ manual but for approximate functions, which are more accurate here than on a GPU
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,9 +62,8 @@ def _nan(x: Values) -> Values:
 def arithmetic(kernel: Kernel, i: Instruction) -> Operator | None:
     """Operators of one, two or three values of one kind."""
     name, kind = i.parts[0], i.parts[-1]
-    half = kind in ("bf16", "f16", "bf16x2", "f16x2")
-    if half:
-        return _sixteen(kernel, i)
+    if kind in ("bf16", "f16", "bf16x2", "f16x2", "f32x2"):
+        return _packed(kernel, i)
     if kind not in KINDS:
         return None
     to, sources = i.operands[0], i.operands[1:]
@@ -84,29 +84,37 @@ def arithmetic(kernel: Kernel, i: Instruction) -> Operator | None:
     if name == "fma":
         rule = fused_down if "rm" in i.parts else fused
         return Operator(lambda b, m, w: write(kernel, b, to, rule(*(r(b) for r in read)), m, w))
-    table: dict[str, Any] = TWO if len(read) == 2 else ONE
-    if name not in table or len(read) > 2 or any(p in i.parts for p in ("sat", "rz", "rm", "rp")):
+    table: dict[str, Any] = TWO if len(read) >= 2 else ONE
+    if name not in table or any(p in i.parts for p in ("sat", "rz", "rm", "rp")):
+        return None
+    if len(read) > 2 and name not in ("min", "max"):
         return None
     function = table[name]
+    if len(read) > 2:
+        return Operator(lambda b, m, w: write(kernel, b, to, functools.reduce(function, (r(b) for r in read)), m, w))
     return Operator(lambda b, m, w: write(kernel, b, to, function(*(r(b) for r in read)), m, w))
 
 
-def _sixteen(kernel: Kernel, i: Instruction) -> Operator | None:
-    """In bfloat16 or float16, computed in float32 and rounded once."""
-    name, kind = i.parts[0], i.parts[-1]
-    pair = kind.endswith("x2")
+def _packed(kernel: Kernel, i: Instruction) -> Operator | None:
+    """Numbers of 16 bits, or two in one register: computed in float32 and rounded once."""
+    name, kind = i.parts[0], i.parts[-1].removesuffix("x2")
+    size = 4 if kind == "f32" else 2
+    whole = size * (2 if i.parts[-1].endswith("x2") else 1)
     table: dict[str, Any] = {**TWO, **ONE, "mul": np.multiply, "fma": fused}
     if name not in table or name in ("and", "or", "xor", "not", "mov", "cvta"):
         return None
-    function, read = table[name], [reader(kernel, source, "b32" if pair else "b16") for source in i.operands[1:]]
-    wide, narrow = (widened, rounded) if kind.startswith("bf16") else (_from_half, _to_half)
+    function, read = table[name], [reader(kernel, source, f"b{whole * 8}") for source in i.operands[1:]]
+    wide, narrow = {"bf16": (widened, rounded), "f16": (_from_half, _to_half), "f32": (_as_float, _as_float)}[kind]
 
     def run(b: Block, m: Mask, w: bool) -> None:
-        bits = [np.ascontiguousarray(r(b)).view(np.uint16) for r in read]
-        made = narrow(function(*(wide(x) for x in bits)))
-        write(kernel, b, i.operands[0], made.view(np.uint32) if pair else made, m, w)
+        bits = [np.ascontiguousarray(r(b)).view(UNSIGNED[size]) for r in read]
+        write(kernel, b, i.operands[0], narrow(function(*(wide(x) for x in bits))).view(UNSIGNED[whole]), m, w)
 
     return Operator(run)
+
+
+def _as_float(bits: Values) -> Values:
+    return bits.view(np.float32)
 
 
 def _from_half(bits: Values) -> Values:

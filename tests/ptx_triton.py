@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
 
-SHARED_BYTES = {80: 166_912, 86: 101_376, 90: 232_448}
+SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """That a block may have, by compute capability."""
 RUNS: Counter[str] = Counter()
 """Kernel -> launches."""
