@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from ptx_copies import COPIES
 from ptx_machine import GENERIC, WARP, Block, Mask, PtxError, touch
+from ptx_products import PRODUCTS
 from ptx_text import Instruction, Kernel, Number, Symbol, Vector
 from ptx_values import (
     KINDS,
@@ -404,7 +405,7 @@ MAKERS: dict[str, Maker] = {
     "mov": move, "setp": compare, "selp": select, "cvt": convert, "bfe": bits_of_field, "ld": load, "st": store,
     "bra": branch, "ret": leave, "exit": leave, "bar": barrier, "barrier": barrier, "shfl": shuffle, "redux": reduce,
     "createpolicy": policy, "prefetch": nothing, "cvta": to_generic,
-    **COPIES,
+    **COPIES, **PRODUCTS,
 }  # fmt: skip
 
 
