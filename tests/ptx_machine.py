@@ -9,6 +9,7 @@ begins as NaN. Nothing is said of speed.
 from __future__ import annotations
 
 import ctypes
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ SHARED = 1 << 24
 GENERIC = 1 << 60
 """A generic address of shared memory is its 32-bit address beyond this."""
 NOBODY = -1
+WARPS = {"shfl", "redux", "vote", "mma", "ldmatrix", "stmatrix", "elect"}
+"""Instructions that a warp executes together."""
 
 
 class PtxError(Exception):
@@ -34,7 +37,8 @@ class PtxError(Exception):
 
 @dataclass
 class Region:
-    """Memory with what is known of each byte: who wrote and who read it last, and in which epoch."""
+    """Memory with what is known of it: who wrote and who read it last, and when. Known of ``grain`` bytes together, as
+    many as every access so far has touched together."""
 
     begin: int
     values: NDArray[np.uint8]
@@ -44,15 +48,27 @@ class Region:
     """Of shared memory: written by a thread that has made no fence to the proxy of asynchronous copies since."""
 
     def __post_init__(self) -> None:
-        size = len(self.values)
+        self.grain = min(16, self.begin & -self.begin)
+        size = -(-len(self.values) // self.grain)
         self.writer, self.reader = (np.full(size, NOBODY, np.int64) for _ in range(2))
-        self.written, self.read = (np.full((3, size), -1, np.int32) for _ in range(2))  # epochs: cluster, block, warp
-        self.readers = np.zeros(size, np.int8)  # in that epoch: 0 one, 1 several of a warp, 2 of several warps
-        self.filled, self.drained = (np.zeros(size, np.int16) for _ in range(2))  # by copies under way
+        self.written, self.read = (np.full(size, -1, np.int64) for _ in range(2))  # times: see ``_times``
+        self.readers = np.zeros(size, np.int8)  # at that time: 0 one, 1 several of a warp, 2 of several warps
+        self.filled, self.drained = (np.zeros(len(self.values), np.int16) for _ in range(2))  # by copies under way
 
     @property
     def end(self) -> int:
         return self.begin + len(self.values)
+
+    def grains(self, index: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of accesses to neighbouring bytes [n, size]: the first byte of each grain, and which grain it is."""
+        grain = math.gcd(index.shape[1], self.grain)
+        if grain < self.grain:
+            size = -(-len(self.values) // grain)
+            for name in ("writer", "reader", "written", "read", "readers"):
+                setattr(self, name, np.repeat(getattr(self, name), self.grain // grain)[:size])
+            self.grain = grain
+        first = index[:, ::grain]
+        return first, first // grain
 
 
 class Memory:
@@ -228,9 +244,13 @@ class Launch:
         self.chance = None if self.seed is None else random.Random(self.seed)
         self.code = compiled(self.kernel)
         self.leaders = {0, *self.kernel.labels.values()}
+        meetings: set[int] = set()
         for i, instruction in enumerate(self.kernel.code):
-            if instruction.parts[0] in ("bra", "ret", "exit") or _waits(instruction):
+            if instruction.parts[0] in WARPS or instruction.parts[:2] == ("bar", "warp"):
+                meetings |= {i, i + 1}
+            elif instruction.parts[0] in ("bra", "ret", "exit") or _waits(instruction):
                 self.leaders |= {i, i + 1} if _waits(instruction) else {i + 1}
+        self.meetings = meetings - self.leaders  # that whole warps pass without a stop
         x, y, z = self.grid
         indices = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
         clusters = [indices[i : i + self.cluster] for i in range(0, len(indices), self.cluster)]
@@ -298,8 +318,10 @@ class Launch:
         if rest.any():
             block.at[pc] = rest
         every = bool(mask.all())
+        rows = mask.reshape(-1, WARP)
+        stops = self.leaders if (rows.all(1) == rows.any(1)).all() else self.leaders | self.meetings
         first = True
-        while first or pc not in self.leaders:
+        while first or pc not in stops:
             first = False
             if pc >= len(self.kernel.code):
                 raise PtxError(f"{self.kernel.name} runs off its end")
@@ -324,9 +346,7 @@ class Launch:
 def _waits(instruction: Instruction) -> bool:
     """Whether it needs other threads, or a copy, to be there."""
     parts = instruction.parts
-    return parts[0] in ("bar", "barrier", "shfl", "redux", "vote", "mma", "ldmatrix", "stmatrix", "elect", "wgmma") or (
-        parts[:2] == ("mbarrier", "try_wait")
-    )
+    return parts[0] in ("bar", "barrier", "wgmma", *WARPS) or parts[:2] == ("mbarrier", "try_wait")
 
 
 def regions(block: Block, addresses: NDArray[np.int64], size: int) -> Iterator[tuple[Region, Any]]:
@@ -371,62 +391,68 @@ def touch(
 
 
 Index = NDArray[np.int64]
+EPOCH = 1 << 21
 
 
-def _epochs(block: Block, who: Index) -> NDArray[np.int32]:
-    """[cluster, block, warp] of each thread, [3, n, 1]."""
-    both = np.full((2, len(who)), [[block.cluster.epoch], [block.epoch]], np.int32)
-    return np.concatenate([both, block.warp_epoch[who][None]])[:, :, None]
+def _times(block: Block, who: Index) -> Index:
+    """The epochs of each thread, [n, 1]: the cluster's, the block's, the warp's, of 21 bits each."""
+    return ((block.cluster.epoch * EPOCH + block.epoch) * EPOCH + block.warp_epoch[who].astype(np.int64))[:, None]
 
 
-def _unordered(block: Block, uid: Index, now: NDArray[np.int32], other: Index, then: NDArray[np.int32]) -> Mask:
+def _unordered(block: Block, uid: Index, now: Index, other: Index, then: Index) -> Mask:
     """Where the access of another thread, ``then``, need not have come before that of ``uid``, ``now``."""
-    in_cluster = (other >> 10) // block.launch.cluster == (uid >> 10) // block.launch.cluster
-    ordered = np.where(other >> 10 == uid >> 10, then[1] != now[1], in_cluster & (then[0] != now[0]))
-    ordered |= (other >> 5 == uid >> 5) & (then[2] != now[2])
-    return (other != NOBODY) & (other != uid) & ~ordered
+    same_block = other >> 10 == uid >> 10
+    found = (other != NOBODY) & (other != uid) & ~(same_block & ((then ^ now) // EPOCH % EPOCH != 0))
+    if found.any():
+        in_cluster = (other >> 10) // block.launch.cluster == (uid >> 10) // block.launch.cluster
+        found &= same_block | ~in_cluster | (then // EPOCH**2 == now // EPOCH**2)
+        found &= (other >> 5 != uid >> 5) | (then % EPOCH == now % EPOCH)
+    return found
 
 
 def note_read(block: Block, region: Region, index: Index, who: Index) -> None:
     """Raises PtxError where another thread's write, or a copy, need not have come before."""
-    if region.filled[index].any():
+    first, at = region.grains(index)
+    if region.filled[first].any():
         raise PtxError("a copy to these bytes is still under way")
-    uid, now = np.broadcast_to(block.uid[who][:, None], index.shape), _epochs(block, who)
-    race = _unordered(block, uid, now, region.writer[index], region.written[:, index])
+    uid, now = block.uid[who][:, None], _times(block, who)
+    race = _unordered(block, uid, now, region.writer[at], region.written[at])
     if race.any():
-        at, byte = np.argwhere(race)[0]
-        raise PtxError(f"thread {who[at]} reads what thread {region.writer[index][at, byte] & 1023} has just written")
-    reader = region.reader[index]
-    together = (region.read[:, index] == now).all(0) & (reader != NOBODY)
+        row, column = np.argwhere(race)[0]
+        writer = region.writer[at][row, column] & 1023
+        raise PtxError(f"thread {who[row]} reads what thread {writer} has just written")
+    reader, then, readers = region.reader[at], region.read[at], region.readers[at]
+    # Earlier reads are forgotten once they are known to have come before.
+    kept = _unordered(block, uid, now, reader, then)
+    kept |= (reader >> 10 == uid >> 10) & np.where(readers == 2, then // EPOCH == now // EPOCH, then == now)
     several = np.where(reader >> 5 == uid >> 5, (reader != uid).astype(np.int8), np.int8(2))
-    region.readers[index] = np.where(together, np.maximum(region.readers[index], several), np.int8(0))
-    region.reader[index] = uid
-    region.read[:, index] = np.broadcast_to(now, (3, *index.shape))
-    crowd = region.reader[index] != uid  # of one instruction
+    region.readers[at] = np.where(kept, np.maximum(readers, several), np.int8(0))
+    region.reader[at], region.read[at] = uid, now
+    crowd = region.reader[at] != uid  # of one instruction
     if crowd.any():
-        same = region.reader[index] >> 5 == uid >> 5
-        np.maximum.at(region.readers, index[crowd], np.where(same[crowd], np.int8(1), np.int8(2)))
+        same = region.reader[at] >> 5 == uid >> 5
+        np.maximum.at(region.readers, at[crowd], np.where(same[crowd], np.int8(1), np.int8(2)))
 
 
 def note_write(block: Block, region: Region, index: Index, who: Index, values: NDArray[np.uint8]) -> None:
     """Raises PtxError where a byte changes that another thread, or a copy, may still have to read or to write."""
-    if region.filled[index].any() or region.drained[index].any():
+    first, at = region.grains(index)
+    if region.filled[first].any() or region.drained[first].any():
         raise PtxError("a copy of these bytes is still under way")
-    uid, now = np.broadcast_to(block.uid[who][:, None], index.shape), _epochs(block, who)
-    changed = region.values[index] != values
-    reader, readers = region.reader[index], region.readers[index]
+    uid, now = block.uid[who][:, None], _times(block, who)
+    changed = (region.values[index] != values).reshape(*at.shape, -1).any(2)
+    reader, readers = region.reader[at], region.readers[at]
     own_warp = reader >> 5 == uid >> 5
     # Of several readers one is known: the others are in its warp, or in another.
     reader = np.where((readers == 1) & (reader == uid), uid ^ 1, np.where((readers == 2) & own_warp, uid ^ 512, reader))
-    for other, then in (region.writer[index], region.written[:, index]), (reader, region.read[:, index]):
+    for other, then in (region.writer[at], region.written[at]), (reader, region.read[at]):
         race = changed & _unordered(block, uid, now, other, then)
         if race.any():
-            at, byte = np.argwhere(race)[0]
-            raise PtxError(f"thread {who[at]} writes where thread {other[at, byte] & 1023} may not have been yet")
+            row, column = np.argwhere(race)[0]
+            raise PtxError(f"thread {who[row]} writes where thread {other[row, column] & 1023} may not have been yet")
     region.values[index] = values
     if (region.values[index] != values).any():
         raise PtxError("two threads write different values to one place")
-    region.writer[index] = uid
-    region.written[:, index] = np.broadcast_to(now, (3, *index.shape))
+    region.writer[at], region.written[at] = uid, now
     if region.dirty is not None:
         region.dirty[index] = True

@@ -95,7 +95,7 @@ def scatter(kernel: Kernel, block: Block, to: Operand, held: Values, m: Mask, w:
 
 
 def matrices(kernel: Kernel, i: Instruction) -> Operator | None:
-    """``ldmatrix``, ``stmatrix``: one to four matrices of 8 by 8; lane 8 k + r gives the address of row r of the k-th."""
+    """``ldmatrix``, ``stmatrix``: matrices of 8 by 8; lane 8 k + r gives the address of row r of the k-th."""
     count = {"x1": 1, "x2": 2, "x4": 4}.get(i.parts[4])
     transposed = "trans" in i.parts
     loads = i.parts[0] == "ldmatrix"
