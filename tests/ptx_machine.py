@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from ptx_text import Instruction, Kernel
+from ptx_traffic import Traffic
 
 Mask = NDArray[np.bool_]
 WARP = 32
@@ -234,6 +235,7 @@ class Launch:
     dynamic_shared: int = 0
     seed: int | None = None
     """None: the fewest steps, all warps together. A number: warps and blocks advance by chance."""
+    traffic: Traffic | None = None
 
     def run(self) -> None:
         from ptx_operators import compiled
@@ -378,6 +380,9 @@ def touch(
     out = np.empty((len(addresses), size), np.uint8) if values is None else values
     threads = np.flatnonzero(mask)
     for region, here in regions(block, addresses, size):
+        if block.launch.traffic is not None:
+            kind = f"{'global' if region.owner is None else 'shared'} {'read' if values is None else 'write'}"
+            block.launch.traffic.add(threads[here], addresses[here], size, kind)
         index = (addresses[here] - region.begin)[:, None] + np.arange(size)
         if region.allowed is not None and not region.allowed[index].all():
             raise PtxError("an access between the elements of the tensors passed")

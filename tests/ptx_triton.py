@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from ptx_machine import Launch, Memory
 from ptx_text import Kernel, parse
+from ptx_traffic import Traffic
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import CompiledKernel
 from triton.runtime import driver
@@ -31,10 +32,10 @@ RUNS: Counter[str] = Counter()
 
 @contextmanager
 def ptx_gpu(
-    capability: int, seed: int | None = None, edit: Callable[[str], str] = str
+    capability: int, seed: int | None = None, edit: Callable[[str], str] = str, traffic: Traffic | None = None
 ) -> Iterator[Counter[str]]:
-    """Launches inside the block run as on this compute capability; see ``Launch`` for ``seed``. ``edit``: of the PTX,
-    to see that a fault shows. Yields ``RUNS``."""
+    """Launches inside the block run as on this compute capability; see ``Launch`` for ``seed`` and ``traffic``.
+    ``edit``: of the PTX, to see that a fault shows. Yields ``RUNS``."""
     RUNS.clear()
     target = GPUTarget("cuda", capability, 32)
     active = SimpleNamespace(
@@ -44,18 +45,21 @@ def ptx_gpu(
         get_active_torch_device=lambda: torch.device("cpu"),
     )
 
-    def prepare(kernel: Any) -> None:
-        if kernel.module is None:
-            kernel.module, kernel.function = kernel.asm["ptx"], kernel
-            kernel._run = launch
+    def launcher(compiled: Any) -> Any:
+        kernel = _parsed(edit(compiled.asm["ptx"]))
 
-    def launch(x: int, y: int, z: int, stream: Any, kernel: Any, packed: Any, metadata: Any, *rest: Any) -> None:
-        _launch(kernel, _parsed(edit(kernel.asm["ptx"])), SHARED_BYTES[capability], seed, (x, y, z), rest[2:])
+        def launch(x: int, y: int, z: int, stream: Any, function: Any, packed: Any, meta: Any, *rest: Any) -> None:
+            _launch(compiled, kernel, SHARED_BYTES[capability], (x, y, z), rest[2:], seed, traffic)
+
+        return launch
 
     before = driver._active
     driver.set_active(active)
     try:
-        with mock.patch.object(CompiledKernel, "_init_handles", prepare):
+        with (
+            mock.patch.object(CompiledKernel, "_init_handles", lambda compiled: None),
+            mock.patch.object(CompiledKernel, "run", property(launcher)),
+        ):
             yield RUNS
     finally:
         driver._active = before
@@ -67,8 +71,9 @@ def _parsed(text: str) -> Kernel:
 
 
 def _launch(
-    compiled: Any, kernel: Kernel, limit: int, seed: int | None, grid: tuple[int, int, int], given: Sequence[Any]
-) -> None:
+    compiled: Any, kernel: Kernel, limit: int, grid: tuple[int, int, int], given: Sequence[Any], seed: int | None,
+    traffic: Traffic | None,
+) -> None:  # fmt: skip
     metadata = compiled.metadata
     if metadata.shared > limit:
         raise RuntimeError(f"{kernel.name} wants {metadata.shared} bytes of shared memory of {limit}")
@@ -84,6 +89,6 @@ def _launch(
     assert not metadata.global_scratch_size and metadata.num_ctas == 1
     RUNS[kernel.name] += 1
     launch = Launch(
-        kernel, grid, 32 * metadata.num_warps, bytes(raw), Memory(tensors), 1, metadata.shared, seed
+        kernel, grid, 32 * metadata.num_warps, bytes(raw), Memory(tensors), 1, metadata.shared, seed, traffic
     )
     launch.run()

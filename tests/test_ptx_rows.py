@@ -32,6 +32,7 @@ from rewardmap_kernels import (
 sys.path.append(str(Path(__file__).parent))
 import kernels_cases as cases
 from ptx_machine import PtxError
+from ptx_traffic import Traffic
 from ptx_triton import ptx_gpu
 
 CAPABILITIES = (80, 90)
@@ -217,7 +218,7 @@ def test_extreme_logits(kind: str, capability: int) -> None:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("sizes", [[1], [8] * 5, [3, 1, 70, 2, 1, 8], [300, 1_025]], ids=str)
+@pytest.mark.parametrize("sizes", [[1], [8] * 5, [3, 1, 70, 2, 1, 8], [40, 270]], ids=str)
 def test_group_advantage(sizes: list[int], capability: int) -> None:
     g = torch.Generator().manual_seed(len(sizes))
     offsets = torch.tensor([0, *sizes]).cumsum(0)
@@ -272,3 +273,44 @@ def test_memory_outside_of_the_tensors_shows() -> None:
             logits[:, :39], 40, torch.zeros(3, dtype=torch.long), out, out, *out, 40, 1.0,
             HAS_MASK=False, HAS_TEMPERATURE=False, BLOCK=64, num_warps=1,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "read", "written"),
+    [
+        ("statistics", FLOAT32, 4, 0),
+        ("statistics", BFLOAT16, 2, 0),
+        ("exponentials", FLOAT32, 4, 2),
+        ("exponentials", BFLOAT16, 2, 2),
+        ("gradient", FLOAT32, 4, 2),
+        ("gradient", BFLOAT16, 2, 2),
+        ("fused", BFLOAT16, 4, 2),  # the second reading from a cache
+    ],
+)
+def test_what_a_logit_costs_in_bytes_and_transactions(kernel: str, dtype: torch.dtype, read: int, written: int) -> None:
+    """As the docs count it: bytes read and written per logit, in the fewest sectors that they fit."""
+    n, vocab = 2, 32_784
+    logits, targets, ones = torch.randn(n, vocab).to(dtype), torch.tensor([3, 30_000]), torch.ones(n)
+    dispatch.choose("logits_policy_loss", logits)
+    arguments = ("logits_policy_loss", logits, targets, 1.0)
+    with ptx_gpu(90):
+        rows = triton_launch.statistics(*arguments, None)
+    inputs = dict.fromkeys(("advantages", "old_logprobs", "ref_logprobs", "rollout_logprobs", "normalizer"), ones)
+    traffic = Traffic()
+    with ptx_gpu(90, traffic=traffic):
+        if kernel == "statistics":
+            triton_launch.statistics(*arguments, None)
+        elif kernel == "exponentials":
+            triton_launch.exponentials(*arguments, None, BFLOAT16, None)
+        elif kernel == "gradient":
+            triton_launch.gradient(*arguments, rows, ones, ones, None, BFLOAT16, True)
+        else:
+            plain = {**inputs, "objective": PolicyObjective("dapo")}
+            triton_launch.fused("logits_policy_loss", logits, targets, 1.0, None, plain, None, True)
+    bytes_read, bytes_written = (traffic.bytes[f"global {way}"] / (n * vocab) for way in ("read", "write"))
+    # With a dozen numbers of the row, which every thread asks for.
+    assert read <= bytes_read <= 1.25 * read and written <= bytes_written <= 1.01 * written + 0.01
+    # Beside a narrower result a thread takes 32 bytes in two halves: every sector is asked for twice.
+    halves = dtype == FLOAT32 and written > 0
+    assert traffic.ratio("global read") <= (2 if halves else 1.01) and traffic.ratio("global write") <= 1.01
+    assert traffic.ratio("shared read") == traffic.ratio("shared write") == 1  # no bank conflict
