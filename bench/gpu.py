@@ -4,8 +4,9 @@ Runs from a bare checkout: nothing of ours installed, no network; ``PYTHONPATH``
 packages can be brought along in a folder. Each item of a stage runs in a process of its own and becomes one
 JSON row with its provenance and what nvidia-smi read meanwhile in ``bench/results/<stage>-<gpu>.jsonl`` as soon as it
 is done, what it printed in the ``.log`` beside it. A stage called again skips the items that already passed with the
-same sources on the same GPU. An item that hangs costs ``--limit`` seconds, not the stage. ``REWARDMAP_COMMIT`` names
-the commit where the checkout came without git.
+same sources on the same GPU. An item that hangs costs ``--limit`` seconds, not the stage; of one that is killed or dies
+the last row that it had printed stays, with ``cut_short``. ``REWARDMAP_COMMIT`` names the commit where the checkout
+came without git.
 
 Where there is a GPU for a quarter of an hour only, ``first`` runs what says most of the other stages, in the order of
 ``gpu_stages.FIRST``, each row in the file of its own stage: about eight minutes, of which TRL's step and the 7B head
@@ -39,6 +40,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -53,6 +55,8 @@ DEADLINE = 530
 """Seconds a stage may take: under nine minutes."""
 LIMIT = 300
 """Seconds an item may take."""
+IMPORT = 240
+"""Seconds that the first import of torch may take: from a cold disk it is a matter of minutes."""
 PASSED, FAILED, IMPOSSIBLE, UNFINISHED = 0, 1, 2, 3
 MASK = "clocks_event_reasons.active"
 SENSORS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "memory.used", MASK)
@@ -99,7 +103,9 @@ def main() -> int:
             items = [item for item in STAGE_ITEMS[part.stage](arguments.device) if re.search(part.items, item.name)]
             if not items:
                 raise CannotRunError(f"it has no item that matches {part.items!r}")
-        except CannotRunError as reason:
+        except Exception as reason:  # what one stage cannot import must not cost the others their rows
+            if not isinstance(reason, CannotRunError):
+                traceback.print_exc()
             print(f"stage {part.stage}: {reason}", file=sys.stderr)
             code = max(code, IMPOSSIBLE)
             continue
@@ -126,13 +132,14 @@ def run(
         readings: Row = {}
         with watched(readings):
             output, code, errors = logged_child(item, path.with_suffix(".log"), min(left, limit))
-        if code is None and left <= limit:
+        read = item.read(output, code)
+        if code is None and left <= limit and not read["ok"]:
             print(f"  {item.name}: not done within the deadline; call again to go on", flush=True)
             return UNFINISHED
-        late = {"ok": False, "timed_out": True, "tail": output.splitlines()[-12:]}
-        read = late if code is None else item.read(output, code)
         row = {"item": item.name, **read, "wall_seconds": round(time.monotonic() - start, 2), "readings": readings}
-        if not row["ok"] and errors:
+        if code is None:
+            row["timed_out"] = True
+        if errors and (not row["ok"] or code != 0):
             row["stderr"] = errors
         with _writing:
             append(path, row | provenance | {"date": datetime.now(UTC).isoformat(timespec="seconds")})
@@ -198,7 +205,9 @@ def logged_child(item: Item, log: Path, seconds: float) -> tuple[str, int | None
 
 def probe(device: str) -> Row:
     """GPU, driver and versions. Raises CannotRunError where ``device`` is missing."""
-    output, code = run_child((sys.executable, "-c", PROBE, *PACKAGES), 120)
+    output, code = run_child((sys.executable, "-c", PROBE, *PACKAGES), IMPORT)
+    if code is None:
+        raise CannotRunError(f"{sys.executable} had not imported torch after {IMPORT} seconds; call again")
     if code != 0:
         raise CannotRunError(f"{sys.executable} cannot import torch; start this with an interpreter that can")
     machine: Row = json.loads(output.splitlines()[-1])

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,8 @@ class Item:
 
     name: str
     command: tuple[str, ...]
-    read: Callable[[str, int], Row]
-    """(stdout, exit code) -> the row's own fields, ``ok`` among them."""
+    read: Callable[[str, int | None], Row]
+    """(stdout, exit code, None of one whose time was up) -> the row's own fields, ``ok`` among them."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +78,16 @@ def test_items(device: str) -> list[Item]:
     return [Item(file.stem, (*command, f"tests/{file.name}"), read_pytest) for file in files]
 
 
-def read_pytest(output: str, code: int) -> Row:
-    """Counts from pytest's last line. A file whose tests all skipped has shown nothing: not passed."""
+def read_pytest(output: str, code: int | None) -> Row:
+    """Counts from pytest's last line, or of the tests that it had named until its time was up. A file whose tests all
+    skipped has shown nothing: not passed."""
     lines = [line for line in output.splitlines() if line.strip()]
     last = lines[-1] if lines else ""
     counts = {
         word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)
     }
+    if code is None:
+        counts = Counter(word.lower() for word in re.findall(r"::.* (PASSED|FAILED|SKIPPED)\b", output))
     row: Row = {name: counts.get(name, 0) for name in ("passed", "failed", "skipped")}
     row["ok"] = code == 0 and row["passed"] > 0
     if not row["ok"]:
@@ -168,19 +172,22 @@ def csrc_items(device: str) -> list[Item]:
     return items
 
 
-def read_sanitizer(output: str, code: int) -> Row:
+def read_sanitizer(output: str, code: int | None) -> Row:
     """pytest's counts, from among the sanitizer's own lines; any finding is a failure."""
     lines = [line for line in output.splitlines() if not line.startswith("=========")]
     return read_pytest("\n".join(lines), code)
 
 
-def read_json(output: str, code: int) -> Row:
-    """The last line that is a JSON object with ``ok``: a library may have the last word on stdout."""
+def read_json(output: str, code: int | None) -> Row:
+    """The last line that is a JSON object with ``ok``: a library may have the last word on stdout, and what says its
+    times before it looks closer has said them, however it ends."""
     lines = output.splitlines()
-    for line in reversed(lines if code == 0 else []):
+    for line in reversed(lines):
         if line.startswith("{"):
             with contextlib.suppress(ValueError):
                 row: Row = json.loads(line)
+                if "ok" in row and code != 0:
+                    row["cut_short"] = "its time was up" if code is None else f"exit code {code}"
                 if "ok" in row:
                     return row
     return {"ok": False, "exit_code": code, "tail": lines[-12:]}

@@ -106,6 +106,45 @@ def test_an_item_that_hangs_costs_its_limit_and_one_that_fails_says_why(gpu: Mod
     assert log == f"--- slow\nstuck\nbegun\n--- dead\nout of memory\n--- chatty\n{said}"
 
 
+@pytest.mark.parametrize(
+    ("end", "limit", "cut"),
+    [
+        ("time.sleep(60)", 60.0, "its time was up"),  # at the deadline
+        ("time.sleep(60)", 3.0, "its time was up"),  # at its own limit
+        ("os.abort()", 60.0, "exit code -6"),
+        ("raise RuntimeError('no profiler here')", 60.0, "exit code 1"),
+    ],
+)
+def test_an_item_that_has_said_its_times_keeps_them_however_it_ends(
+    gpu: ModuleType, tmp_path: Path, end: str, limit: float, cut: str
+) -> None:
+    code = "import os, time; print('{\"ok\": true, \"seconds\": 2}', flush=True); print('looks closer', flush=True); "
+    path = tmp_path / "kernels.jsonl"
+    one = item(gpu, "one", code + end)
+    assert gpu.run([one], path, PROVENANCE, time.monotonic() + (4 if limit > 3 else 60), limit) == gpu.PASSED
+    (row,) = rows(path)
+    assert row["ok"] and row["seconds"] == 2 and row["cut_short"] == cut
+    assert row.get("timed_out", False) == ("time" in cut) and ("stderr" in row) == ("1" in cut)
+    assert gpu.run([one], path, PROVENANCE, time.monotonic() + 60) == gpu.PASSED and len(rows(path)) == 1
+
+
+def test_a_stage_that_cannot_be_set_up_costs_the_others_nothing(
+    gpu: ModuleType, stages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def broken(device: str) -> list[Any]:
+        raise ImportError("cannot import name 'Processor'")
+
+    good = item(gpu, "good", "print('{\"ok\": true}')")
+    monkeypatch.setitem(gpu.STAGE_ITEMS, "step", broken)
+    monkeypatch.setitem(gpu.STAGE_ITEMS, "kernels", lambda device: [good])
+    monkeypatch.setattr(gpu, "FIRST", (stages.Part("step", "", 60), stages.Part("kernels", "^good$", 60)))
+    monkeypatch.setattr(gpu, "probe", lambda device: PROVENANCE)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--stage", "first", "--out", str(tmp_path)])
+    assert gpu.main() == gpu.IMPOSSIBLE
+    assert [row["item"] for row in rows(tmp_path / "kernels-some-gpu.jsonl")] == ["good"]
+    assert "stage step: cannot import name 'Processor'" in capsys.readouterr().err
+
+
 def test_a_grandchild_that_lives_on_holds_nothing_up(stages: ModuleType) -> None:
     code = "import subprocess; subprocess.Popen(['sleep', '20'], start_new_session=True); print('done', flush=True)"
     assert stages.run_child((sys.executable, "-c", code), 10) == ("done\n", 0)
@@ -227,6 +266,12 @@ def test_reading_pytest(
     row = stages.read_pytest(f"...\n{last}\n", code)
     assert row["ok"] is ok
     assert (row["passed"], row["failed"], row["skipped"]) == counts
+
+
+def test_reading_a_pytest_that_was_killed(stages: ModuleType) -> None:
+    said = "collected 3 items\ntests/a.py::one PASSED [ 33%]\ntests/a.py::two[a b] FAILED [ 66%]\ntests/a.py::three "
+    row = stages.read_pytest(said, None)
+    assert not row["ok"] and (row["passed"], row["failed"], row["skipped"]) == (1, 1, 0) and "three" in row["tail"][-1]
 
 
 def test_the_digest_follows_the_sources(
