@@ -23,10 +23,10 @@ from kernel_peers import (
     from_logprobs,
     head_losses,
     logits_peers,
-    why,
     with_tf32,
 )
 from kernel_problem import LENGTH, OBJECTIVE, Case, Run, Tensors, eager_loss, exact_gradients, problem
+from records import why
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from kernel_problem import LENGTH, OBJECTIVE, Run, Tensors, eager_loss
+from records import why
 from torch import Tensor
 
 from rewardmap_kernels import policy_loss
@@ -16,12 +17,6 @@ from rewardmap_kernels import policy_loss
 Rows = dict[str, Any]
 HeadLoss = Callable[[Tensor, Tensor, Tensor, Rows], Tensor]
 """hidden [N, H], weight [V, H], targets [N], policy_loss's rows -> loss."""
-
-
-def why(reason: Exception) -> str:
-    """An exception in one line."""
-    text = str(reason).strip().splitlines()
-    return f"{type(reason).__name__}: {text[0][:160] if text else ''}"
 
 
 def from_logprobs(logprobs: Tensor, rows: Rows) -> Tensor:

@@ -1,8 +1,9 @@
 """One case of the kernel bench, providers taking turns: ``python bench/kernel_run.py NAME [--device cuda]``.
 
 Prints a JSON row: seconds, ratios to every peer and to the floor, error beside each, useful and executed arithmetic,
-peak memory. A peer that is not installed or fails (out of memory, a shape it does not take) is an entry with its
-reason, never left out; a row without the peers that its case requires is not "ok".
+peak memory. On a GPU it comes once more after each closer look; the last one counts. A peer that is not installed or
+fails (out of memory, a shape it does not take) is an entry with its reason, never left out; a row without the peers
+that its case requires is not "ok".
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ from rewardmap_kernels import last_path
 
 sys.path.append(str(Path(__file__).parent))
 import kernel_cases
-import kernel_peers
 import kernel_problem
 import kernel_times  # brings the profiler before the providers, so that its import is on nobody's clock
 from kernel_problem import Case, Run
-from records import processor
+from records import Row, processor, why
 
 T = TypeVar("T")
 LONG = 10.0
@@ -42,11 +42,11 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else processor()
 
 
-def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
+def measure(case: Case, device: str, rounds: int, early: Callable[[Row], None] = lambda row: None) -> Row:
     """Errors first (a faster wrong answer is worth nothing), then times, then the peaks.
 
     ``times_faster_than`` are ratios of the fastest rounds: what a busy machine adds is not the code's. ``counts``:
-    every required peer has a time, or ran out of memory.
+    every required peer has a time, or ran out of memory. ``early`` gets the row of a GPU as soon as it has its times.
     """
     errors: dict[str, float] = {}
     failed, first_call = dict(case.missing), {}
@@ -69,7 +69,7 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
     fastest = {name: min(values) for name, values in times.items()}
     median = {name: statistics.median(values) for name, values in times.items()}
     seconds = median if case.ratios == "median" else fastest
-    row: dict[str, Any] = {
+    row: Row = {
         "operation": case.name, "path": path, **case.about, "fastest_s": fastest, "median_s": median,
         "times_faster_than": {name: s / seconds["ours"] for name, s in seconds.items() if name != "ours"},
         "error": errors, "failed": failed, "first_call_s": first_call,
@@ -79,14 +79,17 @@ def measure(case: Case, device: str, rounds: int) -> dict[str, Any]:
         "counts": all(name in times or "OutOfMemory" in failed.get(name, "") for name in case.required),
     }  # fmt: skip
     if device == "cuda":
-        looks: dict[str, Callable[[Run], Any]] = {"host_s": _host, "on_device": _on_device, "peak_bytes": _peak}
+        row["launched"] = kernel_cases.launched()
+        early(row)
+        row["ceilings"] = kernel_times.ceilings()
+        looks: dict[str, Callable[[Run], Any]] = {"host_s": _host, "peak_bytes": _peak, "on_device": _on_device}
         for look, of in looks.items():
             row[look] = {}
             for name, run in list(providers.items()):
                 found = _unless_it_fails(name, partial(of, run), providers, failed, device)
                 if name in providers:
                     row[look][name] = found
-        row["ceilings"], row["launched"] = kernel_times.ceilings(), kernel_cases.launched()
+            early(row)
     return row
 
 
@@ -100,7 +103,7 @@ def _unless_it_fails(
     except Exception as reason:
         if name == "ours":
             raise
-        failed[name] = kernel_peers.why(reason)
+        failed[name] = why(reason)
         del providers[name]
     if device == "cuda":  # not before: until here the exception held the memory of the call
         torch.cuda.empty_cache()
@@ -165,7 +168,7 @@ def _host(run: Run) -> float:
 
 
 def _on_device(run: Run) -> dict[str, Any]:
-    return kernel_times.summary(kernel_times.kernel_events(run), 8)
+    return kernel_times.looked_at(run, 8)
 
 
 def _peak(run: Run) -> int:
@@ -196,10 +199,13 @@ def main() -> None:
     cases = kernel_cases.cases(arguments.device)
     if arguments.name not in cases:
         parser.error(f"no case {arguments.name!r}; there are {', '.join(cases)}")
-    row = measure(cases[arguments.name](), arguments.device, arguments.rounds)
-    allowed = allowed_error(row)
-    ok = row["counts"] and row["error"]["ours"] <= allowed
-    print(json.dumps(row | {"ok": ok, "allowed_error": allowed}))
+
+    def tell(row: Row) -> None:
+        allowed = allowed_error(row)
+        ok = row["counts"] and row["error"]["ours"] <= allowed
+        print(json.dumps(row | {"ok": ok, "allowed_error": allowed}), flush=True)
+
+    tell(measure(cases[arguments.name](), arguments.device, arguments.rounds, tell))
 
 
 if __name__ == "__main__":

@@ -78,19 +78,23 @@ def _cells(row: Row, peers: list[str], gpu: bool) -> list[str]:
         cells.insert(0, f"{1e3 * row['fastest_s']['ours']:.3g} ms")
         useful = row["useful_gflop_per_s"]["ours"] / 1e3
         cells += [f"{useful:.0f}" if useful >= 1 else "–", f"{row['gbyte_per_s']:.0f}" if row["gbyte_per_s"] else "–"]
-        cells.append(f"{row['peak_bytes']['ours'] / 1e9:.2f}")
+        peak = row.get("peak_bytes", {}).get("ours")  # nothing where the row was cut short
+        cells.append("–" if peak is None else f"{peak / 1e9:.2f}")
     errors = row["error"]
     return [by, *cells, f"{errors['ours']:.1e}", f"{errors['torch eager']:.1e}" if "torch eager" in errors else "–"]
 
 
 def _launches(row: Row) -> list[str]:
     """A table of what a call costs the host and the GPU."""
-    ours_host, ours_device = row["host_s"]["ours"], row["on_device"]["ours"]["seconds"]
+    if "on_device" not in row:  # cut short
+        return []
+    ours_host, ours_device = row["host_s"]["ours"], row["on_device"]["ours"].get("seconds")
     lines = ["", "| provider | launches | GPU time, × ours | host time, × ours |", "| --- | --- | --- | --- |"]
     for name, device in row["on_device"].items():
-        gpu = f"{device['seconds'] / ours_device:.2f}" if ours_device else "–"  # where the profiler may not look
+        seen = ours_device and "seconds" in device  # not where the profiler may not look
+        gpu = f"{device['seconds'] / ours_device:.2f}" if seen else "–"
         times = f"{gpu} | {row['host_s'][name] / ours_host:.2f}"
-        lines.append(f"| {name} | {device['launches']} | {times} |")
+        lines.append(f"| {name} | {device.get('launches', '–')} | {times} |")
     return lines
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.profiler
+from records import why
 
 
 def kernel_events(run: Callable[[], Any]) -> list[tuple[str, float, float]]:
@@ -22,6 +23,14 @@ def kernel_events(run: Callable[[], Any]) -> list[tuple[str, float, float]]:
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
     return sorted(found, key=lambda event: event[1])
+
+
+def looked_at(run: Callable[[], Any], most: int) -> dict[str, Any]:
+    """``summary`` of a call's events, or why there is none: no look may cost the times that were taken before it."""
+    try:
+        return summary(kernel_events(run), most)
+    except Exception as reason:
+        return {"failed": why(reason)}
 
 
 def summary(events: Iterable[tuple[str, float, float]], most: int) -> dict[str, Any]:

@@ -18,10 +18,13 @@ Row = dict[str, Any]
 
 
 def said(*command: str) -> str:
-    """What a program prints; nothing where there is no such program."""
+    """What a program prints; nothing where there is no such program, or it takes half a minute."""
     if shutil.which(command[0]) is None:
         return ""
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stdout
+    except subprocess.TimeoutExpired:
+        return ""
 
 
 def commit() -> str | None:
@@ -35,6 +38,12 @@ def processor() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text(encoding="utf-8")) if info.is_file() else None
     return found.group(1) if found else platform.processor() or platform.machine()
+
+
+def why(reason: Exception) -> str:
+    """An exception in one line."""
+    text = str(reason).strip().splitlines()
+    return f"{type(reason).__name__}: {text[0][:160] if text else ''}"
 
 
 def slug(name: str) -> str:

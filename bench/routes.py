@@ -28,9 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.append(str(Path(__file__).parent))
 import kernel_times
-from kernel_peers import why
 from kernel_problem import relative_error
-from records import read_rows
+from records import Row, read_rows, why
 
 from rewardmap_kernels.tree_attention import segment_attention, tree_attention, tree_mask
 from rewardmap_kernels.tree_routes import KERNELS, TABLE
@@ -103,7 +102,8 @@ def inputs(case: Case, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     return draw(heads), draw(kv_heads), draw(kv_heads), draw(heads)
 
 
-def measure(case: Case, device: str) -> dict[str, Any]:
+def measure(case: Case, device: str, early: Callable[[Row], None] = lambda row: None) -> Row:
+    """``early`` gets the row of a GPU as soon as it has its times and errors."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     ends = case.ends
     q, k, v, dout = inputs(case, device, dtype)
@@ -158,11 +158,10 @@ def measure(case: Case, device: str) -> dict[str, Any]:
         "absent": {name: reason for name, reason in absent.items() if reason},
     }
     if device == "cuda":
-        row["on_device"] = {
-            name: kernel_times.summary(kernel_times.kernel_events(call), 8) for name, call in calls.items()
-        }
         row["launched"] = {} if case.segments else launched(q)
+        early(row)
         row["ceilings"] = kernel_times.ceilings()
+        row["on_device"] = {name: kernel_times.looked_at(call, 8) for name, call in calls.items()}
     return row
 
 
@@ -288,7 +287,11 @@ def main() -> None:
     if chosen.table:
         write_table(chosen.table)
     else:
-        print(json.dumps(measure(CASES[chosen.device][chosen.case], chosen.device)))
+
+        def tell(row: Row) -> None:
+            print(json.dumps(row), flush=True)
+
+        tell(measure(CASES[chosen.device][chosen.case], chosen.device, tell))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 A child of ``bench/gpu.py --stage kernels``. Blocks, warps and stages of the three passes are tried on a prompt with
 eight answers, a candidate of each pass in one run, timed kernel by kernel. ``tree_op.PLANS`` is what runs otherwise,
 what results are held to, and where the best belong. Processes side by side compile the candidates into Triton's cache
-first: one alone would take minutes.
+first: one alone would take minutes. A row is printed after each candidate; the last one counts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ import torch
 sys.path.append(str(Path(__file__).parent))
 import kernel_times
 import routes
-from kernel_peers import why
 from kernel_problem import relative_error
+from records import Row, why
 from routes import PASSES
 from torch import Tensor
 
@@ -39,6 +40,8 @@ ROWS = ((128, 64, 8), (128, 32, 8), (64, 64, 4), (64, 32, 4))
 COLUMNS = ((32, 128, 8), (64, 128, 8), (32, 64, 8), (32, 64, 4), (64, 64, 8))
 STAGES = (2, 3, 4)
 ROUNDS = 5
+COMPILING = 45.0
+"""Seconds that the processes side by side may take."""
 Events = Callable[[Callable[[], Any]], list[tuple[str, float, float]]]
 
 
@@ -69,10 +72,11 @@ def runner(case: routes.Case, device: str, dtype: torch.dtype) -> tuple[Plan, Ca
 
 
 def measure(
-    case: routes.Case, plans: Sequence[Plan], device: str, dtype: torch.dtype, events: Events
-) -> dict[str, Any]:
+    case: routes.Case, plans: Sequence[Plan], device: str, dtype: torch.dtype, events: Events,
+    early: Callable[[Row], None] = lambda row: None,
+) -> Row:  # fmt: skip
     """Median seconds of each pass by its blocks, and the fastest plan: its forward and dq share their tiles. Where the
-    usual plan has no time, why not."""
+    usual plan has no time, why not. ``early`` gets the row of what was tried so far, after each plan."""
     usual, run = runner(case, device, dtype)
     wanted = run(usual)
     seconds: dict[str, dict[Blocks, float]] = {name: {} for name in PASSES}
@@ -87,7 +91,12 @@ def measure(
                 seconds[name][blocks] = next(each[2] for kernel, each in kernels.items() if f"tree_{name}_" in kernel)
         except Exception as reason:  # more shared memory than there is, or what the compiler refuses
             failed[", ".join(map(told, plan))] = why(reason)
-    if usual.forward not in seconds["forward"]:
+        early(row_of(case, usual, seconds, failed))
+    return row_of(case, usual, seconds, failed)
+
+
+def row_of(case: routes.Case, usual: Plan, seconds: dict[str, dict[Blocks, float]], failed: dict[str, str]) -> Row:
+    if any(blocks not in seconds[name] for name, blocks in zip(PASSES, usual, strict=True)):
         return {"ok": False, "failed": failed}
     pairs = [(row, dq) for row in seconds["forward"] for dq in seconds["dq"] if row[:2] == dq[:2]]
     best = Plan(
@@ -130,11 +139,18 @@ def main() -> None:
         subprocess.Popen([sys.executable, __file__, "--share", str(i), str(count)], stdout=subprocess.DEVNULL)
         for i in range(count)
     ]
+    until = time.monotonic() + COMPILING
     for compiler in compilers:
-        compiler.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            compiler.wait(max(0.0, until - time.monotonic()))
+        compiler.kill()  # one that is not done by now would take turns with what is timed
     kernel_times.kernel_events(lambda: torch.zeros(1, device="cuda"))  # starts the profiler
-    row = measure(case, plans, "cuda", torch.bfloat16, kernel_times.kernel_events)
-    print(json.dumps(row | {"ceilings": kernel_times.ceilings()}))
+    ceilings = kernel_times.ceilings()
+
+    def tell(row: Row) -> None:
+        print(json.dumps(row | {"ceilings": ceilings}), flush=True)
+
+    tell(measure(case, plans, "cuda", torch.bfloat16, kernel_times.kernel_events, tell))
 
 
 if __name__ == "__main__":
