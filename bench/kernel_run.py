@@ -82,7 +82,7 @@ def measure(case: Case, device: str, rounds: int, early: Callable[[Row], None] =
         row["launched"] = kernel_cases.launched()
         early(row)
         row["ceilings"] = kernel_times.ceilings()
-        looks: dict[str, Callable[[Run], Any]] = {"host_s": _host, "peak_bytes": _peak, "on_device": _on_device}
+        looks: dict[str, Callable[[Run], Any]] = {"host_s": _host, "on_device": _on_device, "peak_bytes": _peak}
         for look, of in looks.items():
             row[look] = {}
             for name, run in list(providers.items()):

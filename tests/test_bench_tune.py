@@ -50,13 +50,15 @@ def events(run: Callable[[], Any]) -> list[tuple[str, float, float]]:
     return found
 
 
-def measured(*plans: Plan) -> dict[str, Any]:
-    return tune_tree.measure(routes.CASES["cpu"]["answers"], plans, "cpu", torch.float32, events)
+def measured(*plans: Plan, early: Callable[[dict[str, Any]], None] = lambda row: None) -> dict[str, Any]:
+    return tune_tree.measure(routes.CASES["cpu"]["answers"], plans, "cpu", torch.float32, events, early)
 
 
 def test_the_best_plan_is_named_and_the_usual_one_stays() -> None:
-    row = measured(FAST, LURE)
+    told: list[dict[str, Any]] = []
+    row = measured(FAST, LURE, early=told.append)
     assert row["ok"] and row["failed"] == {} and tree_op.PLANS[KEY] == USUAL
+    assert [len(each["seconds"]["dkv"]) for each in told] == [1, 2, 3] and told[-1] == row  # none is lost to a kill
     assert row["best"] == {name: tune_tree.told(blocks) for name, blocks in zip(routes.PASSES, FAST, strict=True)}
     assert row["usual"]["dkv"] == "32 x 32, 4 warps, 2 stages" and row["best_times_faster"] == 12.0 / 6.0
     assert row["seconds"]["forward"]["16 x 16, 4 warps, 2 stages"] == 1.0

@@ -53,6 +53,31 @@ def test_a_provider_that_fails_at_a_later_call_costs_no_row(name: str) -> None:
         kernel_run.measure(case(ours=later), "cpu", 2)
 
 
+def test_times_are_told_before_the_looks_that_a_gpu_alone_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profiler that fails costs its column only; what fails after the times costs no times."""
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    for name in ("memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(kernel_run.kernel_cases, "launched", dict)
+    monkeypatch.setattr(kernel_run.kernel_times, "ceilings", dict)
+
+    def refused(run: Any) -> Any:
+        raise RuntimeError("CUPTI_ERROR_INSUFFICIENT_PRIVILEGES\nmore")
+
+    monkeypatch.setattr(kernel_run.kernel_times, "kernel_events", refused)
+    told: list[dict[str, Any]] = []
+    row = kernel_run.measure(case(), "cuda", 2, lambda row: told.append(dict(row)))
+    assert set(told[0]["fastest_s"]) == {"ours", "torch eager"} and "host_s" not in told[0]
+    assert [len(row) for row in told] == sorted(len(row) for row in told) and told[-1].keys() == row.keys()
+    why = {"failed": "RuntimeError: CUPTI_ERROR_INSUFFICIENT_PRIVILEGES"}
+    assert row["on_device"] == {"ours": why, "torch eager": why} and row["peak_bytes"]["ours"] == 0
+    assert row["failed"] == {"absent": "no wheel"}
+    assert kernel_tables._launches(row)[-1].startswith("| torch eager | – | – | ")
+    short = kernel_tables._cells({**told[0], "path": None}, ["torch eager"], True)
+    assert "–" in short and kernel_tables._launches(told[0]) == []
+
+
 def test_a_nan_in_a_later_tensor_is_no_small_error() -> None:
     good, bad = torch.ones(4), torch.full((4,), torch.nan)
     for found in ((good, bad), (bad, good)):
