@@ -5,8 +5,8 @@ packages can be brought along in a folder. Each item of a stage runs in a proces
 JSON row with its provenance and what nvidia-smi read meanwhile in ``bench/results/<stage>-<gpu>.jsonl`` as soon as it
 is done, what it printed in the ``.log`` beside it. A stage called again skips the items that already passed with the
 same sources on the same GPU. An item that hangs costs ``--limit`` seconds, not the stage; of one that is killed or dies
-the last row that it had printed stays, with ``cut_short``. ``REWARDMAP_COMMIT`` names the commit where the checkout
-came without git.
+the last row that it had printed stays, with ``cut_short``, and a call again measures it anew. ``REWARDMAP_COMMIT``
+names the commit where the checkout came without git.
 
 Where there is a GPU for a quarter of an hour only, ``first`` runs what says most of the other stages, in the order of
 ``gpu_stages.FIRST``, each row in the file of its own stage: about eight minutes, of which TRL's step and the 7B head
@@ -146,7 +146,9 @@ def run(
             for line in row.get("stderr", ()):
                 print(line, file=sys.stderr, flush=True)
             print(f"  {item.name}: {'ok' if row['ok'] else 'FAILED'} {json.dumps(row)[:400]}", flush=True)
-        return PASSED if row["ok"] else FAILED
+        if code is None and left <= limit:
+            return UNFINISHED
+        return PASSED if row["ok"] and "cut_short" not in row else FAILED
 
     with ThreadPoolExecutor(len(items) if together and items else 1) as pool:
         try:
@@ -233,12 +235,13 @@ def source() -> Row:
 
 
 def passed(path: Path, provenance: Row) -> set[str]:
-    """Items of ``path`` that passed with these sources, on this machine's kind of GPU."""
+    """Items of ``path`` that passed, to their end, with these sources, on this machine's kind of GPU."""
     if not path.exists():
         return set()
     rows = read_rows(path)
     same = ("sources", "gpu", "torch", "triton", "driver")
-    return {row["item"] for row in rows if row["ok"] and all(row[key] == provenance[key] for key in same)}
+    whole = (row for row in rows if row["ok"] and "cut_short" not in row)
+    return {row["item"] for row in whole if all(row[key] == provenance[key] for key in same)}
 
 
 def append(path: Path, row: Row) -> None:

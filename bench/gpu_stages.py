@@ -49,7 +49,7 @@ class Part:
 
 
 FIRST = (
-    Part("tests", "kernels_gpu|tree_attention|tree_varlen", 120, together=True),
+    Part("tests", "kernels_gpu|tree_attention|tree_varlen", 150, together=True),
     Part("step", r"^6000\+500: ours$", 100),
     Part("step", r"^6000\+500: TRL$", 140),
     Part("kernels", r"^linear\.7b\.8192$", 145),
