@@ -201,6 +201,7 @@ class Block:
                 del self.arrived[name]
                 self.move(mask, self.resume[name])
                 self.epoch += 1
+                self.cluster.meet(self.rank)
 
 
 @dataclass
@@ -210,12 +211,22 @@ class Cluster:
     waiting: dict[int, tuple[Mask, int]] = field(default_factory=dict)
     """Block -> its threads at the cluster's barrier, and where they go on."""
     pending: list[Copy] = field(default_factory=list)
+    loads: list[Any] = field(default_factory=list)
+    """``ptx_cluster.Load``: bulk loads that not all threads come after."""
+
+    def meet(self, rank: int | None) -> None:
+        """A barrier of one block, or of all: its threads come after the bulk loads that one of them has waited for."""
+        for load in self.loads:
+            seen = load.seen if rank is None else load.seen[rank]
+            seen |= seen.any()
+        self.loads = [load for load in self.loads if not load.seen.all()]
 
     def release(self) -> None:
         """The cluster's barrier, once everyone waits at it."""
         there = {rank: int(mask.sum()) for rank, (mask, _) in self.waiting.items()}
-        if all(there.get(b.rank, 0) == b.live() for b in self.blocks):
+        if there and all(there.get(b.rank, 0) == b.live() for b in self.blocks):
             self.epoch += 1
+            self.meet(None)
             for b in self.blocks:
                 b.epoch += 1
                 if b.rank in self.waiting:
@@ -254,6 +265,7 @@ class Launch:
                 self.leaders |= {i, i + 1} if _waits(instruction) else {i + 1}
         self.meetings = meetings - self.leaders  # that whole warps pass without a stop
         x, y, z = self.grid
+        assert x % self.cluster == 0
         indices = [(i, j, k) for k in range(z) for j in range(y) for i in range(x)]
         clusters = [indices[i : i + self.cluster] for i in range(0, len(indices), self.cluster)]
         if self.chance is not None:
@@ -276,13 +288,16 @@ class Launch:
                 block, pc, mask = min(ready, key=lambda entry: entry[1])
             else:
                 block, pc, mask = self.chance.choice(ready)
+                if self.chance.random() < 0.7:  # who is behind, so that warps meet again
+                    pc, mask = min((entry[1:] for entry in ready if entry[0] is block), key=lambda entry: entry[0])
                 mask = self._some_warps(mask)
             self._step(block, pc, mask)
         stuck = [b for b in cluster.blocks if b.live()]
         if stuck:
             raise PtxError("no thread can go on: " + "; ".join(self._where(b) for b in stuck))
         kept = [groups for b in cluster.blocks for (kind, _), groups in b.groups.items() if kind == "bulk"]
-        if any(group for groups in kept for group in groups):
+        unread = any(copy.drains for groups in kept for group in groups for copy in group)
+        if unread or not all(load.seen.any() for load in cluster.loads):
             raise PtxError("a block ended before its bulk copies")
 
     def _where(self, block: Block) -> str:
@@ -385,7 +400,8 @@ def touch(
             block.launch.traffic.add(threads[here], addresses[here], size, kind)
         index = (addresses[here] - region.begin)[:, None] + np.arange(size)
         if region.allowed is not None and not region.allowed[index].all():
-            raise PtxError("an access between the elements of the tensors passed")
+            raise PtxError("an access to an mbarrier, or between the elements of the tensors passed")
+        reach(block, region, index, threads[here])
         if values is None:
             note_read(block, region, index, threads[here])
             out[here] = region.values[index]
@@ -397,6 +413,21 @@ def touch(
 
 Index = NDArray[np.int64]
 EPOCH = 1 << 21
+
+
+def reach(block: Block, region: Region, index: Index, who: Index) -> None:
+    """Raises PtxError for shared memory of a block that is not there, or that a bulk load has not reached for sure."""
+    if region.owner is None:
+        return
+    if region.owner is not block and block.cluster.epoch == 0:
+        raise PtxError("the shared memory of a block that may not have begun")
+    if not region.owner.live():
+        raise PtxError("the shared memory of a block that has ended")
+    for load in block.cluster.loads:
+        if load.region is region and not (seen := load.seen[block.rank, who]).all():
+            late = (index >= load.span.start) & (index < load.span.stop) & ~seen[:, None]
+            if late.any():
+                raise PtxError(f"thread {who[late.any(1)][0]} has not waited for the bulk load of these bytes")
 
 
 def _times(block: Block, who: Index) -> Index:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from ptx_cluster import CLUSTERS
 from ptx_copies import COPIES
 from ptx_machine import GENERIC, WARP, Block, Mask, PtxError, touch
 from ptx_products import PRODUCTS
@@ -240,7 +241,7 @@ def load(kernel: Kernel, i: Instruction) -> Operator | None:
     def run(b: Block, m: Mask, w: bool) -> None:
         where = at(b)
         if i.parts[1] == "param":
-            begin = int(where[0])
+            begin = int(where[m][0])
             raw = np.frombuffer(b.launch.parameters, np.uint8, dtype.itemsize * count, begin)
             for k, value in enumerate(raw.view(dtype)):
                 write(kernel, b, to[k], np.full(b.threads, value, dtype), m, w)
@@ -310,6 +311,7 @@ def leave(kernel: Kernel, i: Instruction) -> Operator:
         if (mask & ~active).any():
             block.move(mask & ~active, pc + 1)
         block.release()
+        block.cluster.release()
 
     return Operator(lambda b, m, w: None, go)
 
@@ -323,8 +325,11 @@ def barrier(kernel: Kernel, i: Instruction) -> Operator | None:
 
         return Operator(together, ready=whole_warps)
     if i.parts[1] == "cluster":
+        if "relaxed" in i.parts:
+            return None
         if i.parts[2] == "arrive":
-            return Operator(lambda b, m, w: None)
+            after = kernel.code[kernel.code.index(i) + 1].parts
+            return Operator(lambda b, m, w: None) if after[:3] == ("barrier", "cluster", "wait") else None
 
         def cluster(block: Block, pc: int, mask: Mask, active: Mask) -> None:
             held = block.cluster.waiting.get(block.rank)
@@ -405,7 +410,7 @@ MAKERS: dict[str, Maker] = {
     "mov": move, "setp": compare, "selp": select, "cvt": convert, "bfe": bits_of_field, "ld": load, "st": store,
     "bra": branch, "ret": leave, "exit": leave, "bar": barrier, "barrier": barrier, "shfl": shuffle, "redux": reduce,
     "createpolicy": policy, "prefetch": nothing, "cvta": to_generic,
-    **COPIES, **PRODUCTS,
+    **COPIES, **CLUSTERS, **PRODUCTS,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +48,8 @@ def reader(kernel: Kernel, operand: Operand, kind: str) -> Callable[[Block], Val
             constant = np.array(bool(operand.bits))
         else:
             constant = np.array(operand.bits & ((1 << dtype.itemsize * 8) - 1), UNSIGNED[dtype.itemsize]).view(dtype)
-        return lambda block: np.broadcast_to(constant, (block.threads,))
+        spread = functools.cache(lambda threads: np.broadcast_to(constant, (threads,)))
+        return lambda block: spread(block.threads)
     if isinstance(operand, Special):
         special = operand.name
         return lambda block: block.special(special).astype(UNSIGNED[dtype.itemsize]).view(dtype)
