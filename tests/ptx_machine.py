@@ -1,9 +1,9 @@
 """Runs the PTX of a kernel on the CPU, in the numbers of a GPU, and says what a GPU would keep to itself.
 
 Refused, with the line of PTX: an access outside the tensors that were passed, or unaligned; two threads that touch one
-byte, one of them writing another value, without a barrier between them; a barrier that not all threads reach; shared
-memory that is read while a copy is under way. Warps and blocks advance in an order drawn from ``seed``. Shared memory
-begins as NaN. Nothing is said of speed.
+byte, one of them writing another value, without a barrier between them; a barrier that not all threads reach, or a wait
+without end; memory that is touched while a copy is under way. Warps and blocks advance in an order drawn from ``seed``.
+Shared memory begins as NaN. Nothing is said of speed.
 """
 
 from __future__ import annotations
@@ -160,6 +160,7 @@ class Block:
         self.epoch = 0
         self.warp_epoch = np.zeros(self.threads, np.int32)
         self.exited = np.zeros(self.threads, bool)
+        self.visited = NOBODY  # the cluster's epoch in which another block last touched the shared memory
         self.barriers: dict[int, Barrier] = {}
         self.groups: dict[tuple[str, int], list[list[Copy]]] = {}
         """(kind, warp or thread) -> groups of copies, the last one still open."""
@@ -419,8 +420,10 @@ def reach(block: Block, region: Region, index: Index, who: Index) -> None:
     """Raises PtxError for shared memory of a block that is not there, or that a bulk load has not reached for sure."""
     if region.owner is None:
         return
-    if region.owner is not block and block.cluster.epoch == 0:
-        raise PtxError("the shared memory of a block that may not have begun")
+    if region.owner is not block:
+        region.owner.visited = block.cluster.epoch
+        if block.cluster.epoch == 0:
+            raise PtxError("the shared memory of a block that may not have begun")
     if not region.owner.live():
         raise PtxError("the shared memory of a block that has ended")
     for load in block.cluster.loads:

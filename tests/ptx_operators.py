@@ -310,6 +310,8 @@ def leave(kernel: Kernel, i: Instruction) -> Operator:
         block.exited |= active
         if (mask & ~active).any():
             block.move(mask & ~active, pc + 1)
+        if not block.live() and block.visited == block.cluster.epoch:
+            raise PtxError("a block ends while another may still touch its shared memory")
         block.release()
         block.cluster.release()
 
