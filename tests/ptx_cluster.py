@@ -183,7 +183,7 @@ def fence(kernel: Kernel, i: Instruction) -> Operator | None:
             region = block.shared
             assert region.dirty is not None
             index = np.flatnonzero(region.dirty if not init else region.dirty & ~_ordinary(region))
-            writer = region.writer[index]
+            writer = region.writer[index // region.grain]
             own = (writer >> 10 == b.uid[0] >> 10) & m[writer & 1023]
             region.dirty[index[own]] = False
 
@@ -279,7 +279,8 @@ def _load(kernel: Kernel, i: Instruction) -> Operator:
                 raise PtxError("an mbarrier without a fence since its initialisation")
             _move(b, thread, source, to)
             # From here on ``Load`` knows who comes after it.
-            to[0].writer[to[1]] = to[0].reader[to[1]] = NOBODY
+            grains = slice(to[1].start // to[0].grain, to[1].stop // to[0].grain)
+            to[0].writer[grains] = to[0].reader[grains] = NOBODY
             load, cluster = Load(b, to, source, barrier), b.cluster
             cluster.loads = [x for x in cluster.loads if x.region is not to[0] or not _meet(x.span, to[1])]
             cluster.loads.append(load)
