@@ -1,4 +1,4 @@
-"""The row kernels as compiled for sm_80 and sm_90, run by ``ptx_machine.py``: in bfloat16, which the interpreter gets
+"""The row kernels as compiled for sm_80 to sm_120, run by ``ptx_machine.py``: in bfloat16, which the interpreter gets
 wrong, and with what it cannot see: races between threads, and memory outside of the tensors."""
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def head(n: int, vocab: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, dict[
 
 @pytest.mark.parametrize("objective", cases.OBJECTIVES, ids=cases.objective_id)
 def test_the_head_s_error_is_at_most_twice_eager_s(objective: PolicyObjective) -> None:
-    hidden, weight, targets, rows = head(20, 1031, 32)
+    hidden, weight, targets, rows = head(9, 1031, 32)
     h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
     logprobs, entropy = reference.linear_logprobs(h, w, targets)
     loss = reference.policy_row_loss(logprobs, entropy=entropy, objective=objective, **float64(rows)).sum()
@@ -80,7 +80,7 @@ def test_the_head_s_error_is_at_most_twice_eager_s(objective: PolicyObjective) -
     eager = reference.policy_row_loss(logprobs, entropy=entropy, objective=objective, **rows).sum()
     theirs = (eager, *torch.autograd.grad(eager, (hidden, weight)))
     with ptx_gpu(90, seed=1) as runs:
-        got = linear_policy_loss(hidden, weight, targets, objective=objective, chunk_rows=8, **rows)
+        got = linear_policy_loss(hidden, weight, targets, objective=objective, chunk_rows=4, **rows)
         mine = (got.loss, *torch.autograd.grad(got.loss, (hidden, weight)))
     two = objective.needs_sequence or objective.entropy_coef
     kernels = ("statistics_kernel", "gradient_kernel") if two else ("exponentials_kernel",)
@@ -176,7 +176,7 @@ def test_gradients_over_the_logits_reach_no_value_too_early(
     assert (done.values[2] == 0).all()
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", (90, 100))
 @pytest.mark.parametrize("kind", ["flat", "peaked", "growing", "falling", "high", "ties", "closed columns"])
 def test_extreme_logits(kind: str, capability: int) -> None:
     vocab, g = 5_003, torch.Generator().manual_seed(7)
@@ -217,7 +217,7 @@ def test_extreme_logits(kind: str, capability: int) -> None:
     torch.testing.assert_close(gradient.double(), wanted, rtol=2**-7, atol=6e-6)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", (80, 120))
 @pytest.mark.parametrize("sizes", [[1], [8] * 5, [3, 1, 70, 2, 1, 8], [40, 270]], ids=str)
 def test_group_advantage(sizes: list[int], capability: int) -> None:
     g = torch.Generator().manual_seed(len(sizes))
