@@ -179,6 +179,8 @@ def fence(kernel: Kernel, i: Instruction) -> Operator | None:
         return None
 
     def run(b: Block, m: Mask, w: bool) -> None:
+        if not init and spaces != ("global",):
+            b.proxy_fence = np.where(m, b.epoch, b.proxy_fence)
         for block in [b] if init or spaces == ("shared::cta",) else b.cluster.blocks if spaces != ("global",) else []:
             region = block.shared
             assert region.dirty is not None

@@ -23,6 +23,7 @@ from ptx_traffic import Traffic
 
 Mask = NDArray[np.bool_]
 WARP = 32
+WARPGROUP = 4 * WARP
 SHARED = 1 << 24
 """Block b of a cluster has its shared memory at (b + 1) * SHARED, of the 32-bit addresses that a cluster shares."""
 GENERIC = 1 << 60
@@ -114,6 +115,8 @@ class Copy:
         fills: tuple[Region, Any] | None = None,
     ) -> None:
         self.move, self.drains, self.fills, self.done = move, drains, fills, False
+        self.registers: tuple[str, ...] = ()
+        """That it reads or writes."""
         self._count(1)
 
     def finish(self) -> None:
@@ -163,7 +166,15 @@ class Block:
         self.visited = NOBODY  # the cluster's epoch in which another block last touched the shared memory
         self.barriers: dict[int, Barrier] = {}
         self.groups: dict[tuple[str, int], list[list[Copy]]] = {}
-        """(kind, warp or thread) -> groups of copies, the last one still open."""
+        """(kind, warpgroup, warp or thread) -> groups of copies, the last one still open."""
+        self.flight: dict[str, Mask] = {}
+        """Registers of products under way -> threads."""
+        self.results: dict[tuple[int, tuple[str, ...]], Any] = {}
+        """(Warpgroup, accumulators) -> what products under way will have made of them."""
+        self.fenced: dict[int, dict[str, NDArray[Any]]] = {}
+        """Warpgroup -> the registers at its last ``wgmma.fence``."""
+        self.proxy_fence = np.full(self.threads, -1, np.int32)
+        """Epoch of each thread's last ``fence.proxy.async``."""
         linear = (index[2] * launch.grid[1] + index[1]) * launch.grid[0] + index[0]
         self.uid = linear * 1024 + np.arange(self.threads, dtype=np.int64)
 
@@ -291,7 +302,8 @@ class Launch:
                 block, pc, mask = self.chance.choice(ready)
                 if self.chance.random() < 0.7:  # who is behind, so that warps meet again
                     pc, mask = min((entry[1:] for entry in ready if entry[0] is block), key=lambda entry: entry[0])
-                mask = self._some_warps(mask)
+                warpgroups = self.kernel.code[pc : pc + 1] and self.kernel.code[pc].parts[0] == "wgmma"
+                mask = self._some_warps(mask, WARPGROUP if warpgroups else WARP)
             self._step(block, pc, mask)
         stuck = [b for b in cluster.blocks if b.live()]
         if stuck:
@@ -308,15 +320,16 @@ class Launch:
             places.append(f"{int(block.cluster.waiting[block.rank][0].sum())} threads at the cluster's barrier")
         return f"block {block.index}: " + ", ".join(places)
 
-    def _some_warps(self, mask: Mask) -> Mask:
-        """Of the warps that could go on, one or several."""
+    def _some_warps(self, mask: Mask, together: int) -> Mask:
+        """Of the warps, or of ``together`` threads, that could go on, one or several."""
         assert self.chance is not None
-        warps = np.flatnonzero(mask.reshape(-1, WARP).any(1))
-        if len(warps) == 1 or self.chance.random() < 0.3:
+        groups = mask.reshape(-1, together)
+        there = np.flatnonzero(groups.any(1))
+        if len(there) == 1 or self.chance.random() < 0.3:
             return mask
-        chosen = self.chance.sample(list(warps), self.chance.randrange(1, len(warps) + 1))
-        some = np.zeros_like(mask).reshape(-1, WARP)
-        some[chosen] = mask.reshape(-1, WARP)[chosen]
+        chosen = self.chance.sample(list(there), self.chance.randrange(1, len(there) + 1))
+        some = np.zeros_like(groups)
+        some[chosen] = groups[chosen]
         return some.reshape(-1)
 
     def _runnable(self, block: Block) -> Iterator[tuple[int, Mask]]:
@@ -354,6 +367,10 @@ class Launch:
                     operator.control(block, pc, mask, active)
                     return
                 if whole or active.any():
+                    if block.flight:
+                        for name in operator.registers & block.flight.keys():
+                            if (block.flight[name] & active).any():
+                                raise PtxError(f"{name} belongs to a product that is under way")
                     operator.run(block, active, whole)
             except PtxError as error:
                 raise PtxError(f"{self.kernel.name}, line {instruction.line}, {instruction.text!r}: {error}") from None

@@ -7,7 +7,7 @@ manual but for approximate functions, which are more accurate here than on a GPU
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from ptx_cluster import CLUSTERS
 from ptx_copies import COPIES
 from ptx_machine import GENERIC, WARP, Block, Mask, PtxError, touch
 from ptx_products import PRODUCTS
-from ptx_text import Instruction, Kernel, Number, Symbol, Vector
+from ptx_text import Address, Instruction, Kernel, Number, Operand, Register, Symbol, Vector
 from ptx_values import (
     KINDS,
     UNSIGNED,
@@ -39,6 +39,7 @@ from ptx_values import (
     widened,
     write,
 )
+from ptx_warpgroups import WARPGROUPS
 
 TWO: dict[str, Callable[[Values, Values], Values]] = {
     "add": np.add, "sub": np.subtract, "min": least, "max": most, "and": np.bitwise_and, "or": np.bitwise_or,
@@ -412,7 +413,7 @@ MAKERS: dict[str, Maker] = {
     "mov": move, "setp": compare, "selp": select, "cvt": convert, "bfe": bits_of_field, "ld": load, "st": store,
     "bra": branch, "ret": leave, "exit": leave, "bar": barrier, "barrier": barrier, "shfl": shuffle, "redux": reduce,
     "createpolicy": policy, "prefetch": nothing, "cvta": to_generic,
-    **COPIES, **CLUSTERS, **PRODUCTS,
+    **COPIES, **CLUSTERS, **PRODUCTS, **WARPGROUPS,
 }  # fmt: skip
 
 
@@ -424,5 +425,17 @@ def compiled(kernel: Kernel) -> list[Operator]:
         operator = None if make is None else make(kernel, instruction)
         if operator is None:
             raise PtxError(f"{kernel.name}, line {instruction.line}: {instruction.text!r} is not known here")
+        if instruction.parts[0] != "wgmma":
+            operator.registers = frozenset(_registers(instruction.operands))
         made.append(operator)
     return made
+
+
+def _registers(operands: Iterable[Operand]) -> Iterator[str]:
+    for operand in operands:
+        if isinstance(operand, Register):
+            yield operand.name
+        elif isinstance(operand, Vector):
+            yield from _registers(operand.parts)
+        elif isinstance(operand, Address):
+            yield from _registers([operand.base])

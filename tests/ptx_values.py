@@ -29,6 +29,8 @@ class Operator:
     run: Run
     control: Callable[[Block, int, Mask, Mask], None] | None = None
     ready: Callable[[Block, Mask], Mask | None] = lambda block, mask: mask
+    registers: frozenset[str] = frozenset()
+    """That it touches at once."""
 
 
 # --- operands ---------------------------------------------------------------------------------------------------------
