@@ -325,7 +325,7 @@ class Launch:
         assert self.chance is not None
         groups = mask.reshape(-1, together)
         there = np.flatnonzero(groups.any(1))
-        if len(there) == 1 or self.chance.random() < 0.3:
+        if len(there) == 1 or self.chance.random() < 0.6:
             return mask
         chosen = self.chance.sample(list(there), self.chance.randrange(1, len(there) + 1))
         some = np.zeros_like(groups)
@@ -430,7 +430,8 @@ def touch(
 
 
 Index = NDArray[np.int64]
-EPOCH = 1 << 21
+EPOCH = 21
+EPOCHS = (1 << EPOCH) - 1
 
 
 def reach(block: Block, region: Region, index: Index, who: Index) -> None:
@@ -452,17 +453,17 @@ def reach(block: Block, region: Region, index: Index, who: Index) -> None:
 
 def _times(block: Block, who: Index) -> Index:
     """The epochs of each thread, [n, 1]: the cluster's, the block's, the warp's, of 21 bits each."""
-    return ((block.cluster.epoch * EPOCH + block.epoch) * EPOCH + block.warp_epoch[who].astype(np.int64))[:, None]
+    return ((block.cluster.epoch << EPOCH | block.epoch) << EPOCH | block.warp_epoch[who].astype(np.int64))[:, None]
 
 
 def _unordered(block: Block, uid: Index, now: Index, other: Index, then: Index) -> Mask:
     """Where the access of another thread, ``then``, need not have come before that of ``uid``, ``now``."""
     same_block = other >> 10 == uid >> 10
-    found = (other != NOBODY) & (other != uid) & ~(same_block & ((then ^ now) // EPOCH % EPOCH != 0))
+    found = (other != NOBODY) & (other != uid) & ~(same_block & ((then ^ now) & EPOCHS << EPOCH != 0))
     if found.any():
         in_cluster = (other >> 10) // block.launch.cluster == (uid >> 10) // block.launch.cluster
-        found &= same_block | ~in_cluster | (then // EPOCH**2 == now // EPOCH**2)
-        found &= (other >> 5 != uid >> 5) | (then % EPOCH == now % EPOCH)
+        found &= same_block | ~in_cluster | (then >> 2 * EPOCH == now >> 2 * EPOCH)
+        found &= (other >> 5 != uid >> 5) | ((then ^ now) & EPOCHS == 0)
     return found
 
 
@@ -480,7 +481,7 @@ def note_read(block: Block, region: Region, index: Index, who: Index) -> None:
     reader, then, readers = region.reader[at], region.read[at], region.readers[at]
     # Earlier reads are forgotten once they are known to have come before.
     kept = _unordered(block, uid, now, reader, then)
-    kept |= (reader >> 10 == uid >> 10) & np.where(readers == 2, then // EPOCH == now // EPOCH, then == now)
+    kept |= (reader >> 10 == uid >> 10) & np.where(readers == 2, then >> EPOCH == now >> EPOCH, then == now)
     several = np.where(reader >> 5 == uid >> 5, (reader != uid).astype(np.int8), np.int8(2))
     region.readers[at] = np.where(kept, np.maximum(readers, several), np.int8(0))
     region.reader[at], region.read[at] = uid, now

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -417,6 +418,7 @@ MAKERS: dict[str, Maker] = {
 }  # fmt: skip
 
 
+@cache
 def compiled(kernel: Kernel) -> list[Operator]:
     """Every instruction of a kernel. Raises PtxError for one that is not known, with its line."""
     made = []

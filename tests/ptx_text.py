@@ -67,7 +67,7 @@ class Parameter(NamedTuple):
     size: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Kernel:
     """One entry of a module."""
 

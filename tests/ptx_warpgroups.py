@@ -10,7 +10,7 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx_machine import EPOCH, WARP, WARPGROUP, Block, Copy, Mask, PtxError, note_read, reach
+from ptx_machine import EPOCH, EPOCHS, WARP, WARPGROUP, Block, Copy, Mask, PtxError, note_read, reach
 from ptx_products import added, assembled, fragments, numbers, parts, stacked
 from ptx_text import Instruction, Kernel, Number, Register, Vector
 from ptx_values import Maker, Operator, Values, reader
@@ -60,7 +60,7 @@ def from_shared(block: Block, group: int, place: NDArray[np.int64], kind: str, t
     assert region.dirty is not None
     first, at = region.grains(index)
     fenced = int(block.proxy_fence[group * WARPGROUP : (group + 1) * WARPGROUP].min())
-    if (region.dirty[first] & (region.written[at] // EPOCH % EPOCH >= fenced)).any():
+    if (region.dirty[first] & ((region.written[at] >> EPOCH & EPOCHS) >= fenced)).any():
         raise PtxError("a product reads what was written without a fence to its proxy")
     values = numbers(region.values[index].reshape(len(place), -1).view(np.uint32), kind)
     return values.T if transposed else values
@@ -94,8 +94,8 @@ def multiply(kernel: Kernel, i: Instruction) -> Operator | None:
     a = reader(kernel, i.operands[1], "b64") if held is None else stacked(kernel, held, "b32")
     b = reader(kernel, i.operands[2], "b64")
     keep = reader(kernel, i.operands[3], "pred")
-    signs, turned = [[n.bits for n in i.operands[4:] if isinstance(n, Number)][s] for s in (slice(2), slice(2, None))]
-    turn_a, turn_b = (False, *map(bool, turned)) if held is not None and turned else map(bool, turned or (0, 0))
+    sign_a, sign_b, *turned = (n.bits for n in i.operands[4:] if isinstance(n, Number))
+    turn_a, turn_b = (bool(t) for t in [0, 0, *turned][-2:])
     to = tuple(part.name for part in parts(i.operands[0]) if isinstance(part, Register))
     assert len(to) == columns // 2
     left = tuple(part.name for part in parts(held) if isinstance(part, Register))
@@ -113,7 +113,7 @@ def multiply(kernel: Kernel, i: Instruction) -> Operator | None:
             mine = numbers(a(block)[group * 4 : group * 4 + 4], kind)
             x = assembled(mine, 16, depth, 1 if kind == "tf32" else 2).reshape(64, depth)
         y = from_shared(block, group, at["b"], kind, turn_b)
-        made = (x @ y.T) * float(np.prod(np.array(signs, np.uint32).view(np.int32)))
+        made = sign_a * sign_b * (x @ y.T)
         key = (group, to)
         results = block.results.get(key)
         _check(block, group, left, () if results else to)
