@@ -43,6 +43,9 @@ def copy(kernel: Kernel, i: Instruction) -> Operator | None:
 
         def move() -> None:
             note_write(b, region, index, who, values)
+            if not b.launch.fenced_copies:
+                assert region.dirty is not None
+                region.dirty[index] = False
 
         b.groups.setdefault(("async", warp), [[]])[-1].append(Copy(move, fills=(region, index)))
 

@@ -259,6 +259,8 @@ class Launch:
     seed: int | None = None
     """None: the fewest steps, all warps together. A number: warps and blocks advance by chance."""
     traffic: Traffic | None = None
+    fenced_copies: bool = True
+    """Whether ``cp.async`` needs a proxy fence before an asynchronous product reads what it brought."""
 
     def run(self) -> None:
         from ptx_operators import compiled

@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import triton
 from ptx_machine import Launch, Memory
 from ptx_text import Kernel, parse
 from ptx_traffic import Traffic
@@ -26,6 +27,8 @@ from triton.runtime import driver
 
 SHARED_BYTES = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 """That a block may have, by compute capability."""
+FENCED_COPIES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+"""Before, Triton left out the proxy fence between ``cp.async`` and ``wgmma``."""
 RUNS: Counter[str] = Counter()
 """Kernel -> launches."""
 
@@ -89,6 +92,7 @@ def _launch(
     assert not metadata.global_scratch_size and metadata.num_ctas == 1
     RUNS[kernel.name] += 1
     launch = Launch(
-        kernel, grid, 32 * metadata.num_warps, bytes(raw), Memory(tensors), 1, metadata.shared, seed, traffic
-    )
+        kernel, grid, 32 * metadata.num_warps, bytes(raw), Memory(tensors), 1, metadata.shared, seed, traffic,
+        FENCED_COPIES,
+    )  # fmt: skip
     launch.run()
