@@ -13,20 +13,8 @@ from typing import Any
 
 import numpy as np
 import ptx_copies
-from ptx_machine import (
-    GENERIC,
-    NOBODY,
-    SHARED,
-    Barrier,
-    Block,
-    Copy,
-    Mask,
-    PtxError,
-    Region,
-    note_read,
-    note_write,
-    reach,
-)
+from ptx_blocks import Barrier, Block, note_read, note_write, reach
+from ptx_memory import GENERIC, NOBODY, SHARED, Copy, Mask, PtxError, Region
 from ptx_text import Instruction, Kernel, Number
 from ptx_values import Maker, Operator, addresses, reader, write
 

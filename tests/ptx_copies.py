@@ -6,7 +6,8 @@ The bytes move when their thread waits for the group, as late as a GPU may; unti
 from __future__ import annotations
 
 import numpy as np
-from ptx_machine import WARP, Block, Copy, Mask, note_read, note_write, regions
+from ptx_blocks import WARP, Block, note_read, note_write, regions
+from ptx_memory import Copy, Mask
 from ptx_text import Instruction, Kernel, Number
 from ptx_values import Maker, Operator, addresses, reader
 

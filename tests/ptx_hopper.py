@@ -17,7 +17,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from ptx_machine import Launch, Memory
+from ptx_blocks import Launch
+from ptx_machine import run
+from ptx_memory import Memory
 from ptx_text import Kernel, parse
 
 from rewardmap_kernels import native, native_cuda
@@ -80,7 +82,7 @@ def hopper_gpu(ptx: str, clusters: int = 1, cluster: int | None = None, seed: in
         assert ctypes.sizeof(a) == kernel.parameter_bytes and stream == 0
         dynamic = a.vocab // size * 2 * native_cuda.STAGES  # as the host code in logits_policy_loss.cu
         grid = (clusters * size, 1, 1)
-        Launch(kernel, grid, THREADS, bytes(a), Memory(_tensors(a)), size, dynamic, seed).run()
+        run(Launch(kernel, grid, THREADS, bytes(a), Memory(_tensors(a)), size, dynamic, seed))
         return 0
 
     library = SimpleNamespace(rewardmap_logits_policy_loss=launch)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx_machine import WARP, Block, Mask, touch
+from ptx_blocks import WARP, Block, touch
+from ptx_memory import Mask
 from ptx_text import Instruction, Kernel, Operand, Vector
 from ptx_values import Maker, Operator, Values, addresses, reader, whole_warps, widened, write
 

@@ -18,7 +18,9 @@ from unittest import mock
 
 import torch
 import triton
-from ptx_machine import Launch, Memory
+from ptx_blocks import Launch
+from ptx_machine import run
+from ptx_memory import Memory
 from ptx_text import Kernel, parse
 from ptx_traffic import Traffic
 from triton.backends.compiler import GPUTarget
@@ -91,8 +93,7 @@ def _launch(
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     assert not metadata.global_scratch_size and metadata.num_ctas == 1
     RUNS[kernel.name] += 1
-    launch = Launch(
+    run(Launch(
         kernel, grid, 32 * metadata.num_warps, bytes(raw), Memory(tensors), 1, metadata.shared, seed, traffic,
         FENCED_COPIES,
-    )  # fmt: skip
-    launch.run()
+    ))  # fmt: skip

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx_machine import WARP, Block, Mask, PtxError
+from ptx_blocks import WARP, Block
+from ptx_memory import Mask, PtxError
 from ptx_text import Address, Instruction, Kernel, Number, Operand, Register, Special, Symbol
 
 Values = NDArray[Any]

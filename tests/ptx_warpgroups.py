@@ -10,7 +10,8 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from ptx_machine import EPOCH, EPOCHS, WARP, WARPGROUP, Block, Copy, Mask, PtxError, note_read, reach
+from ptx_blocks import EPOCH, EPOCHS, WARP, WARPGROUP, Block, note_read, reach
+from ptx_memory import Copy, Mask, PtxError
 from ptx_products import added, assembled, fragments, numbers, parts, stacked
 from ptx_text import Instruction, Kernel, Number, Register, Vector
 from ptx_values import Maker, Operator, Values, reader

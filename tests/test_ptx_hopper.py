@@ -10,7 +10,7 @@ import kernels_cases as cases
 import pytest
 import torch
 from ptx_hopper import compiled, hopper_gpu
-from ptx_machine import PtxError
+from ptx_memory import PtxError
 from torch import Tensor
 
 from rewardmap_kernels import PolicyObjective, native, native_cuda, reference

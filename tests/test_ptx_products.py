@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent))
-from ptx_machine import Launch, Memory, PtxError
+from ptx_blocks import Launch
+from ptx_machine import run
+from ptx_memory import Memory, PtxError
 from ptx_text import parse
 
 
@@ -30,7 +32,7 @@ def launch(body: str, threads: int, *tensors: Tensor, dynamic_shared: int = 0) -
     ret;
     }}"""
     raw = struct.pack(f"{len(tensors)}Q", *(t.data_ptr() for t in tensors))
-    Launch(parse(text), (1, 1, 1), threads, raw, Memory(tensors), dynamic_shared=dynamic_shared, seed=1).run()
+    run(Launch(parse(text), (1, 1, 1), threads, raw, Memory(tensors), dynamic_shared=dynamic_shared, seed=1))
 
 
 def copy_in(tensor: int, bytes_each: int, to: int = 0) -> str:

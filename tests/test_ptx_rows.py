@@ -31,7 +31,7 @@ from rewardmap_kernels import (
 
 sys.path.append(str(Path(__file__).parent))
 import kernels_cases as cases
-from ptx_machine import PtxError
+from ptx_memory import PtxError
 from ptx_traffic import Traffic
 from ptx_triton import ptx_gpu
 

@@ -18,7 +18,7 @@ from rewardmap_kernels.tree_attention import tree_attention, tree_mask
 
 sys.path.append(str(Path(__file__).parent))
 import tree_cases as cases
-from ptx_machine import PtxError
+from ptx_memory import PtxError
 from ptx_triton import ptx_gpu
 
 KERNELS = ("tree_forward_kernel", "tree_dq_kernel", "tree_dkv_kernel")
