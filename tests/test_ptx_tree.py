@@ -19,6 +19,7 @@ from rewardmap_kernels.tree_attention import tree_attention, tree_mask
 sys.path.append(str(Path(__file__).parent))
 import tree_cases as cases
 from ptx_memory import PtxError
+from ptx_traffic import Traffic
 from ptx_triton import ptx_gpu
 
 KERNELS = ("tree_forward_kernel", "tree_dq_kernel", "tree_dkv_kernel")
@@ -51,13 +52,13 @@ def among_others(x: Tensor) -> Tensor:
 
 def run(
     monkeypatch: pytest.MonkeyPatch, case: cases.Inputs, capability: int, seed: int | None = None,
-    edit: Callable[[str], str] = str,
+    edit: Callable[[str], str] = str, traffic: Traffic | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """out, dq, dk and dv."""
     monkeypatch.setattr(tree_op, "plan_of", lambda q: tree_op.plan(q.dtype, q.shape[-1], capability // 10))
     q, k, v, dout = (among_others(x) for x in case[1:])
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    with ptx_gpu(capability, seed, edit) as runs:
+    with ptx_gpu(capability, seed, edit, traffic) as runs:
         out = tree_attention(*leaves, tree_mask(case.ends))
         found = [out.detach(), *torch.autograd.grad(out, leaves, dout)]
     assert last_path("tree_attention") == ("triton", KERNELS) and dict(runs) == dict.fromkeys(KERNELS, 1)
@@ -65,11 +66,13 @@ def run(
 
 
 def check(found: list[Tensor], case: cases.Inputs) -> None:
-    """The error is at most eager attention's in the same dtype."""
+    """The error is at most eager attention's in the same dtype, but for what float32 leaves where the definition is
+    zero: a lone token's dq and dk are differences of equal sums."""
     exact = cases.definition(cases.Inputs(case.ends, *(x.double() for x in case[1:])))
     for name, got, eager, wanted in zip(("out", "dq", "dk", "dv"), found, cases.definition(case), exact, strict=True):
         assert got.dtype == case.q.dtype
-        assert (got.double() - wanted).norm() <= (eager.double() - wanted).norm(), name
+        floor = 1e-6 * case.dout.double().norm()
+        assert (got.double() - wanted).norm() <= (eager.double() - wanted).norm() + floor, name
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -88,11 +91,11 @@ def test_no_pass_errs_more_than_eager(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dim", [16, 32, 64, 80, 128])
-def test_long_loops_in_any_order(capability: int, dim: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for ends in (cases.pack([(500, [(9, []), (20, [])]), (70, [])]), cases.pack([(320, [])]), *cases.SHAPES.values()):
+def test_long_loops_in_any_order(capability: int, dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = cases.pack([(500, [(9, []), (20, [])]), (70, [])]), cases.pack([(320, [])])
+    for seed, ends in enumerate((*long, *cases.SHAPES.values())):
         case = rounded(ends, (2, 1), dim)
         check(run(monkeypatch, case, capability, seed), case)
 
@@ -143,3 +146,11 @@ def test_a_kernel_without_what_orders_it_is_refused(
 
     with pytest.raises(PtxError, match=error):
         run(monkeypatch, rounded(FOREST, (2, 1), 64), capability, edit=without)
+
+
+def test_no_pass_wastes_transactions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Hopper: every sector is asked for once by each warp that reads it, and no two words come from one bank."""
+    case, traffic = rounded(cases.pack([(160, [(48, []), (40, [])])]), (2, 1), 64), Traffic()
+    run(monkeypatch, case, 90, None, traffic=traffic)
+    assert traffic.bytes["global read"] and traffic.bytes["shared write"]
+    assert all(traffic.ratio(kind) == 1 for kind in traffic.bytes), dict(traffic.passes)
