@@ -189,7 +189,6 @@ def touch(
             out[here] = region.values[index]
         else:
             note_write(block, region, index, threads[here], values[here])
-            region.values[index] = values[here]
     return out
 
 
@@ -256,7 +255,7 @@ def note_read(block: Block, region: Region, index: Index, who: Index) -> None:
 
 
 def note_write(block: Block, region: Region, index: Index, who: Index, values: NDArray[np.uint8]) -> None:
-    """Raises PtxError where a byte changes that another thread, or a copy, may still have to read or to write."""
+    """Writes; raises PtxError where a byte changes that another thread, or a copy, may still have to read or write."""
     first, at = region.grains(index)
     if region.filled[first].any() or region.drained[first].any():
         raise PtxError("a copy of these bytes is still under way")

@@ -31,13 +31,13 @@ def copy(kernel: Kernel, i: Instruction) -> Operator | None:
         [(region, _)] = regions(b, at, size)
         index = (at - region.begin)[:, None] + np.arange(size)
         used = full > 0
+        assert ((full == size) | ~used).all(), "a copy in part"
         if b.launch.traffic is not None:
             b.launch.traffic.add(who, at, size, "shared write")
-            if used.any():
-                b.launch.traffic.add(who[used], source(b)[who[used]], size, "global read")
-        assert ((full == size) | ~used).all(), "a copy in part"
         if used.any():
             from_ = source(b)[who[used]]
+            if b.launch.traffic is not None:
+                b.launch.traffic.add(who[used], from_, size, "global read")
             for origin, here in regions(b, from_, size):
                 place = (from_[here] - origin.begin)[:, None] + np.arange(size)
                 assert origin.allowed is None or origin.allowed[place].all(), "between the elements of a tensor"

@@ -7,7 +7,6 @@ with hopper_gpu(compiled(folder), clusters=2, cluster=4):
 from __future__ import annotations
 
 import ctypes
-import functools
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,7 +19,7 @@ import torch
 from ptx_blocks import Launch
 from ptx_machine import run
 from ptx_memory import Memory
-from ptx_text import Kernel, parse
+from ptx_text import parse
 
 from rewardmap_kernels import native, native_cuda
 
@@ -66,16 +65,11 @@ def _tensors(a: Any) -> list[torch.Tensor]:
     return made
 
 
-@functools.cache
-def _parsed(ptx: str) -> Kernel:
-    return parse(ptx)
-
-
 @contextmanager
 def hopper_gpu(ptx: str, clusters: int = 1, cluster: int | None = None, seed: int | None = None) -> Iterator[None]:
     """Launches run as on a GPU that has room for so many clusters. ``cluster``: blocks of one, where not those that
     ``native_cuda`` wants. ``seed``: see ``Launch``."""
-    kernel = _parsed(ptx)
+    kernel = parse(ptx)
 
     def launch(reference: Any, size: int, stream: int) -> int:
         a = reference._obj

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -49,7 +48,7 @@ TWO: dict[str, Callable[[Values, Values], Values]] = {
 }  # fmt: skip
 ONE: dict[str, Callable[[Values], Values]] = {
     "neg": np.negative, "abs": np.abs, "not": np.invert, "ex2": np.exp2, "lg2": np.log2, "sqrt": np.sqrt,
-    "rcp": np.reciprocal, "rsqrt": lambda x: np.reciprocal(np.sqrt(x)), "mov": lambda x: x, "cvta": lambda x: x,
+    "rcp": np.reciprocal, "rsqrt": lambda x: np.reciprocal(np.sqrt(x)), "mov": lambda x: x,
 }  # fmt: skip
 COMPARED: dict[str, Callable[[Values, Values], Values]] = {
     "eq": np.equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
@@ -106,7 +105,7 @@ def _packed(kernel: Kernel, i: Instruction) -> Operator | None:
     size = 4 if kind == "f32" else 2
     whole = size * (2 if i.parts[-1].endswith("x2") else 1)
     table: dict[str, Any] = {**TWO, **ONE, "mul": np.multiply, "fma": fused}
-    if name not in table or name in ("and", "or", "xor", "not", "mov", "cvta"):
+    if name not in table or name in ("and", "or", "xor", "not", "mov"):
         return None
     function, read = table[name], [reader(kernel, source, f"b{whole * 8}") for source in i.operands[1:]]
     wide, narrow = {"bf16": (widened, rounded), "f16": (_from_half, _to_half), "f32": (_as_float, _as_float)}[kind]
@@ -274,11 +273,6 @@ def store(kernel: Kernel, i: Instruction) -> Operator | None:
     return Operator(run)
 
 
-def nothing(kernel: Kernel, i: Instruction) -> Operator:
-    """Hints."""
-    return Operator(lambda b, m, w: None)
-
-
 def policy(kernel: Kernel, i: Instruction) -> Operator:
     return Operator(lambda b, m, w: write(kernel, b, i.operands[0], np.zeros(b.threads, np.uint64), m, w))
 
@@ -293,12 +287,12 @@ def to_generic(kernel: Kernel, i: Instruction) -> Operator:
 MAKERS: dict[str, Maker] = {
     **dict.fromkeys((*TWO, *ONE, "shl", "shr", "mul", "mad", "fma"), arithmetic),
     "mov": move, "setp": compare, "selp": select, "cvt": convert, "bfe": bits_of_field, "ld": load, "st": store,
-    "createpolicy": policy, "prefetch": nothing, "cvta": to_generic,
+    "createpolicy": policy, "cvta": to_generic,
     **FLOW, **COPIES, **CLUSTERS, **PRODUCTS, **WARPGROUPS,
 }  # fmt: skip
 
 
-@cache
+@functools.cache
 def compiled(kernel: Kernel) -> list[Operator]:
     """Every instruction of a kernel. Raises PtxError for one that is not known, with its line."""
     made = []

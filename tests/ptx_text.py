@@ -5,6 +5,7 @@ Reads what Triton's and NVIDIA's compilers write for a kernel without calls, loc
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -81,7 +82,6 @@ class Kernel:
     """Of the variables of known size; one of unknown size begins there."""
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    target: str = ""
 
     @property
     def parameter_bytes(self) -> int:
@@ -99,6 +99,7 @@ _REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)")
 _SKIPPED = (".loc", ".file", ".section", ".pragma", ".version", ".address_size", ".visible", ".extern", ".global")
 
 
+@functools.cache
 def parse(text: str) -> Kernel:
     """The first kernel of a module. Raises ValueError for what it does not know."""
     text = re.sub(r"/\*.*?\*/", lambda found: "\n" * found.group().count("\n"), text, flags=re.DOTALL)
@@ -106,8 +107,6 @@ def parse(text: str) -> Kernel:
     if found is None:
         raise ValueError("no .entry in this PTX")
     kernel = Kernel(found.group(1))
-    target = re.search(r"\.target\s+(\w+)", text)
-    kernel.target = target.group(1) if target else ""
     end = text.index(")", found.end())
     offset = 0
     for align, kind, name, count in _PARAMETER.findall(text[found.end() : end]):

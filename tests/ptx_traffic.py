@@ -31,7 +31,7 @@ class Traffic:
         if kind.startswith("global"):
             warp = threads // WARP << 48
             self.passes[kind] += len(np.unique(warp + addresses // SECTOR))
-            self.least[kind] += sum(-(-size * n // SECTOR) for n in _each(np.unique(warp + addresses // size) >> 40))
+            self.least[kind] += sum(-(-size * n // SECTOR) for n in _each(np.unique(warp + addresses // size) >> 48))
             return
         # 8 bytes a thread go by half warps, 16 by quarters.
         together = max(size // WORD, 1)

@@ -7,7 +7,6 @@ what the compiler made of the kernel. Tensors are the CPU's.
 
 from __future__ import annotations
 
-import functools
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +50,7 @@ def ptx_gpu(
     )
 
     def launcher(compiled: Any) -> Any:
-        kernel = _parsed(edit(compiled.asm["ptx"]))
+        kernel = parse(edit(compiled.asm["ptx"]))
 
         def launch(x: int, y: int, z: int, stream: Any, function: Any, packed: Any, meta: Any, *rest: Any) -> None:
             _launch(compiled, kernel, SHARED_BYTES[capability], (x, y, z), rest[2:], seed, traffic)
@@ -68,11 +67,6 @@ def ptx_gpu(
             yield RUNS
     finally:
         driver._active = before
-
-
-@functools.cache
-def _parsed(text: str) -> Kernel:
-    return parse(text)
 
 
 def _launch(
