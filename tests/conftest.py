@@ -9,6 +9,23 @@ import pytest
 sys.path.append(str(Path(__file__).parent))
 # Jobs of several ranks are forked from a process that has one thread; Arrow's allocator would start another.
 os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+CORES = len(os.sched_getaffinity(0))
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // workers)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """``pytest -n auto``: more would wait for the longest file, with a gigabyte each."""
+    return min(CORES, 8)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """``pytest -n``: a file's tests stay together, for they share what it sets up; the files go in their order, since
+    those of few tests, which would be last, are long."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist, config.option.loadscopereorder = "loadfile", False
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,8 @@ class FakeServer(Threaded):
 
     def __init__(self, tokenizer: Any, image_token: int, *, sessions: bool = True, image_tokens: int = 25) -> None:
         super().__init__()
-        self.tokenizer, self.image_token, self.image_tokens = tokenizer, image_token, image_tokens
+        self.tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        self.image_token, self.image_tokens = image_token, image_tokens
         self.version, self.weights = "default", dict[str, Any]()
         self.paused, self.session, self.asleep = False, False, set[str]()
         self.calls, self.bodies, self.keys, self.peers = list[str](), list[Any](), Counter[str](), list[int | None]()
@@ -148,7 +149,7 @@ class FakeServer(Threaded):
         self.running_now -= 1
         place = body["input_ids"].index(self.image_token)
         prompt = body["input_ids"][:place] + [self.image_token] * self.image_tokens + body["input_ids"][place + 1 :]
-        if self.tokenizer.convert_ids_to_tokens(prompt[-1]) == "<|vision_start|>":
+        if self.tokenizer.id_to_token(prompt[-1]) == "<|vision_start|>":
             raise IndexError("the real server looks at the token after each <|vision_start|>")
         meta = {"prompt_tokens": len(prompt), "weight_version": self.version}
         if body["sampling_params"]["max_new_tokens"] == 0:
@@ -170,7 +171,7 @@ class FakeServer(Threaded):
         return sample if count == 1 else [sample] * count
 
     def _tokenize(self, body: Any) -> Any:
-        return {"tokens": self.tokenizer(body["prompt"], add_special_tokens=False).input_ids, "max_model_len": 4096}
+        return {"tokens": self.tokenizer.encode(body["prompt"], add_special_tokens=False).ids, "max_model_len": 4096}
 
     def _pause(self, body: Any) -> Any:
         self.paused = True
@@ -336,13 +337,13 @@ class Proxy(Threaded):
 def serve() -> None:
     """``python sglang_fake.py OPTIONS``, those of ``sglang.launch_server``: the server in a process of its own. With
     ``--die-once FILE`` it ends at its first question, if nobody has before."""
-    from transformers import AutoTokenizer
+    from tokenizers import Tokenizer  # without the seconds that transformers takes
 
     options = dict(zip(sys.argv, sys.argv[1:], strict=False))
     with Path("pids").open("a") as pids:
         print(os.getpid(), file=pids)
     model = Path(options["--model-path"])
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     server = FakeServer(tokenizer, json.loads((model / "config.json").read_text())["image_token_id"])
     if "--enable-lora" in sys.argv:
         after = sys.argv[sys.argv.index("--lora-target-modules") + 1 :]

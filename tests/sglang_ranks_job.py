@@ -1,7 +1,8 @@
-"""Ranks of jobs with SGLang servers: ``python sglang_ranks_job.py FOLDER``, started by ``test_sglang_ranks.py``.
+"""Ranks of jobs with SGLang servers, started by ``test_sglang_ranks.py``, which writes folders to its stdin.
 
 ``FOLDER/jobs.json``: name -> size, scenario, settings of ``rollout.server`` and what else the scenario reads. Imports
-once, then forks the ranks of one job after the other; what each saw comes back in ``FOLDER/NAME/RANK.json``.
+once, then forks the ranks of one job after the other; what each saw comes back in ``FOLDER/NAME/RANK.json``. After the
+last job of a folder it prints a line.
 """
 
 from __future__ import annotations
@@ -183,7 +184,9 @@ def one_rank(folder: Path, settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    place = Path(sys.argv[1])
-    for name, job in json.loads((place / "jobs.json").read_text()).items():
-        (place / name).mkdir(exist_ok=True)
-        fork_ranks(job["size"], lambda name=name, job=job: one_rank(place / name, job))
+    for line in sys.stdin:
+        place = Path(line.rstrip("\n"))
+        for name, job in json.loads((place / "jobs.json").read_text()).items():
+            (place / name).mkdir(exist_ok=True)
+            fork_ranks(job["size"], lambda folder=place / name, job=job: one_rank(folder, job))
+        print("done", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -52,23 +53,39 @@ def make(policy):
         yield make
 
 
-def run_jobs(folder, jobs, timeout=400):
-    """What each rank of each job saw."""
-    (folder / "jobs.json").write_text(json.dumps(jobs))
+@pytest.fixture(scope="module")
+def run_jobs(tmp_path_factory):
+    """Runs jobs, and says what each rank of each saw. The process that forks the ranks imports once."""
+    log = tmp_path_factory.mktemp("ranks") / "stderr"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, str(JOB), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {
-        name: [json.loads(path.read_text()) for path in sorted((folder / name).glob("[0-9].json"))] for name in jobs
-    }
+    process = None
+
+    def start():
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log.open("a"), "text": True}
+        return subprocess.Popen([sys.executable, str(JOB)], env=environment, **pipes)
+
+    def run_jobs(folder, jobs, timeout=400):
+        nonlocal process
+        if process is None or process.poll() is not None:
+            process = start()
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        print(folder, file=process.stdin, flush=True)
+        ready, _, _ = select.select([process.stdout], [], [], timeout)
+        assert ready and process.stdout.readline(), log.read_text()[-4000:]
+        seen = {name: sorted((folder / name).glob("[0-9].json")) for name in jobs}
+        return {name: [json.loads(path.read_text()) for path in paths] for name, paths in seen.items()}
+
+    yield run_jobs
+    if process is not None:
+        process.kill()
+        process.communicate()
 
 
 def pushing(url, size=2, **settings):
     return {"scenario": "push", "size": size, "server": {"urls": [url], "bucket_mb": 1}, **settings}
 
 
-def test_two_ranks_push_what_one_does_and_hold_one_weight_at_a_time(policy, make, tmp_path):
+def test_two_ranks_push_what_one_does_and_hold_one_weight_at_a_time(policy, run_jobs, make, tmp_path):
     servers = {(variant, size): make()[0] for variant in PUSHED for size in (1, 2)}
     jobs = {f"{v}-{n}": pushing(server.url, n, **PUSHED[v]) for (v, n), server in servers.items()}
     seen = run_jobs(tmp_path, jobs)
@@ -90,7 +107,7 @@ def test_two_ranks_push_what_one_does_and_hold_one_weight_at_a_time(policy, make
             assert weight.dtype == dtype and torch.equal(weight, loaded[name].to(dtype)) != merged, name
 
 
-def test_two_ranks_push_the_adapters_that_one_does(policy, make, tmp_path):
+def test_two_ranks_push_the_adapters_that_one_does(policy, run_jobs, make, tmp_path):
     """And two whose first attempt breaks off after the weights."""
     settings = {"policy": PUSHED["lora"]["policy"], "versions": [3, 4]}
     servers, jobs = {name: make() for name in ("one", "two", "again")}, {}
@@ -111,7 +128,7 @@ def test_two_ranks_push_the_adapters_that_one_does(policy, make, tmp_path):
         assert all(torch.equal(adapter[name], weight) for name, weight in expected.items())
 
 
-def test_a_push_that_fails_is_made_again_by_all_ranks_or_ends_all_with_one_error(make, tmp_path):
+def test_a_push_that_fails_is_made_again_by_all_ranks_or_ends_all_with_one_error(run_jobs, make, tmp_path):
     refused = {name: make() for name in ("/pause_generation", "/update_weights_from_tensor", "/flush_cache")}
     for path, (_, proxy) in refused.items():
         for _ in range(2):
@@ -136,7 +153,7 @@ def test_a_push_that_fails_is_made_again_by_all_ranks_or_ends_all_with_one_error
     assert "no answer within 4 s" in first["says"] and second["error"] == "OtherRankError"
 
 
-def test_all_ranks_hold_the_answers_that_rank_0_asked_for(make, tmp_path):
+def test_all_ranks_hold_the_answers_that_rank_0_asked_for(run_jobs, make, tmp_path):
     server, _ = make()
     settings = {"urls": [server.url], "colocated": True, "drift_alarm": 100.0}
     first, second = run_jobs(tmp_path, {"job": {"scenario": "sample", "size": 2, "server": settings}})["job"]
@@ -169,7 +186,7 @@ def check_that_servers_are_gone(folder, count):
     assert len(pids) == count and not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_servers_that_end_while_they_are_asked_come_back(python, tmp_path):
+def test_servers_that_end_while_they_are_asked_come_back(run_jobs, python, tmp_path):
     """Two ranks that take themselves for two nodes: each one's server ends at its first question, is started again, and
     gets the weights of both ranks' shards while the other may still sample. And one step off, when there is another
     server to ask until the next sync."""
@@ -192,7 +209,7 @@ def test_servers_that_end_while_they_are_asked_come_back(python, tmp_path):
         check_that_servers_are_gone(tmp_path / folder, count)
 
 
-def test_runs_on_two_ranks_train_stop_and_go_on(make, python, tmp_path):
+def test_runs_on_two_ranks_train_stop_and_go_on(run_jobs, make, python, tmp_path):
     """At each step, and one step off; and one with servers of its own that a signal to one rank stops."""
     shared = [
         *("data.train_maps=3", "data.test_maps=3", "train.prompts_per_step=5", "rollout.group_size=2"),
