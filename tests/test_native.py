@@ -300,7 +300,7 @@ def test_without_a_home_directory_the_remedy_is_named(monkeypatch: pytest.Monkey
 
 
 def test_operators_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1", "-O1")
     runtime = subprocess.run(
         [native.compiler("cpu"), "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
