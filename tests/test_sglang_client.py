@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from concurrent.futures import CancelledError
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,7 +271,7 @@ def test_another_configuration_and_another_tokenizer_are_named(policy, server, m
         make(server.url).check()
     server.model_info["model_path"] = str(WARM_START)
     make(server.url).check()
-    server.tokenizer = lambda text, add_special_tokens: type("Encoding", (), {"input_ids": [1, 2, 3]})
+    server.tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: SimpleNamespace(ids=[1, 2, 3]))
     with pytest.raises(ConfigError, match="its tokenizer differs"):
         make(server.url).check()
 
