@@ -33,7 +33,7 @@ OBJECTIVES = [
 def objective_id(objective: PolicyObjective) -> str:
     """A readable test id: the name and the fields that differ from the defaults."""
     default = asdict(PolicyObjective())
-    changed = [f"{k}={v}" for k, v in asdict(objective).items() if v != default[k] and k not in ("name", "key")]
+    changed = [f"{k}={v}" for k, v in asdict(objective).items() if v != default[k] and k != "name"]
     return "-".join([objective.name, *changed])
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -189,11 +190,18 @@ def test_normalizers() -> None:
         ({"kl_coef": "1e-3"}, "kl_coef must be a number, got '1e-3'"),
         ({"clip_eps_high": None}, "clip_eps_high must be a number, got None"),
         ({"delta": torch.tensor(4.0)}, "delta must be a number, got tensor"),
+        ({"kl_coef": 0.1, "kl_bias_correction": "False"}, "kl_bias_correction must be True or False, got 'False'"),
     ],
 )
 def test_a_bad_objective_raises(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PolicyObjective(**options)
+
+
+def test_an_objective_is_made_again_from_its_fields() -> None:
+    for objective in cases.OBJECTIVES:
+        for again in (PolicyObjective(**asdict(objective)), pickle.loads(pickle.dumps(objective))):
+            assert again == objective and again.key == objective.key and hash(again) == hash(objective)
 
 
 @pytest.mark.parametrize(

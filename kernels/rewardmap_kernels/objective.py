@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 ObjectiveName = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce"]
 OBJECTIVES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce")
-_NUMBERS: dict[str, Any] = {"float": Real, "float | None": (Real, type(None))}
+_KINDS: dict[str, tuple[str, Any]] = {
+    "float": ("a number", Real), "float | None": ("a number", (Real, type(None))), "bool": ("True or False", bool),
+}  # fmt: skip
 CLIPPED: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo")  # -min(r A, clip(r) A)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PolicyObjective:
     """What is optimised. Immutable and hashable.
 
@@ -49,13 +51,17 @@ class PolicyObjective:
     importance_max: float = 2.0
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
-    key: str = field(init=False, repr=False, compare=False)
-    """All fields in order, as text: how an objective passes through a custom operator, which takes no objects."""
+
+    if TYPE_CHECKING:  # no field, so that PolicyObjective(**asdict(objective)) is the objective again
+
+        @property
+        def key(self) -> str:
+            """All fields in order, as text: how an objective passes through a custom operator, which takes no
+            objects."""
 
     def __post_init__(self) -> None:
         """Check every field."""
-        values = (getattr(self, one.name) for one in fields(self) if one.init)
-        object.__setattr__(self, "key", " ".join(map(str, values)))
+        object.__setattr__(self, "key", " ".join(str(getattr(self, one.name)) for one in fields(self)))
         for which, allowed in (
             ("name", OBJECTIVES),
             ("kl_estimator", ("k1", "k2", "k3")),
@@ -66,8 +72,9 @@ class PolicyObjective:
                 raise ValueError(f"{which} = {getattr(self, which)!r} is not one of {', '.join(allowed)}")
         for one in fields(self):  # a configuration file's 1e-6 may be text
             value = getattr(self, one.name)
-            if not isinstance(value, _NUMBERS.get(str(one.type), object)):
-                raise ValueError(f"{one.name} must be a number, got {value!r}")
+            kind, types = _KINDS.get(str(one.type), ("", object))
+            if not isinstance(value, types):
+                raise ValueError(f"{one.name} must be {kind}, got {value!r}")
         for which in ("clip_eps_low", "clip_eps_high", "kl_coef", "importance_min"):
             value = getattr(self, which)
             if not (math.isfinite(value) and value >= 0):
