@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from rewardmap_kernels import (
@@ -21,6 +22,7 @@ from rewardmap_kernels import (
     linear_policy_loss,
     logits_loss,
     logits_policy_loss,
+    policy_loss,
     selective_log_softmax,
 )
 
@@ -142,3 +144,33 @@ def test_gradients_are_handed_over_once_whatever_saves_them() -> None:
     torch.autograd.grad(2 * loss, hidden, retain_graph=True)
     with pytest.raises(RuntimeError, match="linear_policy_loss was handed over by an earlier backward"):
         torch.autograd.grad(2 * loss, hidden)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_transforms_of_torch_func_are_refused(compiled: bool) -> None:
+    """Compiled, they would give derivatives of 0; so would forward mode under no_grad."""
+    hidden, weight, targets, rows = problem(20)
+    hidden, weight = hidden.detach(), weight.detach()
+    operations: dict[str, Callable[[Tensor], Tensor]] = {
+        "linear_policy_loss": lambda x: linear_policy_loss(x, weight, targets, objective=DAPO, **rows).loss,
+        "linear_logprobs": lambda x: linear_logprobs(x, weight, targets)[0].sum(),
+        "logits_policy_loss": lambda x: logits_policy_loss(x @ weight.t(), targets, objective=DAPO, **rows).loss,
+        "selective_log_softmax": lambda x: selective_log_softmax(x @ weight.t(), targets)[0].sum(),
+        "policy_loss": lambda x: policy_loss(x[:, 0], objective=DAPO, **rows).row_loss.sum(),
+    }
+    for name, run in operations.items():
+
+        def tangent(x: Tensor, run: Callable[[Tensor], Tensor] = run) -> Any:
+            return torch.func.jvp(run, (x,), (x,))[1]
+
+        for transformed, x, message in (
+            (torch.func.grad(run), hidden, "does not take torch.func's transforms"),
+            (torch.func.vmap(run), hidden[None], "does not take torch.func's transforms"),
+            (tangent, hidden, "has no forward-mode derivative"),
+        ):
+            torch._dynamo.reset()
+            call = torch.compile(transformed, backend="aot_eager") if compiled else transformed
+            with pytest.raises(RuntimeError, match=f"{name} {message}"):
+                call(x)
+        with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"{name} has no forward-mode"):
+            run(forward_ad.make_dual(hidden, hidden))

@@ -3,6 +3,7 @@ of the definition."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rewardmap_kernels import (
     PolicyObjective,
     _head,
+    contributing_rows,
     linear_logprobs,
     linear_policy_loss,
     logits_policy_loss,
@@ -219,6 +221,11 @@ def test_bad_input_raises_before_any_work() -> None:
         ((hidden, weight, None), {}, "targets must be an integer"),
         ((hidden, weight, targets), {"objective": "grpo"}, "objective must be a PolicyObjective, got 'grpo'"),
         ((hidden, weight, targets), {"normalizer": None}, "normalizer must be positive, got None"),
+        ((hidden, weight, targets), {"normalizer": "6"}, "normalizer must be positive, got '6'"),
+        ((hidden, weight, targets), {"temperature": "0.7"}, "temperature must be positive and finite, got '0.7'"),
+        ((hidden, weight, targets), {"temperature": [0.7]}, r"temperature must be positive and finite, got \[0.7\]"),
+        ((hidden, weight, targets), {"chunk_rows": 2.5}, "chunk_rows must be an integer, got 2.5"),
+        ((hidden, weight, targets), {"num_sequences": "2"}, "num_sequences must be an integer, got '2'"),
         ((hidden, weight, targets), {"temperature": torch.ones(N, requires_grad=True)}, "temperature gets no gradient"),
         ((hidden, weight, targets), {"rows": [0, 1]}, "rows must be a torch.Tensor, got list"),
         ((hidden, weight, targets), {"rows": torch.arange(3).to("meta")}, r"int64 \[M\] on cpu, got .* on meta"),
@@ -235,6 +242,38 @@ def test_bad_input_raises_before_any_work() -> None:
         selective_log_softmax(hidden @ weight.t(), bad_targets)
     with pytest.raises(ValueError, match="logits must have 2"):
         logits_policy_loss(hidden[0], targets, **good)
+
+
+def test_rows_that_contribute_are_found_among_all_rows() -> None:
+    """Of a mask that is too short, the rows beyond its end would be missing."""
+    objective = PolicyObjective(kl_coef=0.1)
+    for mask in (torch.ones(3), torch.ones(5), torch.ones(4, 1)):
+        with pytest.raises(ValueError, match=r"loss_mask must have shape \(4,\), got "):
+            contributing_rows(objective, torch.ones(4), mask)
+    with pytest.raises(ValueError, match=r"advantages must be a torch\.Tensor, got list"):
+        contributing_rows(objective, [1.0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_tensors_without_values_are_taken(device: str) -> None:
+    """On the meta device, and fake ones on the CPU."""
+    with contextlib.nullcontext() if device == "meta" else FakeTensorMode():
+        hidden, weight, logits = (
+            torch.empty(shape, device=device, requires_grad=True) for shape in ((N, H), (V, H), (N, V))
+        )
+        index, ones = torch.arange(N, device=device), torch.ones(N, device=device)
+        rows: dict[str, Any] = {"advantages": ones, "normalizer": ones, "objective": PolicyObjective("gspo")}
+        rows["sequence"] = index
+        for value in (
+            linear_policy_loss(hidden, weight, index, rows=index, **rows).loss,
+            sum(linear_logprobs(hidden, weight, index)).sum(),
+            linear_logprobs(hidden, weight, index, entropy_gradient=False)[0].sum(),
+            logits_policy_loss(logits, index, **rows).loss,
+            selective_log_softmax(logits, index)[0].sum(),
+        ):
+            value.backward()
+        for tensor in (hidden, weight, logits):
+            assert tensor.grad is not None and tensor.grad.device.type == device
 
 
 def test_second_derivatives_are_refused() -> None:

@@ -248,6 +248,7 @@ def test_bad_normalizer_arguments_raise() -> None:
         ("dr_grpo", {"num_sequences": 2}, "needs max_length"),
         ("dapo", {"max_length": 4}, "ignores it"),
         ("grpo", {"total_tokens": 4}, "ignores it"),
+        ("grpo", {"num_sequences": 2.0, "sequence": mask.long()}, "num_sequences must be an integer, got 2.0"),
     ):
         with pytest.raises(ValueError, match=message):
             loss_normalizer(PolicyObjective(name), mask, **options)  # type: ignore[arg-type]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.forward_ad import unpack_dual
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
@@ -13,10 +16,26 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether the host can look at the values: no accelerator to wait for, no compiler, no fake tensor."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise unless ``value`` is a tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def check_integer(name: str, value: object) -> None:
+    """Raise unless ``value`` is an integer (a compiler's too)."""
+    if not isinstance(value, Integral | torch.SymInt):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+
+
 def check_floating(name: str, tensor: Tensor, dims: int) -> None:
     """Raise unless ``tensor`` is a floating-point tensor of ``dims`` dimensions."""
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if not tensor.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
     if tensor.dim() != dims:
@@ -30,8 +49,7 @@ def check_rows(name: str, tensor: Tensor | None, like: Tensor, rows: int, kind: 
     """
     if tensor is None:
         return
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    check_tensor(name, tensor)
     if tuple(tensor.shape) != (rows,):
         raise ValueError(f"{name} must have shape ({rows},), got {tuple(tensor.shape)}")
     if tensor.device != like.device:
@@ -50,7 +68,7 @@ def check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
     """
     if tensor.numel() == 0:
         return
-    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(tensor):
         smallest, largest = int(tensor.min()), int(tensor.max())
         if smallest < low or largest >= high:
             row = int(((tensor < low) | (tensor >= high)).nonzero()[0, 0])
@@ -79,8 +97,8 @@ def check_normalizer(normalizer: Tensor | float, like: Tensor, rows: int) -> Non
             raise ValueError(f"normalizer must be 0-d or of shape ({rows},), got {tuple(normalizer.shape)}")
         if normalizer.dim() == 1 and normalizer.device != like.device:
             raise ValueError(f"normalizer is on {normalizer.device}, expected {like.device}")
-    elif normalizer is None or not normalizer > 0:
-        raise ValueError(f"normalizer must be positive, got {normalizer}")
+    elif not isinstance(normalizer, Real | torch.SymFloat) or not normalizer > 0:
+        raise ValueError(f"normalizer must be positive, got {normalizer!r}")
 
 
 def check_temperature(temperature: Tensor | float, like: Tensor, rows: int) -> None:
@@ -89,8 +107,8 @@ def check_temperature(temperature: Tensor | float, like: Tensor, rows: int) -> N
         check_rows("temperature", temperature, like, rows)
         if temperature.requires_grad and torch.is_grad_enabled():
             raise ValueError("temperature gets no gradient; pass it detached")
-    elif temperature is None or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    elif not isinstance(temperature, Real | torch.SymFloat) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature!r}")
 
 
 def temperatures(temperature: Tensor | float) -> tuple[Tensor | None, float]:
@@ -123,19 +141,29 @@ def check_targets(targets: Tensor, like: Tensor, vocab: int) -> None:
 
 def check_row_index(rows: Tensor, like: Tensor) -> None:
     """Raise unless ``rows`` is an int64 [M] index of distinct rows of ``like``, on its device."""
-    if not isinstance(rows, Tensor):
-        raise ValueError(f"rows must be a torch.Tensor, got {type(rows).__name__}")
+    check_tensor("rows", rows)
     if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != like.device:
         found = f"{rows.dtype} {tuple(rows.shape)} on {rows.device}"
         raise ValueError(f"rows must be int64 [M] on {like.device}, got {found}")
     check_range("rows", rows, 0, like.shape[0])
     times = torch.zeros(like.shape[0], dtype=torch.int32, device=rows.device)
     times.index_add_(0, rows, torch.ones_like(rows, dtype=torch.int32))
-    if rows.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(rows):
         if len(rows) and int(times.max()) > 1:
             raise ValueError(f"rows must be distinct, got {int(times.argmax())} {int(times.max())} times")
     else:
         torch._assert_async((times <= 1).all(), "rows must be distinct")
+
+
+def check_transforms(operation: str, *inputs: Tensor | None) -> None:
+    """Raise RuntimeError under torch.func's transforms and for inputs with a forward-mode tangent: without a rule for
+    them an operation's derivative would be 0 there, compiled or under no_grad (which does not end forward mode)."""
+    if not torch.compiler.is_compiling() and any(
+        value is not None and unpack_dual(value).tangent is not None for value in inputs
+    ):
+        raise RuntimeError(f"{operation} has no forward-mode derivative; differentiate by backward")
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{operation} does not take torch.func's transforms; differentiate by backward")
 
 
 def first_order_only(operation: str) -> None:

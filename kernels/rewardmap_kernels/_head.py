@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import compute_dtype
+from ._checks import check_integer, compute_dtype
 
 CHUNK_BYTES = 5 << 30
 """Budget of a chunk's float32 logits: 8,704 rows of a 152,064-token vocabulary. A chunk that holds all rows needs no
@@ -131,6 +131,7 @@ def chunk_size(rows: int, vocab: int, chunk_rows: int | None, device: torch.devi
     """Rows of a chunk: as given, or all chunks of equal size, a multiple of 128, whose float32 logits fill at most
     the device's budget. Raises ValueError below 1."""
     if chunk_rows is not None:
+        check_integer("chunk_rows", chunk_rows)
         if chunk_rows < 1:
             raise ValueError(f"chunk_rows must be >= 1, got {chunk_rows}")
         return chunk_rows

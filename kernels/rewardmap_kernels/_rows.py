@@ -31,7 +31,8 @@ def implementation(operation: str, tensor: Tensor) -> ModuleType:
 
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Products choose their own precision: autocast must not narrow them."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
 def autocast_operand(tensor: Tensor) -> Tensor:

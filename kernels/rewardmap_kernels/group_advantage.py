@@ -7,12 +7,14 @@ REINFORCE++ (2501.03262: batch baseline and batch scale), GDPO (2601.05242: norm
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ._checks import check_floating, check_rows, compute_dtype
+from ._checks import check_floating, check_integer, check_rows, check_tensor, compute_dtype, readable
 from .dispatch import choose
 
 SCALES = ("group", "batch", "none", "max_min", "mad")
@@ -33,13 +35,14 @@ class GroupAdvantage(NamedTuple):
 
 
 def _check_offsets(name: str, offsets: Tensor, rewards: Tensor, total: int, what: str) -> None:
-    if not isinstance(offsets, Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor, got {type(offsets).__name__}")
+    check_tensor(name, offsets)
     if offsets.dim() != 1 or offsets.shape[0] < 1 or offsets.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be a vector of int32 or int64, got {tuple(offsets.shape)} {offsets.dtype}")
     if offsets.device.type != "cpu":
         if offsets.device != rewards.device:
             raise ValueError(f"{name} is on {offsets.device}, expected {rewards.device} or the CPU")
+        return
+    if isinstance(offsets, FakeTensor):
         return
     first, last = int(offsets[0]), int(offsets[-1])
     if first != 0 or last != total:
@@ -62,10 +65,10 @@ def _check_options(
     ):
         if value not in allowed:
             raise ValueError(f"{name} = {value!r} is not one of {', '.join(allowed)}")
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof must be 0 or 1, got {ddof}")
-    if not eps >= 0:
-        raise ValueError(f"eps must be >= 0, got {eps}")
+    if not isinstance(ddof, Integral) or ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1, got {ddof!r}")
+    if not isinstance(eps, Real) or not eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {eps!r}")
     if inside and scale not in ("group", "batch"):
         raise ValueError(f"eps_inside is for the standard deviations; scale {scale!r} has no variance")
     if non_finite == "drop_group" and (scale == "batch" or baseline == "batch_mean"):
@@ -111,6 +114,7 @@ def group_advantage(
 
     Raises ValueError for a wrong shape, dtype, device or option.
     """
+    check_tensor("rewards", rewards)
     check_floating("rewards", rewards, rewards.dim() if rewards.dim() == 2 else 1)
     check_rows("weights", weights, rewards, rewards.shape[0])
     if (rewards.dim() == 2) != (component_weights is not None):
@@ -155,12 +159,14 @@ def _tokens(token_offsets: Tensor | None, num_tokens: int | None, rewards: Tenso
         if num_tokens is not None:
             raise ValueError(f"num_tokens = {num_tokens} needs token_offsets ([B + 1]), got None")
         return 0
+    check_tensor("token_offsets", token_offsets)
     if token_offsets.shape != (rewards.shape[0] + 1,):
         raise ValueError(f"token_offsets must have shape ({rewards.shape[0] + 1},), got {tuple(token_offsets.shape)}")
     if num_tokens is None:
         if token_offsets.device.type != "cpu":
             raise ValueError("token_offsets on a GPU need num_tokens, got None: reading them would wait for the GPU")
         num_tokens = int(token_offsets[-1])
+    check_integer("num_tokens", num_tokens)
     _check_offsets("token_offsets", token_offsets, rewards, num_tokens, "num_tokens")
     return num_tokens
 
@@ -185,7 +191,7 @@ def _components(
 
 def _raise_unless_finite(rewards: Tensor) -> None:
     finite = torch.isfinite(rewards)
-    if rewards.device.type != "cpu":
+    if not readable(rewards):
         torch._assert_async(finite.all(), "rewards are not finite")
     elif not finite.all():
         where = (~finite).nonzero()[0].tolist()

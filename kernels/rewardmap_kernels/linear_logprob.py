@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from . import _rows
-from ._checks import check_linear, check_temperature, compute_dtype, first_order_only, temperatures
+from ._checks import (
+    check_integer,
+    check_linear,
+    check_temperature,
+    check_transforms,
+    compute_dtype,
+    first_order_only,
+    temperatures,
+)
 from ._head import (
     Head,
     accumulate_product,
@@ -232,6 +240,8 @@ def linear_logprobs(
     weight = full_weight(weight)
     check_linear(hidden, weight, targets)
     check_temperature(temperature, hidden, hidden.shape[0])
+    check_integer("keep_bytes", keep_bytes)
+    check_transforms(OPERATION, hidden, weight)
     hidden = _rows.differentiable(_rows.autocast_operand(hidden))
     weight = _rows.differentiable(_rows.autocast_operand(weight))
     chunk = chunk_size(hidden.shape[0], weight.shape[0], chunk_rows, hidden.device)

@@ -17,7 +17,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import _rows
-from ._checks import check_linear, check_no_overlap, check_row_index, check_temperature, compute_dtype, temperatures
+from ._checks import (
+    check_linear,
+    check_no_overlap,
+    check_row_index,
+    check_rows,
+    check_temperature,
+    check_tensor,
+    check_transforms,
+    compute_dtype,
+    readable,
+    temperatures,
+)
 from ._head import Head, chunk_size, full_weight, operand_dtype
 from ._scale import scaled, taken
 from ._shard import VocabShard
@@ -178,7 +189,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 def check_gradient_is_one(grad: Tensor) -> None:
     """Raise (on a GPU: assert there) unless the incoming gradient is 1, as a gradient already added elsewhere needs."""
     message = "weight_grad already holds the gradient: backward from this loss itself, with gradient 1"
-    if grad.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(grad):
         if float(grad) != 1.0:
             raise ValueError(f"{message}, got {float(grad)}")
     else:
@@ -193,12 +204,16 @@ def contributing_rows(
     Unmasked rows, without those of zero advantage when the objective has neither a KL nor an entropy term; at sequence
     level, which needs ``sequence``, the rows of a sequence stay or leave together. ``advantages``, ``loss_mask`` and
     ``sequence`` [N] are on the CPU, where the trainer made them: on a GPU this would wait for it.
-    Raises ValueError for tensors elsewhere and for a sequence that is needed and None.
+    Raises ValueError for tensors elsewhere or of other shapes, and for a sequence that is needed and None.
     """
     check_objective(objective)
+    check_tensor("advantages", advantages)
     for name, value in (("advantages", advantages), ("loss_mask", loss_mask), ("sequence", sequence)):
-        if value is not None and value.device.type != "cpu":
+        if isinstance(value, Tensor) and value.device.type != "cpu":
             raise ValueError(f"contributing_rows needs CPU tensors, got {name} on {value.device}")
+    check_rows("advantages", advantages, advantages, advantages.numel())
+    check_rows("loss_mask", loss_mask, advantages, len(advantages), "mask")
+    check_rows("sequence", sequence, advantages, len(advantages), "int")
     on = torch.ones_like(advantages, dtype=torch.bool) if loss_mask is None else loss_mask != 0
     if not objective.kl_coef and not objective.entropy_coef:
         live = on & (advantages != 0)
@@ -277,6 +292,7 @@ def linear_policy_loss(
     }  # fmt: skip
     check_policy_inputs(hidden, loss_mask=loss_mask, **inputs)
     check_temperature(temperature, hidden, n)
+    check_transforms(OPERATION, hidden, weight)
     hidden = _rows.differentiable(_rows.autocast_operand(hidden))
     weight = _rows.differentiable(_rows.autocast_operand(weight))
     if logits_dtype not in (torch.float32, torch.bfloat16) or (

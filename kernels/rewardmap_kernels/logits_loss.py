@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from . import _rows
-from ._checks import check_floating, check_targets, check_temperature, compute_dtype, first_order_only, temperatures
+from ._checks import (
+    check_floating,
+    check_targets,
+    check_temperature,
+    check_transforms,
+    compute_dtype,
+    first_order_only,
+    temperatures,
+)
 from ._scale import scale_, taken
 from .objective import PolicyObjective, from_key
 from .policy_loss import check_policy_inputs, evaluate, metric_names
@@ -91,6 +99,7 @@ def selective_log_softmax(logits: Tensor, targets: Tensor, temperature: Tensor |
     check_floating("logits", logits, 2)
     check_targets(targets, logits, logits.shape[1])
     check_temperature(temperature, logits, logits.shape[0])
+    check_transforms("selective_log_softmax", logits)
     result: tuple[Tensor, Tensor] = _SelectiveLogSoftmax.apply(logits, targets, *temperatures(temperature))
     return result
 
@@ -201,6 +210,7 @@ def logits_policy_loss(
     }  # fmt: skip
     check_policy_inputs(logits, loss_mask=loss_mask, **inputs)
     check_temperature(temperature, logits, logits.shape[0])
+    check_transforms("logits_policy_loss", logits)
     if inplace and logits.requires_grad:
         base = logits if logits._base is None else logits._base  # of a view
         if base.requires_grad and base.is_leaf:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_range, check_rows, number_on
+from ._checks import check_integer, check_range, check_rows, check_tensor, number_on
 from .objective import PolicyObjective, check_objective
 from .policy_loss import sequence_counts
 
@@ -31,6 +31,7 @@ def loss_normalizer(
     counts become 1. Raises ValueError for a missing or a superfluous argument.
     """
     check_objective(objective)
+    check_tensor("loss_mask", loss_mask)
     if loss_mask.dim() != 1:
         raise ValueError(f"loss_mask must have shape (N,), got {tuple(loss_mask.shape)}")
     per_sequence = objective.name in ("grpo", "gspo", "sapo")
@@ -54,6 +55,7 @@ def loss_normalizer(
         raise ValueError(f"max_length applies to dr_grpo; the objective {objective.name} ignores it")
     if sequence is None:
         raise ValueError(f"the objective {objective.name} needs sequence ([N]), got None")
+    check_integer("num_sequences", num_sequences)
     check_rows("sequence", sequence, loss_mask, loss_mask.shape[0], "int")
     check_range("sequence", sequence, 0, num_sequences)
     counts = sequence_counts(loss_mask != 0, sequence, num_sequences).clamp(min=1)

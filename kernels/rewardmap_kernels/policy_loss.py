@@ -14,9 +14,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from ._checks import check_floating, check_normalizer, check_range, check_rows, compute_dtype, first_order_only
+from ._checks import (
+    check_floating,
+    check_integer,
+    check_normalizer,
+    check_range,
+    check_rows,
+    check_transforms,
+    compute_dtype,
+    first_order_only,
+)
 from .objective import CLIPPED, PolicyObjective, require_inputs
 
 LOG_RATIO_BOUND = 20.0
@@ -191,6 +199,7 @@ def check_policy_inputs(
     check_rows("sequence", sequence, like, n, "int")
     check_rows("loss_mask", loss_mask, like, n, "mask")
     check_normalizer(normalizer, like, n)
+    check_integer("num_sequences", num_sequences)
     require_inputs(objective, ref_logprobs=ref_logprobs, rollout_logprobs=rollout_logprobs, sequence=sequence)
     if sequence is not None and objective.needs_sequence:
         check_range("sequence", sequence, 0, num_sequences)
@@ -241,10 +250,7 @@ def policy_loss(
     check_rows("entropy", entropy, logprobs, logprobs.shape[0])
     if objective.entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef = {objective.entropy_coef} needs entropy, got None")
-    if not torch.compiler.is_compiling() and any(
-        value is not None and unpack_dual(value).tangent is not None for value in (logprobs, entropy)
-    ):  # no_grad does not end forward mode, whose result through evaluate would be another
-        raise RuntimeError("policy_loss has no forward-mode derivative; differentiate by backward")
+    check_transforms("policy_loss", logprobs, entropy)
     with torch.no_grad():
         output = evaluate(logprobs, entropy=entropy, **inputs)
     if torch.is_grad_enabled() and (logprobs.requires_grad or (entropy is not None and entropy.requires_grad)):
