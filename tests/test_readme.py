@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 from small_run import SMALL
@@ -35,6 +38,28 @@ def test_python_blocks_run(block: str, tmp_path: Path, monkeypatch: pytest.Monke
     exec(compile(block, "README.md", "exec"), names)
     parameter = names["policy"].model.lm_head.weight if "policy" in names else names["weight"]  # type: ignore[attr-defined]
     assert parameter.grad is not None and parameter.grad.abs().sum() > 0  # type: ignore[attr-defined]
+
+
+def test_a_trainer_of_one_s_own_has_the_gradient_of_plain_torch() -> None:
+    """Of the whole batch in float64: what the docs' micro-batches add up to."""
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").split("## In your own trainer")[1]
+    block, _ = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0].split("optimizer.step()")
+    names: dict[str, Any] = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(compile(block, "kernels.md", "exec"), names)
+    rewards, mask, groups = names["rewards"].double(), names["loss_mask"][:, 1:], ([0, 1, 3], [2, 4, 5])
+    advantages = torch.zeros(6, dtype=torch.float64)
+    for group in groups:
+        advantages[group] = (rewards[group] - rewards[group].mean()) / (rewards[group].std() + 1e-6)
+    plain = copy.deepcopy(names["policy"].lm).double()
+    plain.zero_grad()
+    logits = plain(names["ids"]).logits[:, :-1] / 0.9
+    logprobs = logits.log_softmax(-1).gather(-1, names["ids"][:, 1:, None])[..., 0]
+    torch.testing.assert_close(names["old_logprobs"].double(), logprobs, rtol=1e-5, atol=1e-5)
+    (-(logprobs - logprobs.detach()).exp() * advantages[:, None])[mask].sum().div(mask.sum()).backward()
+    for mine, theirs in zip(names["policy"].parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_the_data_that_the_docs_write_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
