@@ -99,13 +99,13 @@ def _pack_row(trees: Sequence[Tree]) -> PackedForest:
         for branch, shared in zip(tree.branches, tree.shared, strict=True):
             ends[path[shared:length]] = size  # the nodes this branch does not share end here
             new = slice(size, size + branch.num_inputs - shared)
-            ids[new] = branch.inputs[shared:]
+            ids[new] = branch.inputs(shared)
             positions[:, new] = _positions(branch, shared)
             length = branch.num_inputs
             path[shared:length] = np.arange(new.start, new.stop)
             size = new.stop
             logical += length
-            rows.add(branch, path[len(branch.prompt.token_ids) - 1 : length])
+            rows.add(branch, path[len(branch.prompt_ids) - 1 : length])
         ends[path[:length]] = size
     logprobs = [values for values in rows.logprobs if values is not None]
     complete = len(logprobs) == len(rows.logprobs)
@@ -136,7 +136,7 @@ class _Rows:
     def add(self, branch: Branch, hidden: np.ndarray) -> None:
         on = slice(None) if branch.loss_mask is None else np.array(branch.loss_mask, bool)
         self.hidden.append(hidden[on].copy())  # the path it comes from is written over
-        self.target.append(np.array(branch.response, np.int64)[on])
+        self.target.append(branch.response[on])
         self.sequence.append(np.full(len(self.target[-1]), branch.sequence, np.int64))
         self.logprobs.append(None if branch.rollout_logprobs is None else np.array(branch.rollout_logprobs)[on])
 
@@ -145,7 +145,7 @@ def _positions(branch: Branch, shared: int) -> np.ndarray:
     """[3, num_inputs - shared]: positions from token ``shared`` on; an answer goes on after the prompt's largest."""
     prompt = branch.prompt.position_ids
     first = max(shared - prompt.shape[1], 0)
-    answer = np.arange(first, len(branch.response) - 1) + int(prompt.max()) + 1
+    answer = np.arange(first, len(branch.response) - 1) + branch.next_position
     return np.concatenate([prompt[:, shared:], np.broadcast_to(answer, (3, len(answer)))], axis=1)
 
 

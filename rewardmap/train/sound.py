@@ -10,7 +10,8 @@ def fault_of(group: RolloutGroup, policy: Policy, max_tokens: int) -> str | None
     """What is wrong with a group, named with its uid and a remedy; None where it can be trained on."""
     uid = group.problem.uid
     prompt = policy.encode(group.problem)
-    found = group.prompt_token_ids.count(policy.model.config.image_token_id)
+    same = group.prompt_token_ids == prompt.token_ids
+    found = prompt.image_tokens if same else group.prompt_token_ids.count(policy.model.config.image_token_id)
     if found != prompt.image_tokens:
         grid = policy.image_info(group.problem.image).grid_thw
         return (
@@ -18,7 +19,7 @@ def fault_of(group: RolloutGroup, policy: Policy, max_tokens: int) -> str | None
             f"{prompt.image_tokens}; give engine and trainer the same processor settings (policy.min_pixels, "
             "policy.max_pixels)"
         )
-    if group.prompt_token_ids != prompt.token_ids:
+    if not same:
         return (
             f"{uid}: the engine's prompt ({len(group.prompt_token_ids)} tokens) is not the trainer's "
             f"({len(prompt.token_ids)}); give both the same tokenizer and chat template"
@@ -26,7 +27,7 @@ def fault_of(group: RolloutGroup, policy: Policy, max_tokens: int) -> str | None
     for number, rollout in enumerate(group.rollouts):
         if not rollout.token_ids:
             return f"{uid}: answer {number} has no tokens; an engine returns at least the stop token"
-        placeholders = set(rollout.token_ids) & set(policy.banned_token_ids)
+        placeholders = set(policy.banned_token_ids).intersection(rollout.token_ids)
         if placeholders:
             return (
                 f"{uid}: answer {number} holds the placeholder token {min(placeholders)}, for which there is no "

@@ -39,19 +39,24 @@ class Branch:
     """One sequence of a tree: a prompt and one answer to it."""
 
     prompt: EncodedPrompt
-    response: tuple[int, ...]
+    prompt_ids: np.ndarray
+    """[P] int64, one array for all answers to the prompt."""
+    next_position: int
+    """Of the answer's first token: one past the prompt's largest."""
+    response: np.ndarray
+    """[R] int64"""
     sequence: int
     rollout_logprobs: tuple[float, ...] | None
     loss_mask: tuple[bool, ...] | None
 
-    @property
-    def inputs(self) -> tuple[int, ...]:
-        """Tokens the model reads; the last of the answer is only ever a target."""
-        return self.prompt.token_ids + self.response[:-1]
+    def inputs(self, start: int = 0) -> np.ndarray:
+        """Tokens the model reads, from the one numbered ``start`` on; the answer's last is only ever a target."""
+        answer = self.response[max(start - len(self.prompt_ids), 0) : -1]
+        return np.concatenate([self.prompt_ids[start:], answer])
 
     @property
     def num_inputs(self) -> int:
-        return len(self.prompt.token_ids) + len(self.response) - 1
+        return len(self.prompt_ids) + len(self.response) - 1
 
 
 @dataclass(frozen=True)
@@ -153,19 +158,24 @@ def _branches(item: Answers) -> list[Branch]:
             raise ValueError(f"{name}: an answer has no tokens; the engine must return at least the stop token")
         if any(values is not None and len(values) != len(response) for values in (row, mask)):
             raise ValueError(f"{name}: an answer of {len(response)} tokens whose log-probabilities or mask are not")
-    return [Branch(item.prompt, *rest) for rest in zip(item.responses, item.sequences, logprobs, masks, strict=True)]
+    ids, after = np.array(item.prompt.token_ids, np.int64), int(item.prompt.position_ids.max()) + 1
+    return [
+        Branch(item.prompt, ids, after, np.array(response, np.int64), number, row, mask)
+        for response, number, row, mask in zip(item.responses, item.sequences, logprobs, masks, strict=True)
+    ]
 
 
 def _tree(first: Answers, branches: list[Branch]) -> Tree:
-    keyed = sorted(((branch.inputs, number) for number, branch in enumerate(branches)))
-    ordered = tuple(branches[number] for _, number in keyed)
-    tokens = [np.array(inputs) for inputs, _ in keyed]
-    shared = (0, *(_common(a, b) for a, b in pairwise(tokens)))
+    # Most significant byte first, bytes sort as the tokens do.
+    ordered = tuple(sorted(branches, key=lambda branch: branch.inputs().astype(">u4").tobytes()))
+    shared = (0, *(_common(a, b) for a, b in pairwise(ordered)))
     return Tree(first.image, first.prompt.image_tokens, ordered, shared)
 
 
-def _common(a: np.ndarray, b: np.ndarray) -> int:
+def _common(a: Branch, b: Branch) -> int:
     """Length of the common prefix."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n
+    known = len(a.prompt_ids) if a.prompt_ids is b.prompt_ids else 0
+    left, right = a.inputs(known), b.inputs(known)
+    n = min(len(left), len(right))
+    different = np.flatnonzero(left[:n] != right[:n])
+    return known + (int(different[0]) if len(different) else n)
