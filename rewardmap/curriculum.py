@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,15 +31,25 @@ class _Pool:
     maps: int = 0
     """From how many maps a draw of ``batch`` questions comes; 0: from any."""
     batch: int = 0
+    _walks: dict[int, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    """Orders of the passes drawn from last, each as long as a pass."""
 
     def draw(self, start: int, count: int) -> list[Problem]:
         """``count`` problems from place ``start`` of the endless walk."""
         drawn: list[Problem] = []
         while len(drawn) < count:
             lap, offset = divmod(start + len(drawn), len(self.problems))
-            order = self._order(lap)
+            order = self._walk(lap)
             drawn += [self.problems[index] for index in order[offset : offset + count - len(drawn)]]
         return drawn
+
+    def _walk(self, lap: int) -> np.ndarray:
+        """``_order``, remembered while it is walked."""
+        if lap not in self._walks:
+            for gone in self._walks.keys() - {lap - 1}:
+                del self._walks[gone]
+            self._walks[lap] = self._order(lap)
+        return self._walks[lap]
 
     def _order(self, lap: int) -> np.ndarray:
         """Places of all questions as one pass walks them."""

@@ -8,7 +8,7 @@ import pytest
 
 from rewardmap.config import ORDERS, ConfigError, StageConfig, ordered_stages
 from rewardmap.config_file import load_config
-from rewardmap.curriculum import Curriculum
+from rewardmap.curriculum import Curriculum, _Pool
 from rewardmap.types import KINDS, Problem
 
 PROBLEMS = [Problem(f"{kind}-{index}", "", "", kind, 1, "", "", "a/b", "easy") for kind in KINDS for index in range(10)]
@@ -239,3 +239,16 @@ def test_a_look_ahead_sees_the_next_draw_and_changes_none(make_one):
             assert problems == ahead
             curriculum.update(stage, problems, [curriculum.step % 2] * len(problems))
     assert looked.peek() == [] and looked.state_dict() == plain.state_dict()
+
+
+@pytest.mark.parametrize("maps", [0, 2])
+def test_a_pass_is_ordered_once(maps, monkeypatch):
+    """Also where each draw is looked at before; passes gone by are forgotten."""
+    problems = tuple(Problem(f"{i}", "", "", "TorF1", 1, "", "", f"a/{i % 5}", "easy") for i in range(30))
+    pool, fresh = (_Pool("p", problems, (7,), maps, 4) for _ in range(2))
+    ordered, order = [], _Pool._order
+    monkeypatch.setattr(_Pool, "_order", lambda self, lap: (ordered.append(lap), order(self, lap))[1])
+    drawn = [pool.draw(start, 4) for start in range(0, 120, 4) for _ in range(2)]
+    assert ordered == [0, 1, 2, 3] and len(pool._walks) <= 2
+    assert drawn[::2] == drawn[1::2] == [fresh.draw(start, 4) for start in range(0, 120, 4)]
+    assert pool.draw(0, 4) == drawn[0]  # as after a resume from an older state
