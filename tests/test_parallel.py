@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from rewardmap.report import read_metrics
 from rewardmap.train.checkpoint import list_checkpoints
+from rewardmap.train.ranks import groups_from_bytes, groups_to_bytes
+from rewardmap.types import Problem, Rollout, RolloutGroup
 
 JOB = Path(__file__).parent / "parallel_job.py"
 FAST = ("plain", "exact", "everything", "reference")
@@ -114,3 +116,14 @@ def test_a_whole_run_on_two_ranks(tmp_path):
     assert abs(rows[0]["reference_kl"]) < 1e-6 < rows[1]["reference_kl"]
     assert [path.name for path in list_checkpoints(out / "checkpoints")] == ["step-000001", "step-000002"]
     assert (out / "report.json").is_file() and (out / "evaluation" / "before.jsonl").is_file()
+
+
+def test_groups_travel_bit_for_bit():
+    problem = Problem("p", "", "", "TorF1", 1, "", "", "a/b", "easy")
+    nats = (-0.0, -1e-310, -0.1, float("-inf"))
+    answers = (Rollout((1, 151_935, 7, 0), nats, "é\ud800\n", "stop", 3), Rollout((), (), "", "abort", 0))
+    uneven = (Rollout((5, 6), (-0.5,), "said by one that reads the groups", "length", 1),)
+    groups = [RolloutGroup(problem, (9, 8), answers), RolloutGroup(problem, (), uneven)]
+    back = [RolloutGroup(problem, *one) for one in groups_from_bytes(groups_to_bytes(groups))]
+    assert repr(back) == repr(groups)  # tells -0.0 from 0.0
+    assert groups_from_bytes(groups_to_bytes([])) == []

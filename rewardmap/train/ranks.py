@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -73,7 +75,11 @@ class Ranks:
         """Every rank's JSON value, in rank order, on every rank. Floats arrive bit for bit."""
         if self.size == 1:
             return [value]
-        message = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        return [json.loads(text) for text in self.gather_bytes(json.dumps(value).encode())]
+
+    def gather_bytes(self, value: bytes) -> list[bytes]:
+        """Every rank's bytes, in rank order, on every rank."""
+        message = torch.frombuffer(bytearray(value), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(message)]), group=self.group)
         longest = int(max(lengths))
@@ -81,7 +87,7 @@ class Ranks:
         padded[: len(message)] = message
         everyone = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(everyone, padded, group=self.group)
-        return [json.loads(bytes(text[: int(length)].numpy())) for text, length in zip(everyone, lengths, strict=True)]
+        return [bytes(text[: int(length)].numpy()) for text, length in zip(everyone, lengths, strict=True)]
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over ranks by key, in float64; every rank passes the same keys in the same order."""
@@ -256,13 +262,49 @@ def gather_groups(
 ) -> list[RolloutGroup]:
     """The groups of all ``problems`` on every rank, of those that each rank has, which follow each other in rank order.
     ``on_group`` sees each."""
-    shares = ranks.gather([group_to_json(group) for group in mine])
+    shares = [groups_from_bytes(share) for share in ranks.gather_bytes(groups_to_bytes(mine))]
     everyone = [group for share in shares for group in share]
-    result = [group_from_json(problem, group) for problem, group in zip(problems, everyone, strict=True)]
+    result = [RolloutGroup(problem, *group) for problem, group in zip(problems, everyone, strict=True)]
     if on_group is not None:
         for index, group in enumerate(result):
             on_group(index, group)
     return result
+
+
+def groups_to_bytes(groups: Sequence[RolloutGroup]) -> bytes:
+    """Without their problems. Numbers as they lie in memory: as text, those of a large step take seconds to read."""
+    told: list[Any] = []
+    tokens, nats = array("q"), array("d")
+    for group in groups:
+        tokens.extend(group.prompt_token_ids)
+        said: list[Any] = []
+        for rollout in group.rollouts:
+            ids, logprobs = rollout.token_ids, rollout.rollout_logprobs
+            tokens.extend(ids)
+            nats.extend(logprobs)
+            said.append([len(ids), len(logprobs), rollout.text, rollout.finish_reason, rollout.policy_version])
+        told.append([len(group.prompt_token_ids), said])
+    head = json.dumps(told).encode()
+    return b"".join((array("q", (len(head), len(tokens), len(nats))).tobytes(), head, tokens.tobytes(), nats.tobytes()))
+
+
+def groups_from_bytes(data: bytes) -> list[tuple[tuple[int, ...], tuple[Rollout, ...]]]:
+    """Prompt and answers of each group, floats bit for bit."""
+    head, tokens, nats = np.frombuffer(data, np.int64, 3).tolist()
+    start = 24 + head
+    told: list[Any] = json.loads(data[24:start])
+    ids = iter(np.frombuffer(data, np.int64, tokens, start).tolist())
+    logprobs = iter(np.frombuffer(data, np.float64, nats, start + 8 * tokens).tolist())
+    return [
+        (
+            tuple(islice(ids, prompt)),
+            tuple(
+                Rollout(tuple(islice(ids, size)), tuple(islice(logprobs, values)), text, reason, version)
+                for size, values, text, reason, version in rollouts
+            ),
+        )
+        for prompt, rollouts in told
+    ]
 
 
 def group_to_json(group: RolloutGroup) -> list[Any]:
