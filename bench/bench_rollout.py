@@ -113,7 +113,7 @@ def generate(policy: Policy, problems: Sequence[Problem], tokens: int) -> Any:
     return policy.model.generate(
         input_ids=ids,
         attention_mask=mask,
-        pixel_values=torch.cat([image.pixel_values for image in images]).to(device),
+        pixel_values=policy.pixel_values(images),
         image_grid_thw=torch.tensor([image.grid_thw for image in images], device=device),
         mm_token_type_ids=(ids == config.image_token_id).int(),
         do_sample=True,

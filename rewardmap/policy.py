@@ -202,15 +202,19 @@ class Policy:
         """The tower's outputs for the smallest blank picture: what a rank without pictures computes so that it takes
         part in the collectives of a sharded tower."""
         vision = self.model.config.vision_config
-        merge, size = vision.spatial_merge_size, vision.temporal_patch_size * vision.patch_size**2
-        pixels = torch.zeros(merge**2, vision.in_channels * size)
+        merge = vision.spatial_merge_size
+        pixels = torch.zeros(merge**2, vision.in_channels, vision.patch_size**2, dtype=torch.uint8)
         return self._see([EncodedImage(pixels, (1, merge, merge), b"")])[0]
 
+    def pixel_values(self, images: Sequence[EncodedImage]) -> Tensor:
+        """What the processor makes of pictures, end to end, as the tower takes it: [patches, ...] on its device."""
+        pixels = torch.cat([to_device(image.pixels, self.device) for image in images])
+        return self._images.patches.values(pixels, self.vision_tower.dtype)
+
     def _see(self, images: Sequence[EncodedImage]) -> list[ImageFeatures]:
-        pixels = torch.cat([to_device(image.pixel_values, self.device) for image in images])
         grids = to_device(torch.tensor([image.grid_thw for image in images]), self.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vision):
-            out = self.model.model.get_image_features(pixels.to(self.vision_tower.dtype), grids)
+            out = self.model.model.get_image_features(self.pixel_values(images), grids)
         sizes = [len(merged) for merged in out.pooler_output]
         # Picture by picture, or in older releases of transformers all of a level in one piece.
         deep = [

@@ -15,11 +15,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
 
+from rewardmap.config import ConfigError
 from rewardmap.files import as_rgb, open_picture
 from rewardmap.types import DataError
 
@@ -31,13 +34,70 @@ DECODERS = 2
 
 @dataclass(frozen=True, slots=True)
 class EncodedImage:
-    """A picture as the processor made it."""
+    """A picture in patches, resized, in bytes: an eighth of the memory of what the processor makes of them."""
 
-    pixel_values: Tensor
-    """[patches, channels · temporal · patch · patch], in pinned memory where there is a GPU and no rank shares them."""
+    pixels: Tensor
+    """[patches, channels, patch · patch] uint8, in pinned memory where there is a GPU and no rank shares them."""
     grid_thw: tuple[int, int, int]
     digest: bytes
-    """Of pixels and grid."""
+    """Of pixels, grid and what the processor makes of them."""
+
+
+class Patches:
+    """An image processor's work, split in two: resizing and cutting, in bytes, once a picture, and the numbers made of
+    them, on the device. The numbers are the processor's, bit for bit."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    def cut(self, picture: Image.Image) -> tuple[Tensor, tuple[int, int, int]]:
+        """(``EncodedImage.pixels``, grid) of an RGB picture. Raises ValueError for one that the processor refuses."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        own = self._processor
+        size, factor = (picture.height, picture.width), own.patch_size * own.merge_size
+        height, width = smart_resize(*size, factor, own.size["shortest_edge"], own.size["longest_edge"])
+        pixels = self._cut(picture.resize((width, height), own.resample))
+        return pixels, (1, height // own.patch_size, width // own.patch_size)
+
+    @cached_property
+    def levels(self) -> Tensor:
+        """[channels, 256] float32: what the processor makes of each byte.
+
+        Raises:
+            ConfigError: it makes anything else of a picture than ``values`` does.
+        """
+        side = self._processor.patch_size * self._processor.merge_size * 16
+        # Every byte in every channel, no two patches alike.
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8))
+        pixels = self._cut(picture)
+        expected = self._processor(images=[picture], return_tensors="pt", do_resize=False)["pixel_values"]
+        made = expected.view(len(pixels), pixels.shape[1], self._processor.temporal_patch_size, -1)[:, :, 0]
+        levels = torch.empty(pixels.shape[1], 256)
+        for channel, row in enumerate(levels):
+            row[pixels[:, channel].long()] = made[:, channel]
+        if not torch.equal(_look_up(levels, pixels, self._processor.temporal_patch_size), expected):
+            raise ConfigError(f"the image processor {type(self._processor).__name__} is of a kind not known here")
+        return levels
+
+    def values(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """The processor's numbers, ``pixel_values``, in ``dtype``: [patches, channels · frames · patch · patch], where
+        ``pixels`` [patches, channels, patch · patch] are."""
+        levels = to_device(self.levels.to(dtype), pixels.device)
+        return _look_up(levels, pixels, self._processor.temporal_patch_size)
+
+    def _cut(self, picture: Image.Image) -> Tensor:
+        patch, merge = self._processor.patch_size, self._processor.merge_size
+        rows, columns = picture.height // patch, picture.width // patch
+        split = np.asarray(picture).reshape(rows // merge, merge, patch, columns // merge, merge, patch, -1)
+        return torch.from_numpy(split.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1, patch**2))
+
+
+def _look_up(levels: Tensor, pixels: Tensor, frames: int) -> Tensor:
+    first = torch.arange(0, levels.numel(), 256, device=pixels.device, dtype=torch.int32)
+    places = pixels.int() + first[:, None]
+    frame = levels.view(-1).index_select(0, places.view(-1)).view(*pixels.shape[:2], 1, -1)
+    return frame.expand(-1, -1, frames, -1).reshape(len(pixels), -1)
 
 
 class ImageInfo(NamedTuple):
@@ -100,8 +160,8 @@ class ImageStore:
     """Decoded and resized pictures. Threads may ask at once; each picture is worked on by one of them."""
 
     def __init__(self, processor: Any, limit: int) -> None:
-        self._processor = processor
-        self._done: Bounded[EncodedImage] = Bounded(limit, lambda image: image.pixel_values.nbytes)
+        self.patches = Patches(processor)
+        self._done: Bounded[EncodedImage] = Bounded(limit, lambda image: image.pixels.nbytes)
         self._infos: dict[object, ImageInfo] = {}
         self._running: dict[object, Future[EncodedImage]] = {}
         self._pool: ThreadPoolExecutor | None = None
@@ -170,12 +230,12 @@ class ImageStore:
     def _read(self, source: str | bytes) -> EncodedImage:
         picture = read_image(source)
         try:
-            out = self._processor(images=[picture], return_tensors="pt")
+            pixels, grid = self.patches.cut(picture)
         except ValueError as error:  # such as sides more than 200 to 1
             size = f"{picture.width} x {picture.height} pixels"
             raise DataError(f"{_name(source)}: the image processor refuses {size} ({error})") from None
-        pixels, grid = out["pixel_values"], tuple(out["image_grid_thw"][0].tolist())
         digest = hashlib.blake2b(pixels.numpy().data, digest_size=16, key=repr((grid, pixels.shape)).encode()[:64])
+        digest.update(self.patches.levels.numpy().data)
         return EncodedImage(pixels, grid, digest.digest())
 
 
@@ -253,7 +313,7 @@ def _identity(source: str | bytes) -> object:
 
 
 def _pinned(image: EncodedImage) -> EncodedImage:
-    return replace(image, pixel_values=image.pixel_values.pin_memory()) if torch.cuda.is_available() else image
+    return replace(image, pixels=image.pixels.pin_memory()) if torch.cuda.is_available() else image
 
 
 def _to_host(features: ImageFeatures) -> ImageFeatures:

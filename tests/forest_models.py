@@ -128,7 +128,7 @@ def unshared_logprobs(policy: Policy, batch: list[Answers]) -> dict[int, torch.T
             if item.image is not None:
                 image = policy.image(item.image)
                 seen = {
-                    "pixel_values": image.pixel_values.to(policy.device, policy.model.dtype),
+                    "pixel_values": policy.pixel_values([image]),
                     "image_grid_thw": torch.tensor([image.grid_thw], device=policy.device),
                     "mm_token_type_ids": (ids == policy.model.config.image_token_id).int(),
                 }

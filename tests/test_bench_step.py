@@ -37,7 +37,7 @@ def test_linear_arithmetic_is_that_of_torch_s_counter(freeze_vision: bool) -> No
     with FlopCounterMode(display=False) as counter:
         out = model(
             input_ids=ids,
-            pixel_values=torch.cat([image.pixel_values for image in images]),
+            pixel_values=policy.pixel_values(images),
             image_grid_thw=torch.tensor([image.grid_thw for image in images]),
             mm_token_type_ids=(ids == model.config.image_token_id).int(),
             logits_to_keep=case.response,

@@ -57,7 +57,7 @@ def unshared(policy, batch):
             image = policy.image(item.image)
             out = policy.model(
                 input_ids=ids,
-                pixel_values=image.pixel_values.double(),
+                pixel_values=policy.pixel_values([image]).double(),
                 image_grid_thw=torch.tensor([image.grid_thw]),
                 mm_token_type_ids=(ids == policy.model.config.image_token_id).int(),
             )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from rewardmap.config import ParallelConfig
+from rewardmap.config import ConfigError, ParallelConfig
 from rewardmap.train.forest import pack_forest
 from rewardmap.train.forward import Vision, response_hidden
 from rewardmap.train.parallel import shard_policy
@@ -62,12 +62,13 @@ def little_room(policy):
     """The policy's store holds one picture at a time. Weak references to the pixels that were decoded."""
     decoded = []
 
-    def noted(images, return_tensors):
-        out = policy.image_processor(images=images, return_tensors=return_tensors)
-        decoded.append(weakref.ref(out["pixel_values"]))
-        return out
+    class Store(ImageStore):
+        def _read(self, source):
+            image = super()._read(source)
+            decoded.append(weakref.ref(image.pixels))
+            return image
 
-    policy._images = ImageStore(noted, 0)
+    policy._images = Store(policy.image_processor, 0)
     return decoded
 
 
@@ -216,13 +217,13 @@ def test_stores_are_bounded():
 
 def test_many_threads_decode_a_picture_once(policy):
     decoded = []
-    processor = policy.image_processor
 
-    def counted(images, return_tensors):
-        decoded.append(1)
-        return processor(images=images, return_tensors=return_tensors)
+    class Store(ImageStore):
+        def _read(self, source):
+            decoded.append(1)
+            return super()._read(source)
 
-    store = ImageStore(counted, 1 << 30)
+    store = Store(policy.image_processor, 1 << 30)
     store.prefetch(models.PICTURES)
     results = []
     threads = [threading.Thread(target=lambda: results.append(store.get(models.PICTURES[0]))) for _ in range(8)]
@@ -232,6 +233,40 @@ def test_many_threads_decode_a_picture_once(policy):
         thread.join()
     store.get(models.PICTURES[1])
     assert len(decoded) == 2 and len({id(image) for image in results}) == 1
+
+
+@pytest.mark.parametrize("size", [(64, 64), (200, 133), (1000, 37)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_are_those_of_the_processor(policy, size, dtype):
+    """Bit for bit, smaller or larger than they were, also where a processor keeps the bytes."""
+    shades = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    content = saved(Image.fromarray(shades), "PNG")
+    processor = policy.image_processor
+    limits, usual = {"shortest_edge": 16 * 1024, "longest_edge": 30 * 1024}, processor.image_mean
+    policy.model.model.visual.to(dtype)
+    for settings in ({"image_mean": usual}, {"image_mean": [0.5] * 3}, {"do_normalize": False, "do_rescale": False}):
+        for name, value in (settings | {"size": limits}).items():
+            setattr(processor, name, value)
+        policy._images = ImageStore(processor, 1 << 30)
+        image = policy.image(content)
+        expected = processor(images=[read_image(content)], return_tensors="pt")
+        assert expected["image_grid_thw"].tolist() == [list(image.grid_thw)]
+        assert torch.equal(policy.pixel_values([image]), expected["pixel_values"].to(dtype))
+        assert 8 * image.pixels.nbytes == expected["pixel_values"].nbytes
+
+
+def test_a_processor_that_makes_something_else_is_refused(policy):
+    processor = policy.image_processor
+
+    class Odd:
+        def __getattr__(self, name):
+            return getattr(processor, name)
+
+        def __call__(self, **asked):
+            return {"pixel_values": processor(**asked)["pixel_values"].flip(0)}
+
+    with pytest.raises(ConfigError, match="image processor Odd"):
+        ImageStore(Odd(), 0).get(models.PICTURES[0])
 
 
 @pytest.mark.parametrize("freeze_vision", [True, False])

@@ -67,7 +67,7 @@ def model_logprobs(policy, problem, prompt, response):
     with torch.no_grad():
         logits = policy.model(
             input_ids=ids,
-            pixel_values=image.pixel_values.to(policy.model.dtype),
+            pixel_values=policy.pixel_values([image]),
             image_grid_thw=torch.tensor([image.grid_thw]),
             mm_token_type_ids=(ids == policy.model.config.image_token_id).int(),
         ).logits[0]

@@ -116,7 +116,7 @@ def test_resized_picture_gives_the_processor_its_own_pixels(policy, make, server
     Image.fromarray(noise.numpy()).save(path)
     uri = make(server.url).picture(str(path))
     sent = base64.b64decode(uri.partition(",")[2])
-    assert torch.equal(policy.image(sent).pixel_values, policy.image(str(path)).pixel_values)
+    assert torch.equal(policy.image(sent).pixels, policy.image(str(path)).pixels)
     with Image.open(io.BytesIO(sent)) as picture:
         assert picture.size != (133, 95) and picture.width % 28 == picture.height % 28 == 0
 

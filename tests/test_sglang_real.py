@@ -81,7 +81,7 @@ def reference(policy, group, rollout):
     with torch.no_grad():
         logits = policy.model(
             input_ids=ids,
-            pixel_values=image.pixel_values,
+            pixel_values=policy.pixel_values([image]),
             image_grid_thw=torch.tensor([image.grid_thw]),
             mm_token_type_ids=(ids == policy.model.config.image_token_id).int(),
         ).logits[0, len(group.prompt_token_ids) - 1 : -1]

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import Qwen2VLImageProcessorPil
 
 from rewardmap.train import shared_pictures
 from rewardmap.train.ranks import ALONE, Ranks, join_ranks
@@ -30,17 +31,19 @@ pytestmark = pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="no /dev/shm 
 PATCHES, WIDTH = 16, 12
 
 
-class Processor:
-    """Every pixel's value, as patches; notes each call in a file that all processes write."""
+class Store(ImageStore):
+    """Of small patches; notes each picture it decodes in a file that all processes write."""
 
-    def __init__(self, calls: Path) -> None:
+    def __init__(self, calls: Path):
+        small = {"shortest_edge": 64, "longest_edge": 64}
+        super().__init__(Qwen2VLImageProcessorPil(patch_size=2, merge_size=2, size=small), 1 << 20)
         self._calls = calls
 
-    def __call__(self, images, return_tensors):
+    def _read(self, source):
+        image = super()._read(source)
         with self._calls.open("a") as file:
             file.write("decoded\n")
-        pixels = torch.from_numpy(np.asarray(images[0], dtype=np.float32).reshape(PATCHES, WIDTH).copy())
-        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+        return image
 
 
 def draw(folder, count):
@@ -62,8 +65,8 @@ SIZE = 4096 + PATCHES * WIDTH * 4
 def test_one_copy_is_decoded_once_and_seen_by_every_store(tmp_path):
     paths, calls = draw(tmp_path, 3), tmp_path / "calls"
     (tmp_path / "shared").mkdir()
-    stores = [ImageStore(Processor(calls), 1 << 20) for _ in range(2)]
-    plain = ImageStore(Processor(tmp_path / "other"), 1 << 20)
+    stores = [Store(calls) for _ in range(2)]
+    plain = Store(tmp_path / "other")
     for place, store in enumerate(stores):
         store.share(SharedPictures(tmp_path / "shared", 1 << 20, place, 2).keep, place / 2)
         store.prefetch(paths)
@@ -71,9 +74,9 @@ def test_one_copy_is_decoded_once_and_seen_by_every_store(tmp_path):
         mine, theirs, expected = stores[0].get(path), stores[1].get(path), plain.get(path)
         assert mine.digest == theirs.digest == expected.digest
         assert mine.grid_thw == theirs.grid_thw == expected.grid_thw
-        assert torch.equal(mine.pixel_values, expected.pixel_values)
-        mine.pixel_values[0, 0] += 1  # one memory under both
-        assert torch.equal(mine.pixel_values, theirs.pixel_values)
+        assert torch.equal(mine.pixels, expected.pixels)
+        mine.pixels[0, 0, 0] ^= 1  # one memory under both
+        assert torch.equal(mine.pixels, theirs.pixels)
     assert len(calls.read_text().splitlines()) == 3
     assert len(list((tmp_path / "shared").glob("*.pixels"))) == 3
 
@@ -81,7 +84,7 @@ def test_one_copy_is_decoded_once_and_seen_by_every_store(tmp_path):
 def test_a_file_written_anew_is_another_picture(tmp_path):
     [path] = draw(tmp_path, 1)
     (tmp_path / "shared").mkdir()
-    store = ImageStore(Processor(tmp_path / "calls"), 1 << 20)
+    store = Store(tmp_path / "calls")
     store.share(SharedPictures(tmp_path / "shared", 1 << 20).keep, 0.0)
     before = store.get(path).digest
     Image.new("RGB", (8, 8), "red").save(path)
@@ -110,7 +113,7 @@ def test_what_was_opened_longest_ago_makes_room(tmp_path):
     for number in (1, 3, 4, 2):
         pictures.keep(number, lambda number=number: again.append(number) or picture(float(number)))
     assert again == [2]
-    assert (mapped.pixel_values == 1).all()  # also where its file has gone
+    assert (mapped.pixels == 1).all()  # also where its file has gone
     assert sum(path.stat().st_size for path in tmp_path.glob("*.pixels")) <= 3 * SIZE
 
 
@@ -139,7 +142,7 @@ def test_a_folder_that_is_taken_away_costs_only_memory(tmp_path):
     pictures, one = SharedPictures(tmp_path / "shared", 1 << 20), picture(1.0)
     mapped = pictures.keep("a", lambda: one)
     shutil.rmtree(tmp_path / "shared")
-    assert (mapped.pixel_values == 1).all()
+    assert (mapped.pixels == 1).all()
     with pytest.warns(UserWarning, match="No such file or directory; each rank keeps") as told:
         assert pictures.keep("a", lambda: one) is one and pictures.keep("b", lambda: one) is one
     assert len(told) == 1
@@ -149,7 +152,7 @@ def test_an_unreadable_picture_is_named_to_all_who_ask(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     (tmp_path / "shared").mkdir()
     for _ in range(2):
-        store = ImageStore(Processor(tmp_path / "calls"), 1 << 20)
+        store = Store(tmp_path / "calls")
         store.share(SharedPictures(tmp_path / "shared", 1 << 20).keep, 0.0)
         with pytest.raises(DataError, match=r"broken\.png: cannot be read"):
             store.get(str(tmp_path / "broken.png"))
@@ -171,7 +174,7 @@ def test_threads_of_several_stores_wait_for_the_one_that_decodes(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(made) == 1 and len(found) == 6 and all((one.pixel_values == 7).all() for one in found)
+    assert len(made) == 1 and len(found) == 6 and all((one.pixels == 7).all() for one in found)
 
 
 def test_a_process_alone_shares_with_nobody():
@@ -251,7 +254,7 @@ def one_rank(folder: Path, how: str) -> None:
 
 
 def ask_all(folder: Path, pictures: SharedPictures | None, ranks: Ranks) -> list[str]:
-    store = ImageStore(Processor(folder / "calls"), 1 << 20)
+    store = Store(folder / "calls")
     if pictures is not None:
         store.share(pictures.keep, pictures.place / pictures.ranks)
     paths = sorted(map(str, folder.glob("*.png")))

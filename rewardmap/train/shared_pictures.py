@@ -73,13 +73,13 @@ class SharedPictures:
 
     def _write(self, path: Path, image: EncodedImage) -> EncodedImage | None:
         """None where it does not fit."""
-        size = _HEADER + image.pixel_values.nbytes
+        size = _HEADER + image.pixels.nbytes
         if size > self.limit:
             self._say(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
             return None
         described = {
-            "shape": list(image.pixel_values.shape),
-            "dtype": str(image.pixel_values.dtype).removeprefix("torch."),
+            "shape": list(image.pixels.shape),
+            "dtype": str(image.pixels.dtype).removeprefix("torch."),
             "grid_thw": image.grid_thw,
             "digest": image.digest.hex(),
         }
@@ -89,7 +89,7 @@ class SharedPictures:
                 self._make_room(size)
                 with begun.open("wb") as file:
                     file.write(json.dumps(described).encode().ljust(_HEADER))
-                    file.write(image.pixel_values.numpy().data)
+                    file.write(image.pixels.numpy().data)
                 begun.rename(path)
             return _map(path)
         except OSError as error:  # others need shared memory too
