@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import sys
+import threading
 import time
 from collections import Counter
 from concurrent.futures import CancelledError
@@ -23,7 +24,7 @@ from rewardmap.config_file import load_config
 from rewardmap.policy import load_policy
 from rewardmap.rollout.engine import RolloutEngine, RolloutError
 from rewardmap.rollout.sglang_engine import SGLangEngine, assign
-from rewardmap.rollout.sglang_reply import MismatchError
+from rewardmap.rollout.sglang_reply import MismatchError, read_json
 from rewardmap.rollout.sglang_server import Keys
 from rewardmap.tiny import WARM_START
 from rewardmap.train.background import in_background
@@ -230,6 +231,36 @@ def test_replies_that_do_not_fit(policy, problems, server, make):
         route._handler = server._handled(spoil(change))
         with pytest.raises(MismatchError, match=message):
             engine.generate(problems[:1], 2, SAMPLING)
+
+
+def test_prompts_that_a_reply_repeats_are_read_once():
+    """Whatever else is said of them, in answers and beside them."""
+    said = 'a "prompt_token_ids": [1, 2]'
+    samples = [{"text": said, "prompt_token_ids": ids} for ids in ([1, 2], [1, 2], [3], [], None)]
+    for text in (json.dumps(samples), json.dumps(samples, separators=(",", ":")), json.dumps(samples[0]), "[]", '"x"'):
+        assert read_json(text) == json.loads(text)
+    first, second, third, *_ = (one["prompt_token_ids"] for one in read_json(json.dumps(samples)))
+    assert first is second and first is not third
+    for broken in ('[{"prompt_token_ids": [1, 2', '{"prompt_token_ids":', '[{"prompt_token_ids": [1, 2]'):
+        with pytest.raises(json.JSONDecodeError):
+            read_json(broken)
+
+
+def test_pictures_of_a_step_are_encoded_once_and_side_by_side(policy, problems, server, make, monkeypatch):
+    engine, encoded, threads = make(server.url), [], set()
+    make_uri = engine._data_uri
+
+    def noted(source):
+        encoded.append(source)
+        threads.add(threading.current_thread().name)
+        return make_uri(source)
+
+    monkeypatch.setattr(engine, "_data_uri", noted)
+    for _ in range(2):
+        engine.generate(problems, 1, SAMPLING)
+    assert sorted(encoded) == sorted({problem.image for problem in problems})
+    assert all(name.startswith("pictures") for name in threads)
+    assert {body["image_data"][0] for body in server.bodies} == {make_uri(source) for source in encoded}
 
 
 def test_an_answer_cut_at_a_vision_start_is_scored(problems, server, make):

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from rewardmap.rollout.engine import RolloutError
+from rewardmap.rollout.sglang_reply import read_json
 from rewardmap.rollout.sglang_server import Keys
 
 Json = Any
@@ -155,7 +156,7 @@ class SGLangClient:
             try:
                 status, text = await self._once("POST", path, body, self._keys.api)
                 if status == 200:
-                    return json.loads(text)
+                    return read_json(text)
                 if status not in _BUSY:
                     raise self._refused(path, status, text, what)
             except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: JSON that breaks off

@@ -7,6 +7,7 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,8 @@ from rewardmap.vision import Bounded, read_image
 
 PICTURE_BYTES = 1 << 30
 """Encoded pictures kept at most."""
+ENCODERS = 8
+"""Threads that encode new pictures."""
 MEMORY = ("weights", "kv_cache")
 """What colocated servers give up while the trainer works."""
 RESTARTS = 3
@@ -107,7 +110,7 @@ class SGLangEngine:
         prompts = [self.policy.encode(problem).token_ids for problem in problems]
         for problem, prompt in zip(problems, prompts, strict=True):
             check_length(len(prompt), sampling.max_new_tokens, self._limit, problem.uid)
-            self.picture(problem.image)
+        self._encode([problem.image for problem in problems])
         homes = assign([problem.image for problem in problems], len(self.replicas))
         return self.loop.run(self._generate(problems, prompts, homes, group_size, sampling, on_group))
 
@@ -277,19 +280,32 @@ class SGLangEngine:
 
         The server's own resizing then does nothing, so its pixels are ours; two libraries resize a little differently.
         """
-        grid, digest = self.policy.image_info(source)
+        digest = self.policy.image_info(source).digest
         uri = self._pictures.get(digest)
         if uri is None:
-            patch = self.policy.model.config.vision_config.patch_size
-            size = (grid[2] * patch, grid[1] * patch)
-            picture = read_image(source)
-            if picture.size != size:
-                picture = picture.resize(size, Image.Resampling.BICUBIC)
-            file = io.BytesIO()
-            picture.save(file, "PNG", compress_level=1)
-            uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+            uri = self._data_uri(source)
             self._pictures.put(digest, uri)
         return uri
+
+    def _encode(self, sources: Sequence[str | bytes]) -> None:
+        """Make ``picture`` of all, those that are new side by side: a large map takes a second."""
+        infos = {source: self.policy.image_info(source).digest for source in dict.fromkeys(sources)}
+        new = {source: digest for source, digest in infos.items() if digest not in self._pictures}
+        if new:
+            with ThreadPoolExecutor(ENCODERS, "pictures") as threads:
+                for digest, uri in zip(new.values(), threads.map(self._data_uri, new), strict=True):
+                    self._pictures.put(digest, uri)
+
+    def _data_uri(self, source: str | bytes) -> str:
+        grid = self.policy.image_info(source).grid_thw
+        patch = self.policy.model.config.vision_config.patch_size
+        size = (grid[2] * patch, grid[1] * patch)
+        picture = read_image(source)
+        if picture.size != size:
+            picture = picture.resize(size, Image.Resampling.BICUBIC)
+        file = io.BytesIO()
+        picture.save(file, "PNG", compress_level=1)
+        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def assign(images: Sequence[str | bytes], replicas: int) -> list[int]:

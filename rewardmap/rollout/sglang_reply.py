@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -12,6 +13,8 @@ from rewardmap.types import FinishReason, Problem, Rollout, RolloutGroup, Sampli
 Json = Any
 _BAN = -1e9
 """Added to a banned token's logit."""
+_ECHO = '"prompt_token_ids":'
+"""Not inside a string of JSON, where quotes have a backslash before them."""
 
 
 class MismatchError(RolloutError):
@@ -109,6 +112,24 @@ def collapse_image(prompt: Sequence[int], image_token: int) -> list[int]:
     return [*prompt[: first + 1], *(token for token in prompt[first + 1 :] if token != image_token)]
 
 
+def read_json(text: str) -> Json:
+    """A reply to ``/generate``. A group repeats its prompt, of thousands of tokens, in every sample: it is read once
+    and is one list. Raises ValueError for what is not JSON."""
+    echoes: dict[str, int] = {}
+    start, *rest = text.split(_ECHO)
+    parts = [start]
+    for part in rest:
+        end = part.find("]") + 1 if part.lstrip().startswith("[") else 0
+        number = str(echoes.setdefault(part[:end], len(echoes))) if end else ""
+        parts += (_ECHO, number, part[end:])
+    reply = json.loads("".join(parts))
+    prompts = [json.loads(echo) for echo in echoes]
+    for sample in reply if isinstance(reply, list) else [reply]:
+        if isinstance(sample, dict) and isinstance(sample.get("prompt_token_ids"), int):
+            sample["prompt_token_ids"] = prompts[sample["prompt_token_ids"]]
+    return reply
+
+
 def read_group(
     reply: Json,
     problem: Problem,
@@ -134,10 +155,10 @@ def read_group(
     samples = reply if isinstance(reply, list) else [reply]
     if len(samples) != group_size:
         raise MismatchError(f"{problem.uid}: asked for {group_size} answers, the server sent {len(samples)}")
-    rollouts = []
+    rollouts, echoes = [], list[Any]()
     for number, sample in enumerate(samples):
         try:
-            rollouts.append(_read_sample(sample, prompt, version, stop, banned, texts, adapter))
+            rollouts.append(_read_sample(sample, prompt, echoes, version, stop, banned, texts, adapter))
         except (KeyError, TypeError, ValueError, IndexError) as error:
             detail = str(error) if isinstance(error, _DifferenceError) else f"no such reply is known ({error!r})"
             raise MismatchError(f"{problem.uid}: answer {number + 1} of {group_size}: {detail}") from None
@@ -151,12 +172,14 @@ class _DifferenceError(ValueError):
 def _read_sample(
     sample: Mapping[str, Json],
     prompt: tuple[int, ...],
+    echoes: list[Any],
     version: int | None,
     stop: Sequence[int],
     banned: Sequence[int],
     texts: Any,
     adapter: str | None,
 ) -> Rollout:
+    """``echoes``: lists of the reply that are known to be the prompt."""
     meta = sample["meta_info"]
     reason = meta["finish_reason"]["type"]
     if reason not in ("stop", "length", "abort"):
@@ -171,9 +194,12 @@ def _read_sample(
             "processors or chat templates differ"
         )
     echoed = sample.get("prompt_token_ids")
-    if echoed is not None and tuple(echoed) != prompt:
-        place = next(index for index, pair in enumerate(zip(echoed, prompt, strict=True)) if pair[0] != pair[1])
-        raise _DifferenceError(f"prompt token {place} is {echoed[place]} at the server, {prompt[place]} at the trainer")
+    if echoed is not None and not any(echoed is one for one in echoes):
+        if tuple(echoed) != prompt:
+            place = next(index for index, pair in enumerate(zip(echoed, prompt, strict=True)) if pair[0] != pair[1])
+            there, here = echoed[place], prompt[place]
+            raise _DifferenceError(f"prompt token {place} is {there} at the server, {here} at the trainer")
+        echoes.append(echoed)
     if tokens != list(sample["output_ids"]) or len(tokens) != meta["completion_tokens"]:
         raise _DifferenceError(
             f"{len(sample['output_ids'])} tokens, {len(tokens)} log-probabilities, {meta['completion_tokens']} counted"
@@ -184,7 +210,7 @@ def _read_sample(
         raise _DifferenceError("a log-probability that is not a finite number below 0")
     if reason == "stop" and tokens[-1] not in stop:
         raise _DifferenceError(f"it stopped at token {tokens[-1]}, which is no stop token")
-    wrong = set(banned) & set(tokens)
+    wrong = set(banned).intersection(tokens)
     if wrong:
         raise _DifferenceError(f"token {min(wrong)} is a picture's placeholder and was banned")
     if version is not None:
