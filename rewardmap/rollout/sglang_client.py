@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -37,10 +37,15 @@ class EventLoop:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollouts", daemon=True)
         self._thread.start()
+        self._closed, self._lock = False, threading.Lock()
 
     def start(self, work: Coroutine[Any, Any, Result]) -> Future[Result]:
-        """Begin and go on."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        """Begin and go on. Raises RolloutError on a loop that is closed."""
+        with self._lock:
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise RolloutError("the rollout engine is closed")
 
     def run(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Run to the end and return the result; an interrupt cancels the work."""
@@ -51,12 +56,25 @@ class EventLoop:
             future.cancel()
             raise
 
-    def close(self) -> None:
-        """A second call does nothing."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Cancel what runs, so that nobody waits for it, then do ``last``. A second call does nothing."""
+
+        async def end() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            if last is not None:
+                await last()
+
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True  # from here on nothing begins
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
 class SGLangClient:
@@ -67,6 +85,8 @@ class SGLangClient:
         self._session: aiohttp.ClientSession | None = None
         self.asleep: set[str] = set()
         """Kinds of memory that the server gave up and has not taken back."""
+        self.starting = False
+        """Whether the server is being started again: until it has the current weights, it is asked for no answer."""
 
     async def generate(self, body: Json, what: str) -> Json:
         """POST /generate. Sampling has no effect that lasts, so whatever may pass is tried again.
@@ -75,7 +95,7 @@ class SGLangClient:
             what: whom the request is for, in messages: the problem's uid.
 
         Raises:
-            UnreachableError: no connection after ``TRIES``.
+            UnreachableError: no connection after ``TRIES``, or the server is being started again.
             RolloutError: the server refuses the request, or the deadline passed.
         """
         try:
@@ -153,6 +173,8 @@ class SGLangClient:
     async def _retrying(self, path: str, body: Json, what: str) -> Json:
         failures, pause = 0, _FIRST_PAUSE_S
         while True:
+            if self.starting:
+                raise UnreachableError(f"{what}: {self.url}{path}: that server is being started again")
             try:
                 status, text = await self._once("POST", path, body, self._keys.api)
                 if status == 200:

@@ -177,22 +177,16 @@ class SGLangEngine:
         nothing."""
 
         async def disconnect() -> None:
-            # Else its requests would be made again, and a server that is being stopped started for them.
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
             for client in (*(replica.client for replica in self.replicas), self._router):
                 if client is not None:
                     await client.close()
 
-        if self.replicas:
-            self.loop.run(disconnect())
+        # First, or requests would be made again, and a server that is being stopped started for them.
+        self.loop.close(disconnect)
         for replica in self.replicas:
             if replica.server is not None:
                 replica.server.stop()
         self.replicas = []
-        self.loop.close()
 
     async def _generate(
         self,
@@ -232,18 +226,19 @@ class SGLangEngine:
         if self._router is not None:
             return await self._router.generate(body, uid)
         order = [self.replicas[(home + step) % len(self.replicas)] for step in range(len(self.replicas))]
+        failure = ""
         for replica in order:
-            try:
-                return await replica.client.generate(body, uid)
-            except UnreachableError as error:
-                if await self._restarted(replica, error):
+            for _ in range(1 + RESTARTS):
+                try:
                     return await replica.client.generate(body, uid)
-                if replica is order[-1]:
+                except UnreachableError as error:
                     said = f". The server ended; {replica.server.last_lines()}" if replica.server else ""
-                    raise RolloutError(f"{error}{said}") from None
-        raise AssertionError("unreachable")
+                    failure = f"{error}{said}"
+                if not await self._restarted(replica):
+                    break
+        raise RolloutError(failure)
 
-    async def _restarted(self, replica: Replica, error: UnreachableError) -> bool:
+    async def _restarted(self, replica: Replica) -> bool:
         """Start a server of our own again if it is gone. False: not ours, or nobody can bring it up to date."""
         async with replica.lock:
             server = replica.server
@@ -253,8 +248,12 @@ class SGLangEngine:
                 return True  # another group's request brought it back, or only the connection broke
             if self.on_restart is None:
                 return False
-            await asyncio.to_thread(self.restart, replica)
-            await asyncio.to_thread(self.on_restart, replica)
+            replica.client.starting = True
+            try:
+                await asyncio.to_thread(self.restart, replica)
+                await asyncio.to_thread(self.on_restart, replica)
+            finally:
+                replica.client.starting = False
             return True
 
     def restart(self, replica: Replica) -> None:

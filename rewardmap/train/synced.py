@@ -9,7 +9,8 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from threading import Lock
 
 import torch
 
@@ -135,6 +136,7 @@ class SyncedEngine:
         self._sample: tuple[Problem, tuple[int, ...]] | None = None
         self._metrics: dict[str, float] = {}
         self._ended: SimpleQueue[tuple[Replica, Future[None]]] = SimpleQueue()
+        self._pushing, self._closed = Lock(), False
         self._router: Router | None = None
         self._servers: list[SGLangServer] = []
         own = folder if ranks.is_first else folder / f"rank-{ranks.rank}"
@@ -216,8 +218,8 @@ class SyncedEngine:
 
     def close(self) -> None:
         """End servers of our own. A second call does nothing."""
-        while not self._ended.empty():
-            self._ended.get()[1].set_exception(RolloutError("the run ends"))
+        self._closed = True
+        self._refuse_restarted()
         if hasattr(self, "_sync"):
             self._sync.close()
         if hasattr(self, "_engine"):
@@ -279,15 +281,27 @@ class SyncedEngine:
         """The current weights for a server that was started again; called in a thread of the generation."""
         done: Future[None] = Future()
         self._ended.put((replica, done))
-        if self._ranks.size == 1:
-            self._push_to_restarted()
+        if self._closed:  # nobody will look there any more
+            self._refuse_restarted()
+        elif self._ranks.size == 1:
+            with self._pushing:  # one after the other: pushes share a process group, and a folder
+                self._push_to_restarted()
         done.result()
+
+    def _refuse_restarted(self) -> None:
+        for _, done in self._take_restarted():
+            done.set_exception(RolloutError("the run ends"))
+
+    def _take_restarted(self) -> list[tuple[Replica, Future[None]]]:
+        taken = []
+        with suppress(Empty):
+            while True:
+                taken.append(self._ended.get_nowait())
+        return taken
 
     def _push_to_restarted(self) -> None:
         """Every rank gathers, those that brought a server up send."""
-        waiting = []
-        while not self._ended.empty():
-            waiting.append(self._ended.get())
+        waiting = self._take_restarted()
         if not self._ranks.any(bool(waiting)):
             return
         assert self._engine.version is not None

@@ -177,12 +177,12 @@ class WeightSync:
             del bucket  # or it lives while the next one is filled
 
     def _by_group(self, version: int | str, replicas: Sequence[Replica], pieces: Iterator[Bucket]) -> None:
+        if self._group is not None and self._group.members != _members(replicas):
+            self._forget_group()  # a server was started again, or was not there
         if self._group is None:
             limit = min(60.0, self._limit or self._config.request_timeout_s)
             device = self._policy.device.type
             self._group = _Group(self._engine, replicas, self._config.tensor_parallel, device, limit)
-        elif self._group.replicas != replicas:
-            raise RolloutError("a server joined late: the process group is made again")
         for bucket in pieces:
             body = {
                 "names": [entry.name for entry in bucket.entries],
@@ -265,6 +265,7 @@ class _Group:
             RolloutError: not every server joins.
         """
         self.name, self.replicas, self._engine = f"rewardmap-{uuid.uuid4().hex[:8]}", list(replicas), engine
+        self.members = _members(replicas)
         self._limit = limit
         host = own_address(replicas[0].client.url)
         body = {
@@ -327,6 +328,11 @@ class _Group:
         else:
             dist.destroy_process_group(self._group)
         calls.result()
+
+
+def _members(replicas: Sequence[Replica]) -> list[tuple[SGLangClient, int]]:
+    """Whom a process group is of: a server that was started again is another one."""
+    return [(replica.client, replica.restarts) for replica in replicas]
 
 
 def process_group(body: Json, rank: int, timeout_s: float) -> Any:

@@ -1,0 +1,191 @@
+"""Servers that end while they are asked, engines closed meanwhile: nothing is lost, doubled or stale, nobody waits."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rewardmap.config import PolicyConfig, ServerConfig
+from rewardmap.policy import load_policy
+from rewardmap.rollout.engine import RolloutError
+from rewardmap.rollout.sglang_client import EventLoop
+from rewardmap.rollout.sglang_engine import RESTARTS, SGLangEngine
+from rewardmap.rollout.sglang_server import Keys
+from rewardmap.tiny import WARM_START
+from rewardmap.train.background import in_background
+from rewardmap.train.synced import SyncedEngine
+from rewardmap.train.weight_sync import WeightSync
+from rewardmap.transit.draw import draw_map, encode_png
+from rewardmap.transit.generate import generate_network
+from rewardmap.types import Problem, SamplingParams
+
+sys.path.append(str(Path(__file__).parent))
+import sglang_fake as fake
+
+SAMPLING = SamplingParams(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy(WARM_START, PolicyConfig())
+
+
+@pytest.fixture(scope="module")
+def problems():
+    picture = encode_png(draw_map(generate_network("tiny-easy", np.random.default_rng(0), "a/0")))
+    return [Problem(f"q-{i}", picture, f"How many? ({i})", "Counting3", 2, "", "", "a/0", "easy") for i in range(4)]
+
+
+@pytest.fixture
+def server(policy):
+    with fake.FakeServer(policy.tokenizer, policy.model.config.image_token_id).running() as running:
+        yield running
+
+
+class Process:
+    """A server process of our own, as its engine sees it."""
+
+    index = 0
+
+    def __init__(self, url, server):
+        self.url, self.server, self.starts, self.ended = url, server, 0, False
+
+    def end(self):
+        self.ended = True
+
+    def answers(self):
+        return not self.ended
+
+    def start(self):
+        self.starts, self.ended = self.starts + 1, False
+        self.server.version = "default"  # its weights are those it starts with
+
+    def wait_ready(self, progress=None):
+        pass
+
+    def last_lines(self):
+        return "its last words"
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture
+def make(policy, proxy, server, monkeypatch):
+    """An engine on one server of our own behind the proxy, which is tried once before it counts as unreachable."""
+    monkeypatch.setattr("rewardmap.rollout.sglang_client.TRIES", 1)
+    engines = []
+
+    def make(seconds=0.0, **settings):
+        engine = SGLangEngine(policy, ServerConfig(urls=(proxy.url,), **settings), [], Keys())
+        engine.replicas[0].server = Process(proxy.url, server)
+        engine.on_restart = lambda replica: (time.sleep(seconds), setattr(server, "version", "0"))
+        engine.check()
+        server.version = "0"
+        engine.update_weights(0)
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+def test_a_restarted_server_is_asked_nothing_before_it_has_the_weights(problems, proxy, make):
+    """By a group that waits to try again."""
+    engine = make(seconds=1.5)
+    proxy.break_next("/generate", "reset", engine.replicas[0].server.end)
+    for _ in problems[1:]:
+        proxy.break_next("/generate", "503")
+    groups = engine.generate(problems, 2, SAMPLING)
+    assert {rollout.policy_version for group in groups for rollout in group.rollouts} == {0}
+    assert engine.replicas[0].server.starts == 1
+
+
+def test_a_server_that_ends_again_is_restarted_again(problems, proxy, make):
+    engine = make()
+    process = engine.replicas[0].server
+    for _ in range(RESTARTS):
+        proxy.break_next("/generate", "reset", process.end)
+    assert len(engine.generate(problems[:1], 2, SAMPLING)) == 1
+    assert process.starts == RESTARTS
+    proxy.break_next("/generate", "reset", process.end)
+    with pytest.raises(RolloutError, match=f"server 0 ended again after {RESTARTS} restarts; its last words"):
+        engine.generate(problems[:1], 2, SAMPLING)
+
+
+def test_connections_that_break_for_ever_are_one_error(problems, proxy, make):
+    engine = make()
+    for _ in range(50):
+        proxy.break_next("/generate", "reset")
+    with pytest.raises(RolloutError, match=r"q-0: .*/generate: .*its last words"):
+        engine.generate(problems[:1], 2, SAMPLING)
+    assert proxy.spoiled < 10
+
+
+def test_a_loop_that_is_closed_leaves_nobody_waiting():
+    loop = EventLoop()
+
+    def persistent():
+        for _ in range(2):
+            try:
+                loop.run(asyncio.sleep(60))
+            except RolloutError:
+                raise
+            except Exception:
+                time.sleep(0.2)  # what comes after a failure is asked of a loop that is closed by now
+
+    waiting = in_background(persistent, "waiting")
+    time.sleep(0.2)
+    loop.close()
+    with pytest.raises(RolloutError, match="closed"):
+        waiting.result(5)
+    loop.close()
+
+
+def test_a_server_that_comes_up_after_the_end_is_not_waited_for(policy, server, tmp_path):
+    engine = SyncedEngine(policy, ServerConfig(urls=(server.url,)), tmp_path, print)
+    [replica] = engine._engine.replicas
+    engine.close()
+    late = in_background(lambda: engine._bring_up(replica), "bring up")
+    with pytest.raises(RolloutError):
+        late.result(5)
+
+
+def test_servers_that_come_up_together_get_weights_one_after_the_other(policy, server, tmp_path):
+    engine = SyncedEngine(policy, ServerConfig(urls=(server.url,)), tmp_path, print)
+    [replica] = engine._engine.replicas
+    now, most = Counter(), []
+
+    def push(version, replicas):
+        now["pushes"] += 1
+        most.append(now["pushes"])
+        time.sleep(0.2)
+        now["pushes"] -= 1
+
+    engine._sync.push = push
+    tasks = [in_background(lambda: engine._bring_up(replica), "bring up") for _ in range(3)]
+    for task in tasks:
+        task.result(5)
+    engine.close()
+    assert max(most) == 1
+
+
+def test_a_server_that_joins_late_does_not_cost_the_second_try(policy, server, proxy, tmp_path):
+    with fake.FakeServer(policy.tokenizer, policy.model.config.image_token_id).running() as other:
+        config = ServerConfig(urls=(proxy.url, other.url), request_timeout_s=20.0, sync="distributed")
+        engine = SGLangEngine(policy, config, [], Keys())
+        sync = WeightSync(policy, engine, tmp_path)
+        sync.push(1)
+        for version, replicas in ((1, engine.replicas[:1]), (2, None)):
+            proxy.break_next("/update_weights_from_distributed", "400")
+            sync.push(version, replicas)
+        assert server.version == other.version == "2"
+        sync.close()
+        engine.close()
