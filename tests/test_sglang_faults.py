@@ -55,11 +55,13 @@ class Process:
 
     def __init__(self, url, server):
         self.url, self.server, self.starts, self.ended = url, server, 0, False
+        self.asked = 0
 
     def end(self):
         self.ended = True
 
     def answers(self):
+        self.asked += 1
         return not self.ended
 
     def start(self):
@@ -118,6 +120,16 @@ def test_a_server_that_ends_again_is_restarted_again(problems, proxy, make):
     proxy.break_next("/generate", "reset", process.end)
     with pytest.raises(RolloutError, match=f"server 0 ended again after {RESTARTS} restarts; its last words"):
         engine.generate(problems[:1], 2, SAMPLING)
+
+
+def test_all_groups_go_on_once_a_server_is_up_again(problems, proxy, make):
+    """SGLang takes a second to say that it is well, and 64 groups would ask one after the other."""
+    engine = make()
+    process = engine.replicas[0].server
+    for _ in problems:
+        proxy.break_next("/generate", "reset", process.end)
+    assert len(engine.generate(problems, 2, SAMPLING)) == len(problems)
+    assert process.asked == process.starts <= RESTARTS
 
 
 def test_connections_that_break_for_ever_are_one_error(problems, proxy, make):

@@ -41,6 +41,8 @@ class Replica:
     client: SGLangClient
     server: SGLangServer | None = None
     restarts: int = 0
+    brought_up: int = 0
+    """Restarts after which it has the current weights."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -229,29 +231,37 @@ class SGLangEngine:
         failure = ""
         for replica in order:
             for _ in range(1 + RESTARTS):
+                before = replica.brought_up
                 try:
                     return await replica.client.generate(body, uid)
                 except UnreachableError as error:
                     said = f". The server ended; {replica.server.last_lines()}" if replica.server else ""
                     failure = f"{error}{said}"
-                if not await self._restarted(replica):
+                if not await self._restarted(replica, before):
                     break
         raise RolloutError(failure)
 
-    async def _restarted(self, replica: Replica) -> bool:
-        """Start a server of our own again if it is gone. False: not ours, or nobody can bring it up to date."""
+    async def _restarted(self, replica: Replica, before: int) -> bool:
+        """Start a server of our own again if it is gone. False: not ours, or nobody can bring it up to date.
+
+        Args:
+            before: ``replica.brought_up`` when it was asked in vain.
+        """
         async with replica.lock:
             server = replica.server
             if server is None:
                 return False
+            if replica.brought_up > before:  # for another group: to ask it for its health takes a second for each
+                return True
             if await asyncio.to_thread(server.answers):
-                return True  # another group's request brought it back, or only the connection broke
+                return True  # only the connection broke
             if self.on_restart is None:
                 return False
             replica.client.starting = True
             try:
                 await asyncio.to_thread(self.restart, replica)
                 await asyncio.to_thread(self.on_restart, replica)
+                replica.brought_up += 1
             finally:
                 replica.client.starting = False
             return True
