@@ -164,7 +164,7 @@ def servers(policy: Policy, problems: Sequence[Problem], tokens: int, python: st
                 for one in race(lambda: engine.generate(problems, GROUP, sampling), lambda: inner.loop.run(bare()))
             )
             requests = Path(folder) / "requests.json"
-            requests.write_text(json.dumps(bodies))
+            requests.write_text(json.dumps([json.loads(body) for body in bodies]))
             environment = os.environ | {"OPENAI_API_KEY": Keys.read(Path(folder) / KEYS_FILE).api or ""}
             peer = subprocess.run(
                 (python, str(Path(__file__).with_name("rollout_peer.py")), client.url, str(requests), str(REPEATS)),

@@ -140,6 +140,16 @@ class FakeServer(Threaded):
 
     async def _generate(self, body: Any) -> Any:
         self.bodies.append(body)
+        if isinstance(body["sampling_params"], list):
+            [tokens] = {tuple(tokens) for tokens in body["input_ids"]}
+            assert len(body["input_ids"]) == len(body["sampling_params"]) and isinstance(body["image_data"], str)
+            several = {"n": len(body["sampling_params"])}
+            body = body | {"input_ids": list(tokens), "sampling_params": body["sampling_params"][0] | several}
+            replies = await self._answer(body)
+            return replies if isinstance(replies, list) else [replies]
+        return await self._answer(body)
+
+    async def _answer(self, body: Any) -> Any:
         self.flushed = False
         if body.get("lora_path") is not None and body["lora_path"] not in self.adapters:
             return web.Response(status=400, text="an adapter that has never been loaded")

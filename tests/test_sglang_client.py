@@ -111,6 +111,36 @@ def test_top_k_of_0_takes_all_tokens_at_a_server_too(problems, server, make):
     assert [body["sampling_params"]["top_k"] for body in server.bodies] == [-1]
 
 
+@pytest.mark.parametrize("setting", ["enable_deterministic_inference", "rl_on_policy_target"])
+def test_a_deterministic_server_gets_a_seed_for_each_answer(setting, problems, server, make):
+    """It samples by the seed in a request, and by 42 without one: all answers of a group would be the same."""
+    server.info[setting] = True
+    asked = []
+    for seed in (5, 5, 6):
+        server.bodies.clear()
+        groups = make(server.url).generate(problems, 3, SamplingParams(max_new_tokens=24, seed=seed))
+        assert [len(group.rollouts) for group in groups] == [3] * len(problems)
+        assert all("n" not in one for body in server.bodies for one in body["sampling_params"])
+        asked.append(sorted(one["sampling_seed"] for body in server.bodies for one in body["sampling_params"]))
+    assert asked[0] == asked[1] and len({*asked[0], *asked[2]}) == 2 * 3 * len(problems)
+
+
+def test_pictures_are_encoded_while_others_are_asked_about(problems, server, make, monkeypatch):
+    engine, plain, seen = make(server.url), SGLangEngine.picture, []
+    engine.check()
+
+    def slow(self, source):
+        if source == problems[1].image:
+            while not server.bodies:
+                time.sleep(0.01)
+        seen.append(source)
+        return plain(self, source)
+
+    monkeypatch.setattr(SGLangEngine, "picture", slow)
+    assert len(in_background(lambda: engine.generate(problems, 2, SAMPLING), "sampling").result(20)) == 6
+    assert sorted(seen) == sorted({problem.image for problem in problems})  # once for all groups that waited
+
+
 def test_resized_picture_gives_the_processor_its_own_pixels(policy, make, server, tmp_path):
     noise = torch.randint(0, 256, (95, 133, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     path = tmp_path / "odd.png"

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rewardmap.config import ConfigError
 from rewardmap.policy import Policy
@@ -22,8 +22,17 @@ _VOLATILE = {"transformers_version", "torch_dtype", "dtype", "_name_or_path", "u
 _TOKENIZER_SAMPLE = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Zürich 地铁 Line 2?<|im_end|>\n"
 
 
-async def check_server(client: SGLangClient, policy: Policy, adapters: Adapters | None = None) -> int:
-    """The longest sequence the server can sample and score, in tokens.
+class Server(NamedTuple):
+    """What there is to know about one that fits."""
+
+    limit: int
+    """The longest sequence it can sample and score, in tokens."""
+    seeded: bool
+    """Whether it samples by the seed in a request: without one all answers to a prompt are the same."""
+
+
+async def check_server(client: SGLangClient, policy: Policy, adapters: Adapters | None = None) -> Server:
+    """What a server that fits can do.
 
     Args:
         adapters: that it must be able to apply.
@@ -45,7 +54,8 @@ async def check_server(client: SGLangClient, policy: Policy, adapters: Adapters 
             f"{client.url}: its tokenizer differs from the trainer's ({len(tokens['tokens'])} tokens of a sample text "
             f"against {len(ours)}); serve the folder that policy.model names"
         )
-    return int(min(tokens["max_model_len"], server["max_total_num_tokens"])) - _RESERVE
+    limit = int(min(tokens["max_model_len"], server["max_total_num_tokens"])) - _RESERVE
+    return Server(limit, bool(server.get("enable_deterministic_inference") or server.get("rl_on_policy_target")))
 
 
 def check_length(prompt_tokens: int, max_new_tokens: int, limit: int, uid: str) -> None:

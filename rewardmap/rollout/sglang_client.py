@@ -88,10 +88,11 @@ class SGLangClient:
         self.starting = False
         """Whether the server is being started again: until it has the current weights, it is asked for no answer."""
 
-    async def generate(self, body: Json, what: str) -> Json:
+    async def generate(self, body: Json | bytes, what: str) -> Json:
         """POST /generate. Sampling has no effect that lasts, so whatever may pass is tried again.
 
         Args:
+            body: what JSON can say, or the JSON itself.
             what: whom the request is for, in messages: the problem's uid.
 
         Raises:
@@ -197,7 +198,11 @@ class SGLangClient:
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S)
             self._session = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        async with self._session.request(method, self.url + path, json=body, headers=headers) as reply:
+        if isinstance(body, bytes):
+            sent: dict[str, Any] = {"data": body, "headers": headers | {"Content-Type": "application/json"}}
+        else:
+            sent = {"json": body, "headers": headers}
+        async with self._session.request(method, self.url + path, **sent) as reply:
             return reply.status, await reply.text()
 
     def _refused(self, path: str, status: int, text: str, what: str = "") -> RolloutError:

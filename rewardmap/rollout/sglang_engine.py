@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import zlib
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from rewardmap.config import ServerConfig
 from rewardmap.policy import Policy
 from rewardmap.rollout.engine import OnGroup, RolloutError
 from rewardmap.rollout.sglang_adapters import Adapters
-from rewardmap.rollout.sglang_check import check_length, check_server
+from rewardmap.rollout.sglang_check import Server, check_length, check_server
 from rewardmap.rollout.sglang_client import EventLoop, SGLangClient, UnreachableError
 from rewardmap.rollout.sglang_reply import generate_body, read_group, read_scores, score_body
 from rewardmap.rollout.sglang_server import Keys, SGLangServer
@@ -26,8 +29,8 @@ from rewardmap.vision import Bounded, read_image
 
 PICTURE_BYTES = 1 << 30
 """Encoded pictures kept at most."""
-ENCODERS = 8
-"""Threads that encode new pictures."""
+PICTURE_THREADS = 4
+"""Encode pictures that are not kept."""
 MEMORY = ("weights", "kv_cache")
 """What colocated servers give up while the trainer works."""
 RESTARTS = 3
@@ -76,8 +79,11 @@ class SGLangEngine:
         """Brings a server that was started again up to the current weights."""
         self._router = SGLangClient(router_url, keys, config.request_timeout_s) if router_url else None
         self._adapters = adapters
-        self._limit = 0
+        self._limit, self._seeded = 0, False
         self._pictures: Bounded[str] = Bounded(PICTURE_BYTES, len)
+        self._lock = Lock()
+        self._threads = ThreadPoolExecutor(PICTURE_THREADS, "pictures")
+        self._encoding: dict[str | bytes, asyncio.Future[str]] = {}
 
     def check(self, problems: Sequence[Problem] = (), max_new_tokens: int = 0) -> None:
         """Ask every server whether it fits, also the longest of ``problems``.
@@ -86,10 +92,11 @@ class SGLangEngine:
             ConfigError, RolloutError: see ``check_server`` and ``check_length``.
         """
 
-        async def ask() -> list[int]:
+        async def ask() -> list[Server]:
             return [await check_server(replica.client, self.policy, self._adapters) for replica in self.replicas]
 
-        self._limit = min(self.loop.run(ask()))
+        found = self.loop.run(ask())
+        self._limit, self._seeded = min(server.limit for server in found), any(server.seeded for server in found)
         for problem in problems:
             check_length(len(self.policy.encode(problem).token_ids), max_new_tokens, self._limit, problem.uid)
 
@@ -100,7 +107,8 @@ class SGLangEngine:
         sampling: SamplingParams,
         on_group: OnGroup | None = None,
     ) -> list[RolloutGroup]:
-        """See ``RolloutEngine.generate``. ``sampling.seed`` is not used: servers draw from their own generators.
+        """See ``RolloutEngine.generate``. ``sampling.seed`` acts at deterministic servers; others draw from their
+        own generators.
 
         Raises:
             ConfigError: a prompt that does not fit into the servers' context.
@@ -112,7 +120,6 @@ class SGLangEngine:
         prompts = [self.policy.encode(problem).token_ids for problem in problems]
         for problem, prompt in zip(problems, prompts, strict=True):
             check_length(len(prompt), sampling.max_new_tokens, self._limit, problem.uid)
-        self._encode([problem.image for problem in problems])
         homes = assign([problem.image for problem in problems], len(self.replicas))
         return self.loop.run(self._generate(problems, prompts, homes, group_size, sampling, on_group))
 
@@ -185,6 +192,7 @@ class SGLangEngine:
 
         # First, or requests would be made again, and a server that is being stopped started for them.
         self.loop.close(disconnect)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         for replica in self.replicas:
             if replica.server is not None:
                 replica.server.stop()
@@ -206,8 +214,11 @@ class SGLangEngine:
         async def one(index: int) -> RolloutGroup:
             problem, prompt = problems[index], prompts[index]
             async with slots[homes[index]]:
-                picture = self.picture(problem.image)
-                body = generate_body(prompt, image_token, picture, group_size, sampling, stop, banned, self.adapter)
+                picture = await self._picture(problem.image)
+                seeds = _seeds(sampling.seed, index, problem.uid, group_size) if self._seeded else None
+                body = generate_body(
+                    prompt, image_token, picture, group_size, sampling, stop, banned, self.adapter, seeds
+                )
                 reply = await self._ask(homes[index], body, problem.uid)
             group = read_group(
                 reply, problem, prompt, group_size, self.version, stop, banned, self.policy.decode, self.adapter
@@ -289,32 +300,35 @@ class SGLangEngine:
 
         The server's own resizing then does nothing, so its pixels are ours; two libraries resize a little differently.
         """
-        digest = self.policy.image_info(source).digest
-        uri = self._pictures.get(digest)
+        grid, digest = self.policy.image_info(source)
+        with self._lock:
+            uri = self._pictures.get(digest)
         if uri is None:
-            uri = self._data_uri(source)
-            self._pictures.put(digest, uri)
+            patch = self.policy.model.config.vision_config.patch_size
+            size = (grid[2] * patch, grid[1] * patch)
+            picture = read_image(source)
+            if picture.size != size:
+                picture = picture.resize(size, Image.Resampling.BICUBIC)
+            file = io.BytesIO()
+            picture.save(file, "PNG", compress_level=1)
+            uri = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+            with self._lock:
+                self._pictures.put(digest, uri)
         return uri
 
-    def _encode(self, sources: Sequence[str | bytes]) -> None:
-        """Make ``picture`` of all, those that are new side by side: a large map takes a second."""
-        infos = {source: self.policy.image_info(source).digest for source in dict.fromkeys(sources)}
-        new = {source: digest for source, digest in infos.items() if digest not in self._pictures}
-        if new:
-            with ThreadPoolExecutor(ENCODERS, "pictures") as threads:
-                for digest, uri in zip(new.values(), threads.map(self._data_uri, new), strict=True):
-                    self._pictures.put(digest, uri)
+    async def _picture(self, source: str | bytes) -> str:
+        """``picture`` in a thread, once for all groups that wait for it: a large one takes a second to encode."""
+        making = self._encoding.get(source)
+        if making is None:
+            making = asyncio.get_running_loop().run_in_executor(self._threads, self.picture, source)
+            making.add_done_callback(lambda _: self._encoding.pop(source, None))
+            self._encoding[source] = making
+        return await asyncio.shield(making)
 
-    def _data_uri(self, source: str | bytes) -> str:
-        grid = self.policy.image_info(source).grid_thw
-        patch = self.policy.model.config.vision_config.patch_size
-        size = (grid[2] * patch, grid[1] * patch)
-        picture = read_image(source)
-        if picture.size != size:
-            picture = picture.resize(size, Image.Resampling.BICUBIC)
-        file = io.BytesIO()
-        picture.save(file, "PNG", compress_level=1)
-        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+def _seeds(seed: int, index: int, uid: str, count: int) -> list[int]:
+    """Of the answers to one problem of a batch."""
+    return np.random.SeedSequence([seed, index, zlib.crc32(uid.encode())]).generate_state(count).tolist()
 
 
 def assign(images: Sequence[str | bytes], replicas: int) -> list[int]:

@@ -35,49 +35,60 @@ def generate_body(
     stop: Sequence[int],
     banned: Sequence[int],
     adapter: str | None = None,
-) -> dict[str, Json]:
-    """The body of one request for a whole group.
+    seeds: Sequence[int] | None = None,
+) -> bytes:
+    """The body of one request for a whole group, JSON.
 
     Args:
         prompt: [P] tokens with the image expanded; the server gets one placeholder and expands it itself.
         adapter: name of the one to sample with, at a server that holds adapters.
         picture: data URI. No key of ours comes with it (``mm_hashes``): 0.5.20 and 0.5.23 pad a Qwen3-VL prompt with
             their own key, look for ours in it, and crash.
+        seeds: one for each answer, for a server that samples by them; None: it draws from a generator of its own.
     """
-    return {
-        "input_ids": collapse_image(prompt, image_token),
-        "image_data": [picture],
-        "sampling_params": {
-            "n": group_size,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,  # SGLang knows no 0
-            "max_new_tokens": sampling.max_new_tokens,
-            "stop_token_ids": list(stop),
-            "logit_bias": bans(banned),
-            "skip_special_tokens": False,
-            "spaces_between_special_tokens": False,
-            "no_stop_trim": True,
-        },
-        "return_logprob": True,
-        "return_prompt_token_ids": True,
-        **_named(adapter),
+    tokens = collapse_image(prompt, image_token)
+    asked = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,  # SGLang knows no 0
+        "max_new_tokens": sampling.max_new_tokens,
+        "stop_token_ids": list(stop),
+        "logit_bias": bans(banned),
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
+        "no_stop_trim": True,
     }
+    body: dict[str, Json] = {"return_logprob": True, "return_prompt_token_ids": True, **_named(adapter)}
+    if seeds is None:
+        return _with_picture(body | {"input_ids": tokens, "sampling_params": asked | {"n": group_size}}, picture)
+    # n answers of one prompt would have one seed, and be the same answer.
+    each = [asked | {"sampling_seed": seed} for seed in seeds]
+    return _with_picture(body | {"input_ids": [tokens] * group_size, "sampling_params": each}, picture, of_all=True)
 
 
 def score_body(
     prompt: Sequence[int], response: Sequence[int], image_token: int, picture: str, adapter: str | None = None
-) -> dict[str, Json]:
+) -> bytes:
     """The body of a request for the log-probabilities of a given answer at temperature 1. Arguments as above."""
-    return {
+    body = {
         # One token more than is asked for: SGLang fails on a text whose last token is <|vision_start|>.
         "input_ids": [*collapse_image(prompt, image_token), *response, prompt[-1]],
-        "image_data": [picture],
         "sampling_params": {"temperature": 1.0, "max_new_tokens": 0},
         "return_logprob": True,
         "logprob_start_len": len(prompt) - 1,
         **_named(adapter),
     }
+    return _with_picture(body, picture)
+
+
+def _with_picture(body: dict[str, Json], picture: str, of_all: bool = False) -> bytes:
+    """JSON of ``body`` and its picture: megabytes that need no escapes, so that nothing looks through them.
+
+    Args:
+        of_all: that of each of several prompts.
+    """
+    form = b'{"image_data":"%b",%b' if of_all else b'{"image_data":["%b"],%b'
+    return form % (picture.encode("ascii"), json.dumps(body).encode()[1:])
 
 
 def _named(adapter: str | None) -> dict[str, Json]:
