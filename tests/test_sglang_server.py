@@ -47,6 +47,8 @@ STAND_IN = """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
+            if plan == "busy" and self.path == "/health_generate":
+                time.sleep(6)
             self.send_response(200)
             self.end_headers()
 
@@ -125,6 +127,24 @@ def test_start_and_stop(make, tmp_path):
     server.stop()
     assert gone(processes) and not server.answers()
     server.stop()
+
+
+def test_a_server_that_was_stopped_is_not_started_again(make, tmp_path):
+    """By the thread that brings it up while the run ends."""
+    server = make("serve")
+    server.start()
+    server.stop()
+    with pytest.raises(RolloutError, match="server 0 was stopped"):
+        server.start()
+    assert server.ended
+
+
+def test_a_busy_server_is_not_taken_for_dead(make, tmp_path):
+    """It would be ended with all that it computes. SGLang waits for 20 seconds until it calls itself unhealthy."""
+    server = make("busy")
+    server.start()
+    server.wait_ready()
+    assert server.answers()
 
 
 def test_each_replica_has_its_gpus_and_sees_the_trainers(tmp_path, monkeypatch):

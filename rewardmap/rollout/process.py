@@ -64,11 +64,11 @@ def free_port(host: str) -> int:
         return port
 
 
-def answers(url: str) -> bool:
-    """Whether a GET gives 200 within five seconds, whatever proxies the environment names."""
+def answers(url: str, timeout_s: float = 5.0) -> bool:
+    """Whether a GET gives 200 in time, whatever proxies the environment names."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=5) as reply:
+        with opener.open(url, timeout=timeout_s) as reply:
             return bool(reply.status == 200)
     except (OSError, urllib.error.URLError):
         return False

@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -36,6 +37,8 @@ main()
 """
 """It takes its key as an option alone, and a command line is seen by every user of the machine."""
 _POLL_S = 0.25
+_HEALTH_S = 25.0
+"""A busy server that answers later than this is taken for dead. SGLang itself says so after 20."""
 _LAUNCHERS = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} | {
     f"{prefix}_{name}" for prefix in ("LOCAL", "GROUP", "ROLE") for name in ("RANK", "WORLD_SIZE", "NAME")
 }
@@ -101,6 +104,8 @@ class SGLangServer:
     """That it can apply beside its weights."""
     _process: GuardedProcess | None = None
     _port: int = 0
+    _stopped: bool = False
+    _lock: Lock = field(default_factory=Lock)
 
     @property
     def url(self) -> str:
@@ -108,8 +113,8 @@ class SGLangServer:
         return f"http://{host}:{self._port}"
 
     def answers(self) -> bool:
-        """Whether it computes a token, waiting a few seconds for it. Not while it sleeps: its scheduler would end."""
-        return not self.ended and answers(f"{self.url}/health_generate")
+        """Whether it computes a token, waiting as long as SGLang does. Not while it sleeps: its scheduler would end."""
+        return not self.ended and answers(f"{self.url}/health_generate", _HEALTH_S)
 
     @property
     def ended(self) -> bool:
@@ -117,15 +122,23 @@ class SGLangServer:
         return self._process is None or self._process.exit_code is not None
 
     def start(self) -> None:
-        """Start the process on a free port; does not wait. Raises ConfigError: no such interpreter."""
-        self.stop()
+        """Start the process on a free port, again if it runs; does not wait.
+
+        Raises:
+            ConfigError: no such interpreter.
+            RolloutError: it was stopped, perhaps by another thread while this one brought it up again.
+        """
+        self._end()
         self._port = free_port(self.config.host)
         python = interpreter(self.config)
         settings = self.folder / f"server-{self.index}.yaml"
         # Keys on a command line would be seen by every user of the machine.
         _write_private(settings, f"api-key: {self.keys.api}\nadmin-api-key: {self.keys.admin}\n")
         command = [python, "-m", "sglang.launch_server", "--config", str(settings.absolute()), *self._options()]
-        self._process = GuardedProcess(command, self.folder / f"server-{self.index}.log", self._environment())
+        with self._lock:
+            if self._stopped:
+                raise RolloutError(f"SGLang server {self.index} was stopped")
+            self._process = GuardedProcess(command, self.folder / f"server-{self.index}.log", self._environment())
 
     def wait_ready(self, progress: Progress | None = None) -> None:
         """Until the server answers. A port that something else took meanwhile is changed for another.
@@ -152,7 +165,7 @@ class SGLangServer:
             if self._process.exit_code is not None:
                 return f"ended with code {self._process.exit_code} before it was ready; {self.last_lines()}"
             if now - begin > self.config.start_timeout_s:
-                self.stop()
+                self._end()
                 limit = f"rollout.server.start_timeout_s={self.config.start_timeout_s:g}"
                 return f"was not ready within {limit}; {self.last_lines()}"
             if progress is not None and now - shown > 5:
@@ -162,7 +175,12 @@ class SGLangServer:
         return None
 
     def stop(self) -> None:
-        """End the process group and wait for it. A second call does nothing."""
+        """End the process group for good and wait for it. A second call does nothing."""
+        with self._lock:
+            self._stopped = True
+        self._end()
+
+    def _end(self) -> None:
         if self._process is not None:
             self._process.stop()
 
