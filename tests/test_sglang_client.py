@@ -19,9 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
+from rewardmap import vision
 from rewardmap.config import ConfigError, PolicyConfig, ServerConfig
 from rewardmap.config_file import load_config
 from rewardmap.policy import load_policy
+from rewardmap.rollout import sglang_engine
 from rewardmap.rollout.engine import RolloutEngine, RolloutError
 from rewardmap.rollout.sglang_engine import SGLangEngine, assign
 from rewardmap.rollout.sglang_reply import MismatchError, read_json
@@ -276,21 +278,19 @@ def test_prompts_that_a_reply_repeats_are_read_once():
             read_json(broken)
 
 
-def test_pictures_of_a_step_are_encoded_once_and_side_by_side(policy, problems, server, make, monkeypatch):
+def test_pictures_are_encoded_once_and_in_threads(problems, server, make, monkeypatch):
     engine, encoded, threads = make(server.url), [], set()
-    make_uri = engine._data_uri
 
     def noted(source):
         encoded.append(source)
         threads.add(threading.current_thread().name)
-        return make_uri(source)
+        return vision.read_image(source)
 
-    monkeypatch.setattr(engine, "_data_uri", noted)
+    monkeypatch.setattr(sglang_engine, "read_image", noted)
     for _ in range(2):
         engine.generate(problems, 1, SAMPLING)
     assert sorted(encoded) == sorted({problem.image for problem in problems})
     assert all(name.startswith("pictures") for name in threads)
-    assert {body["image_data"][0] for body in server.bodies} == {make_uri(source) for source in encoded}
 
 
 def test_an_answer_cut_at_a_vision_start_is_scored(problems, server, make):
