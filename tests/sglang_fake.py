@@ -75,7 +75,7 @@ class FakeServer(Threaded):
         self.paused, self.session, self.asleep = False, False, set[str]()
         self.calls, self.bodies, self.keys, self.peers = list[str](), list[Any](), Counter[str](), list[int | None]()
         self.flushed, self.group, self.queued_s, self.receiving = True, None, 0.0, set[Any]()
-        self.running_now, self.most_running, self.delay = 0, 0, 0.0
+        self.running_now, self.most_running, self.delay, self.cut = 0, 0, 0.0, 0
         self.info: dict[str, Any] = {"version": "0.5.23", "max_total_num_tokens": 4096}
         self.model_info: dict[str, Any] = {"model_type": "qwen2_5_vl", "model_path": "/elsewhere"}
         self.adapters, self.adapter_config = dict[str, dict[str, Any]](), dict[str, Any]()
@@ -177,6 +177,9 @@ class FakeServer(Threaded):
                 "weight_versions": [{"version": self.version, "start": 0, "end": len(ANSWER)}],
             },
         }
+        if self.cut > 0:
+            self.cut -= 1
+            sample["meta_info"]["finish_reason"] = {"type": "abort", "message": "Abort in waiting queue"}
         count = body["sampling_params"]["n"]
         return sample if count == 1 else [sample] * count
 

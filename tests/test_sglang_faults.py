@@ -15,7 +15,7 @@ from rewardmap.config import PolicyConfig, ServerConfig
 from rewardmap.policy import load_policy
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.sglang_client import EventLoop
-from rewardmap.rollout.sglang_engine import RESTARTS, SGLangEngine
+from rewardmap.rollout.sglang_engine import CUTS, RESTARTS, SGLangEngine
 from rewardmap.rollout.sglang_server import Keys
 from rewardmap.tiny import WARM_START
 from rewardmap.train.background import in_background
@@ -200,4 +200,19 @@ def test_a_server_that_joins_late_does_not_cost_the_second_try(policy, server, p
             sync.push(version, replicas)
         assert server.version == other.version == "2"
         sync.close()
+        engine.close()
+
+
+def test_answers_cut_off_unasked_are_asked_for_again(policy, problems, server):
+    """Also those of another's abort: a part of an answer is none."""
+    engine = SGLangEngine(policy, ServerConfig(urls=(server.url,), concurrency=1), [], Keys("sample-key", "admin-key"))
+    try:
+        server.cut = CUTS
+        [group] = engine.generate(problems[:1], 2, SAMPLING)
+        assert [rollout.finish_reason for rollout in group.rollouts] == ["stop", "stop"]
+        assert len(server.bodies) == 1 + CUTS
+        server.cut = 1 + CUTS
+        with pytest.raises(RolloutError, match=r"q-0: the server cut off its answers 4 times, which nobody here asked"):
+            engine.generate(problems[:1], 2, SAMPLING)
+    finally:
         engine.close()

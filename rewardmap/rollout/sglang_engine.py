@@ -33,6 +33,8 @@ PICTURE_THREADS = 4
 """Encode pictures that are not kept."""
 MEMORY = ("weights", "kv_cache")
 """What colocated servers give up while the trainer works."""
+CUTS = 3
+"""Times that a group is asked for again because a server cut its answers off unasked."""
 RESTARTS = 3
 """Times a run starts one server again before it gives up."""
 
@@ -79,7 +81,7 @@ class SGLangEngine:
         """Brings a server that was started again up to the current weights."""
         self._router = SGLangClient(router_url, keys, config.request_timeout_s) if router_url else None
         self._adapters = adapters
-        self._limit, self._seeded = 0, False
+        self._limit, self._seeded, self._aborted = 0, False, False
         self._pictures: Bounded[str] = Bounded(PICTURE_BYTES, len)
         self._lock = Lock()
         self._threads = ThreadPoolExecutor(PICTURE_THREADS, "pictures")
@@ -115,6 +117,7 @@ class SGLangEngine:
             DataError: a picture that cannot be read.
             RolloutError: a server that cannot be reached or restarted, a reply that does not fit, a missed deadline.
         """
+        self._aborted = False
         if not self._limit:
             self.check()
         prompts = [self.policy.encode(problem).token_ids for problem in problems]
@@ -126,6 +129,8 @@ class SGLangEngine:
     def abort(self) -> None:
         """End a ``generate`` that another thread waits for: it returns with what was sampled so far, unfinished answers
         marked ``abort``, possibly without tokens."""
+
+        self._aborted = True
 
         async def stop(client: SGLangClient) -> None:
             # Pausing in this mode aborts again and again until nothing runs; one abort_request would miss what
@@ -219,10 +224,18 @@ class SGLangEngine:
                 body = generate_body(
                     prompt, image_token, picture, group_size, sampling, stop, banned, self.adapter, seeds
                 )
-                reply = await self._ask(homes[index], body, problem.uid)
-            group = read_group(
-                reply, problem, prompt, group_size, self.version, stop, banned, self.policy.decode, self.adapter
-            )
+                for _ in range(1 + CUTS):
+                    reply = await self._ask(homes[index], body, problem.uid)
+                    group = read_group(
+                        reply, problem, prompt, group_size, self.version, stop, banned, self.policy.decode, self.adapter
+                    )
+                    if self._aborted or all(rollout.finish_reason != "abort" for rollout in group.rollouts):
+                        break
+                else:  # a part of an answer must not be taken for one
+                    raise RolloutError(
+                        f"{problem.uid}: the server cut off its answers {1 + CUTS} times, which nobody here asked for; "
+                        "does another program pause its generation, abort its requests or change its weights?"
+                    )
             if on_group is not None:
                 on_group(index, group)
             return group
