@@ -172,6 +172,7 @@ def stop_after_first_step(metrics: Path) -> None:
 
 def one_rank(folder: Path, settings: Settings) -> None:
     torch.set_num_threads(1)
+    os.dup2(2, 1)  # stdout is for the line after the last job
     if settings.get("nodes"):
         os.environ["LOCAL_RANK"] = "0"
     if settings["scenario"] == "run":

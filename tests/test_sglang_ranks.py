@@ -199,6 +199,8 @@ def test_servers_that_end_while_they_are_asked_come_back(run_jobs, python, tmp_p
         assert first == second and first["restarts"] == [1]
     assert seen["ahead"][0] == seen["ahead"][1] | {"restarts": seen["ahead"][0]["restarts"]}
     assert sorted(seen["ahead"][0]["restarts"]) == [0, 1]
+    counted = {name: ranks[0]["metrics"]["server_restarts"] for name, ranks in seen.items()}
+    assert counted == {"nodes": 2, "adapters": 2, "ahead": 1}
     for ranks in seen.values():
         assert ranks[0]["uids"] == [f"q-{n}" for n in range(5)] and ranks[0]["calls"] == [0, 1, 2, 3, 4]
         assert [rollout[-1] for group in ranks[0]["groups"] for rollout in group[1]] == [0] * 10 + [1] * 2

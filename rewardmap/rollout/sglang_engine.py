@@ -36,7 +36,7 @@ MEMORY = ("weights", "kv_cache")
 CUTS = 3
 """Times that a group is asked for again because a server cut its answers off unasked."""
 RESTARTS = 3
-"""Times a run starts one server again before it gives up."""
+"""Times that one server is started again until it has answered all that it was asked; then a run gives up."""
 
 
 @dataclass
@@ -46,6 +46,8 @@ class Replica:
     client: SGLangClient
     server: SGLangServer | None = None
     restarts: int = 0
+    streak: int = 0
+    """Restarts since all that it was asked was answered."""
     brought_up: int = 0
     """Restarts after which it has the current weights."""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -124,7 +126,10 @@ class SGLangEngine:
         for problem, prompt in zip(problems, prompts, strict=True):
             check_length(len(prompt), sampling.max_new_tokens, self._limit, problem.uid)
         homes = assign([problem.image for problem in problems], len(self.replicas))
-        return self.loop.run(self._generate(problems, prompts, homes, group_size, sampling, on_group))
+        groups = self.loop.run(self._generate(problems, prompts, homes, group_size, sampling, on_group))
+        for replica in self.replicas:
+            replica.streak = 0
+        return groups
 
     def abort(self) -> None:
         """End a ``generate`` that another thread waits for: it returns with what was sampled so far, unfinished answers
@@ -297,12 +302,12 @@ class SGLangEngine:
             RolloutError: it does not get ready, or ended too often.
         """
         assert replica.server is not None, "not ours to restart"
-        if replica.restarts == RESTARTS:
+        if replica.streak == RESTARTS:
             raise RolloutError(
                 f"SGLang server {replica.server.index} ended again after {RESTARTS} restarts; "
                 f"{replica.server.last_lines()}"
             )
-        replica.restarts += 1
+        replica.restarts, replica.streak = replica.restarts + 1, replica.streak + 1
         replica.server.start()
         replica.server.wait_ready()
         replica.client.url = replica.server.url

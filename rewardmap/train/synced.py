@@ -194,6 +194,9 @@ class SyncedEngine:
         self._sync.push(version)
         self._engine.update_weights(version, self._sync.adapter(version))
         self._metrics |= {"sync_seconds": self._sync.seconds}
+        restarts = self._ranks.sum({"servers": sum(replica.restarts for replica in self._engine.replicas)})["servers"]
+        if restarts:
+            self._metrics["server_restarts"] = int(restarts)
         if self._sample is not None:
             self._metrics |= self.probe(*self._sample)
         if not self._asked:  # since the last update: what trains now, as a supervised stage, asks nothing
@@ -212,7 +215,8 @@ class SyncedEngine:
         return {name: max(drift[name] for drift in servers) for name in (servers[0] if servers else ())}
 
     def metrics(self) -> dict[str, float]:
-        """``sync_seconds``, ``sync_drift_mean`` and ``sync_drift_max`` in nats; see ``RolloutEngine``."""
+        """``sync_seconds``, ``sync_drift_mean`` and ``sync_drift_max`` in nats, ``server_restarts`` if there were
+        any; see ``RolloutEngine``."""
         taken, self._metrics = self._metrics, {}
         return taken
 
