@@ -174,3 +174,18 @@ def test_the_transforms_of_torch_func_are_refused(compiled: bool) -> None:
                 call(x)
         with torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"{name} has no forward-mode"):
             run(forward_ad.make_dual(hidden, hidden))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_count_of_rows_that_is_not_known_yet_is_a_normalizer(strict: bool) -> None:
+    class Loss(torch.nn.Module):
+        def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+            rows = {"advantages": torch.ones_like(hidden[:, 0]), "normalizer": hidden.shape[0]}
+            return linear_policy_loss(hidden, weight, targets, objective=PolicyObjective(), **rows).loss
+
+    hidden, weight, targets, _ = problem(20)
+    operands = hidden.detach(), weight.detach(), targets
+    length = torch.export.Dim("length", min=2, max=64)
+    exported = torch.export.export(Loss(), operands, dynamic_shapes=({0: length}, None, {0: length}), strict=strict)
+    shorter = operands[0][:7], operands[1], targets[:7]
+    torch.testing.assert_close(exported.module()(*shorter), Loss()(*shorter))

@@ -97,7 +97,7 @@ def check_normalizer(normalizer: Tensor | float, like: Tensor, rows: int) -> Non
             raise ValueError(f"normalizer must be 0-d or of shape ({rows},), got {tuple(normalizer.shape)}")
         if normalizer.dim() == 1 and normalizer.device != like.device:
             raise ValueError(f"normalizer is on {normalizer.device}, expected {like.device}")
-    elif not isinstance(normalizer, Real | torch.SymFloat) or not normalizer > 0:
+    elif not isinstance(normalizer, Real | torch.SymInt | torch.SymFloat) or not normalizer > 0:
         raise ValueError(f"normalizer must be positive, got {normalizer!r}")
 
 
