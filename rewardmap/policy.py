@@ -144,6 +144,16 @@ class Policy:
             self._prompts.put(key, found)
         return found
 
+    def bound(self, problem: Problem) -> int:
+        """Tokens that ``encode`` makes of a problem at most, without pixels or tokenizer: those of the picture, by its
+        header, and one for each byte of the text, which composing its characters at most makes three times as long.
+
+        Raises:
+            DataError: see ``encode``.
+        """
+        image = self._images.count(problem.image) // self.model.config.vision_config.spatial_merge_size**2
+        return image + 3 * len(self._text(problem).encode())
+
     def encode_text(self, text: str, uid: str = "") -> EncodedPrompt:
         """A prompt without a picture, in the chat template."""
         message = [{"role": "user", "content": text}]
@@ -153,25 +163,27 @@ class Policy:
         return EncodedPrompt(tuple(ids), positions, uid=uid)
 
     def _encode(self, problem: Problem) -> EncodedPrompt:
-        content = [{"type": "image"}, {"type": "text", "text": problem.question}]
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
         config = self.model.config
         merge = config.vision_config.spatial_merge_size
         info = self.image_info(problem.image)
         grid, image_tokens = info.grid_thw, info.patches // merge**2
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
-        places = [index for index, token in enumerate(ids) if token == config.image_token_id]
-        if len(places) != 1:
-            raise DataError(
-                f"{problem.uid}: the prompt holds {len(places)} image placeholders, expected 1; "
-                f"remove '{IMAGE_TOKEN}' from the question"
-            )
-        place = places[0]
+        ids: list[int] = self.tokenizer(self._text(problem), add_special_tokens=False).input_ids
+        place = ids.index(config.image_token_id)
         ids[place : place + 1] = [config.image_token_id] * image_tokens
         positions = mrope_positions(len(ids), place, (grid[0], grid[1] // merge, grid[2] // merge))
         return EncodedPrompt(tuple(ids), positions, image_tokens, problem.uid)
+
+    def _text(self, problem: Problem) -> str:
+        """In the chat template, with one placeholder for the picture."""
+        content = [{"type": "image"}, {"type": "text", "text": problem.question}]
+        message = [{"role": "user", "content": content}]
+        text: str = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        if text.count(IMAGE_TOKEN) != 1:
+            raise DataError(
+                f"{problem.uid}: the prompt holds {text.count(IMAGE_TOKEN)} image placeholders, expected 1; "
+                f"remove '{IMAGE_TOKEN}' from the question"
+            )
+        return text
 
     def image_features(self, sources: Sequence[str | bytes]) -> list[ImageFeatures]:
         """Vision-tower outputs, one per source, in order; a repeated source is computed once.

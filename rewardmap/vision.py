@@ -51,14 +51,19 @@ class Patches:
         self._processor = processor
 
     def cut(self, picture: Image.Image) -> tuple[Tensor, tuple[int, int, int]]:
-        """(``EncodedImage.pixels``, grid) of an RGB picture. Raises ValueError for one that the processor refuses."""
+        """(``EncodedImage.pixels``, grid) of an RGB picture. Raises as ``grid``."""
+        own, grid = self._processor, self.grid(*picture.size)
+        size = (grid[2] * own.patch_size, grid[1] * own.patch_size)
+        return self._cut(picture.resize(size, own.resample)), grid
+
+    def grid(self, width: int, height: int) -> tuple[int, int, int]:
+        """Of a picture of that size. Raises ValueError for one that the processor refuses."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         own = self._processor
-        size, factor = (picture.height, picture.width), own.patch_size * own.merge_size
-        height, width = smart_resize(*size, factor, own.size["shortest_edge"], own.size["longest_edge"])
-        pixels = self._cut(picture.resize((width, height), own.resample))
-        return pixels, (1, height // own.patch_size, width // own.patch_size)
+        limits = own.size["shortest_edge"], own.size["longest_edge"]
+        rows, columns = smart_resize(height, width, own.patch_size * own.merge_size, *limits)
+        return 1, rows // own.patch_size, columns // own.patch_size
 
     @cached_property
     def levels(self) -> Tensor:
@@ -191,6 +196,18 @@ class ImageStore:
             image = self.get(source)
             found = ImageInfo(image.grid_thw, image.digest)
         return found
+
+    def count(self, source: str | bytes) -> int:
+        """Patches of a picture, from its header: a picture that lies has as many as upright. Raises as ``get``."""
+        known = self.known(source)
+        if known is not None:
+            return known.patches
+        try:
+            with open_picture(source) as picture:
+                _, rows, columns = self.patches.grid(*picture.size)
+        except (OSError, ValueError):
+            return self.info(source).patches  # which says what is wrong with it
+        return rows * columns
 
     def known(self, source: str | bytes) -> ImageInfo | None:
         """Of a picture that was decoded before; None for another."""

@@ -255,6 +255,29 @@ def test_pixels_are_those_of_the_processor(policy, size, dtype):
         assert 8 * image.pixels.nbytes == expected["pixel_values"].nbytes
 
 
+def test_the_bound_of_a_prompt_decodes_nothing_and_holds(policy):
+    """Also of a picture that lies, and of characters that composing makes longer."""
+    rng, pictures = np.random.default_rng(0), []
+    lying = Image.Exif()
+    lying[ExifTags.Base.Orientation] = 6
+    for size, kind, more in (((150, 60), "PNG", {}), ((60, 190), "JPEG", {"exif": lying}), ((31, 33), "PNG", {})):
+        pictures.append(saved(Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)), kind, **more))
+    read, decoded = policy._images._read, []
+    policy._images._read = lambda source: (decoded.append(source), read(source))[1]
+    problems = [
+        Problem(f"{place}-{text[:3]}", picture, text, "TorF1", 1, "", "", "a/b", "easy")
+        for place, picture in enumerate(pictures)
+        for text in ("", "How many lines?", "\u0958" * 40, "地铁 é" * 9)
+    ]
+    bounds = [policy.bound(problem) for problem in problems]
+    assert not decoded
+    for problem, bound in zip(problems, bounds, strict=True):
+        found = policy.encode(problem)
+        assert found.image_tokens < len(found.token_ids) <= bound == policy.bound(problem)
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        policy.bound(Problem("p", b"no picture", "who?", "TorF1", 1, "", "", "a/b", "easy"))
+
+
 def test_a_processor_that_makes_something_else_is_refused(policy):
     processor = policy.image_processor
 

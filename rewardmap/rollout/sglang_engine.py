@@ -102,7 +102,8 @@ class SGLangEngine:
         found = self.loop.run(ask())
         self._limit, self._seeded = min(server.limit for server in found), any(server.seeded for server in found)
         for problem in problems:
-            check_length(len(self.policy.encode(problem).token_ids), max_new_tokens, self._limit, problem.uid)
+            if self.policy.bound(problem) + max_new_tokens > self._limit:  # else no map need be decoded to tell
+                check_length(len(self.policy.encode(problem).token_ids), max_new_tokens, self._limit, problem.uid)
 
     def generate(
         self,
