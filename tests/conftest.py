@@ -38,9 +38,28 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def policy():
+    """The tiny policy, warm. Files that need another have their own."""
+    from rewardmap.config import PolicyConfig
+    from rewardmap.policy import load_policy
+    from rewardmap.tiny import WARM_START
+
+    return load_policy(WARM_START, PolicyConfig())
+
+
+@pytest.fixture
+def server(policy):
+    """A stand-in for an SGLang server."""
+    import sglang_fake
+
+    with sglang_fake.FakeServer(policy.tokenizer, policy.model.config.image_token_id).running() as running:
+        yield running
+
+
 @pytest.fixture
 def proxy(server):
-    """Injects faults between a client and the stand-in ``server`` of its file."""
+    """Injects faults between a client and the stand-in."""
     import sglang_fake  # needs aiohttp, as those files do
 
     with sglang_fake.Proxy(server.url).running() as running:

@@ -20,9 +20,8 @@ import torch
 from PIL import Image
 
 from rewardmap import vision
-from rewardmap.config import ConfigError, PolicyConfig, ServerConfig
+from rewardmap.config import ConfigError, ServerConfig
 from rewardmap.config_file import load_config
-from rewardmap.policy import load_policy
 from rewardmap.rollout import sglang_engine
 from rewardmap.rollout.engine import RolloutEngine, RolloutError
 from rewardmap.rollout.sglang_engine import SGLangEngine, assign
@@ -43,11 +42,6 @@ SAMPLING = SamplingParams(max_new_tokens=24)
 
 
 @pytest.fixture(scope="module")
-def policy():
-    return load_policy(WARM_START, PolicyConfig())
-
-
-@pytest.fixture(scope="module")
 def problems():
     pictures = [
         encode_png(draw_map(generate_network("tiny-easy", np.random.default_rng(seed), f"a/{seed}"))) for seed in (0, 1)
@@ -56,12 +50,6 @@ def problems():
         Problem(f"q-{i}", pictures[i % 2], f"How many lines? ({i})", "Counting3", 2, "", "", "a/0", "easy")
         for i in range(6)
     ]
-
-
-@pytest.fixture
-def server(policy):
-    with fake.FakeServer(policy.tokenizer, policy.model.config.image_token_id).running() as running:
-        yield running
 
 
 @pytest.fixture

@@ -11,13 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rewardmap.config import PolicyConfig, ServerConfig
-from rewardmap.policy import load_policy
+from rewardmap.config import ServerConfig
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.sglang_client import EventLoop
 from rewardmap.rollout.sglang_engine import CUTS, RESTARTS, SGLangEngine
 from rewardmap.rollout.sglang_server import Keys
-from rewardmap.tiny import WARM_START
 from rewardmap.train.background import in_background
 from rewardmap.train.synced import SyncedEngine
 from rewardmap.train.weight_sync import WeightSync
@@ -32,20 +30,9 @@ SAMPLING = SamplingParams(max_new_tokens=24)
 
 
 @pytest.fixture(scope="module")
-def policy():
-    return load_policy(WARM_START, PolicyConfig())
-
-
-@pytest.fixture(scope="module")
 def problems():
     picture = encode_png(draw_map(generate_network("tiny-easy", np.random.default_rng(0), "a/0")))
     return [Problem(f"q-{i}", picture, f"How many? ({i})", "Counting3", 2, "", "", "a/0", "easy") for i in range(4)]
-
-
-@pytest.fixture
-def server(policy):
-    with fake.FakeServer(policy.tokenizer, policy.model.config.image_token_id).running() as running:
-        yield running
 
 
 class Process:

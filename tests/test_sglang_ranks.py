@@ -15,9 +15,7 @@ import pytest
 import torch
 
 from rewardmap.config import PolicyConfig
-from rewardmap.policy import load_policy
 from rewardmap.report import read_metrics
-from rewardmap.tiny import WARM_START
 from rewardmap.train.checkpoint import list_checkpoints
 from rewardmap.train.weights import whole_weights
 
@@ -31,11 +29,6 @@ PUSHED = {
     "offload": {"parallel": {"offload": True}, "policy": {"freeze_vision": False}},
     "lora": {"policy": {"lora_rank": 4}},
 }
-
-
-@pytest.fixture(scope="module")
-def policy():
-    return load_policy(WARM_START, PolicyConfig())
 
 
 @pytest.fixture

@@ -47,11 +47,6 @@ CYCLE = [
 
 
 @pytest.fixture(scope="module")
-def policy():
-    return load_policy(WARM_START, PolicyConfig())
-
-
-@pytest.fixture(scope="module")
 def problem():
     picture = encode_png(draw_map(generate_network("tiny-easy", np.random.default_rng(0), "a/0")))
     return Problem("q-0", picture, "How many lines?", "Counting3", 2, "", "", "a/0", "easy")
