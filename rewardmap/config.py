@@ -307,7 +307,7 @@ class TrainConfig:
     trainer's, more tokens than a micro-batch takes): stop before the step, or be left out of it and counted."""
     max_tokens_per_micro_batch: Count = 16_384
     checkpoint_every: Count = 100
-    """Steps between checkpoints; also one at each stage's end."""
+    """Steps between checkpoints; also one at each stage's end, and before each evaluation."""
     keep_checkpoints: Count = 2
     """The newest so many stay."""
     keep_best: Whole = 0
@@ -361,6 +361,8 @@ class GuardConfig:
 class EvalConfig:
     before: bool = True
     """Evaluate the warm start on the held-out maps before reinforcement learning."""
+    every: Whole = 0
+    """Evaluate after each so many steps too, and keep a checkpoint there; 0: only before and after."""
     text_only: bool = True
     """Evaluate the trained model once more with maps swapped between questions."""
     max_problems: Whole = 0

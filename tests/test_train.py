@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from small_run import SMALL, changed, stages
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageTextToText
 
 from rewardmap.config import Config, ConfigError
@@ -238,6 +240,46 @@ def test_a_gate_ends_a_stage_and_a_resumed_run_goes_on_inside_it(tmp_path, confi
     assert without_times(folder) == without_times(whole)
     expected, got = (weights(path / "checkpoints" / "step-000007") for path in (whole, folder))
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_held_out_maps_are_asked_along_the_way_and_the_training_is_the_same(tmp_path, config, console, monkeypatch):
+    plain = run.train(config, tmp_path / "plain", console=console)
+    often = replace(config, eval=replace(config.eval, every=2))
+    folder, examine_all, dead = tmp_path / "often", examine.Examiner.examine, []
+
+    def dying(self, engine, model, name, out, bar=None):
+        found = examine_all(self, engine, model, name, out, bar)
+        if name == "step-000004" and not dead:
+            dead.append(name)
+            raise RuntimeError("killed")
+        return found
+
+    monkeypatch.setattr(examine.Examiner, "examine", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        run.train(often, folder, console=console)
+    asked = len(json_lines(folder / "evaluation/answers.jsonl"))
+    run.resume(folder, console=console)
+    assert without_times(folder) == without_times(plain)
+    count = len(json_lines(folder / "evaluation/before.jsonl"))
+    assert asked == 3 * count  # what was answered after step 4 was not asked again
+    in_all = [len(json_lines(path / "evaluation/answers.jsonl")) for path in (plain, folder)]
+    assert in_all[1] == in_all[0] + 2 * count
+    assert (folder / "evaluation/after.jsonl").read_text() == (plain / "evaluation/after.jsonl").read_text()
+    assert sorted(path.stem for path in (folder / "evaluation").glob("step-*")) == ["step-000002", "step-000004"]
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    told = {event.step: event.value for event in events.Scalars("held_out/weighted_accuracy")}
+    assert sorted(told) == [0, 2, 4, 5] and "held_out/planning" in events.Tags()["scalars"]
+    report = json.loads((folder / "report.json").read_text())["weighted_accuracy"]
+    assert (told[0], told[5]) == pytest.approx((report["before"], report["after"]))
+    sizes = [Image.open(path / "curves.png").height for path in (plain, folder)]
+    assert sizes[1] > 1.4 * sizes[0]
+
+
+def test_where_gates_end_a_run_early_nothing_is_asked_after_steps_that_never_come(tmp_path, config, console):
+    gated = stages(config, "{name='g', steps=5, advance_at=0.01, advance_window=2}")
+    out = run.train(replace(gated, eval=replace(config.eval, every=1)), tmp_path / "run", console=console)
+    assert len(read_metrics(out)) == 2
+    assert [path.stem for path in (out / "evaluation").glob("step-*")] == ["step-000001"]
 
 
 def test_a_run_that_went_back_and_on_otherwise_is_evaluated_anew(tmp_path, config, console):

@@ -17,6 +17,7 @@ from rewardmap.types import KINDS
 INK, MUTED, GRID = "#1c2430", "#5d6673", "#e6e8ec"
 BANDS = ("#eef3fb", "#f7f2e8", "#ecf6f0", "#f6eef5")
 BEFORE, AFTER, ACCENT = "#b4bdc9", "#1a5fd0", "#d61f2c"
+COLOURS = dict(zip(KINDS, ("#1a5fd0", "#7fb0f2", "#12804a", "#74c69d", "#c9d96f", "#e07a1f"), strict=True))
 BARS = ("weighted_accuracy", *KINDS, DIRECT, TRANSFER, "format_valid")
 NAMES = {
     "weighted_accuracy": "all, weighted",
@@ -26,12 +27,18 @@ NAMES = {
 }
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Evaluation], path: Path) -> None:
+def draw_curves(
+    rows: Sequence[Mapping[str, Any]],
+    evaluations: Mapping[str, Evaluation],
+    path: Path,
+    along: Mapping[int, Evaluation] | None = None,
+) -> None:
     """Draw a PNG.
 
     Args:
         rows: of ``metrics.jsonl``; those without ``reward`` (supervised steps) only widen their stage's band.
         evaluations: any of ``before``, ``after`` and ``text_only``.
+        along: held-out answers by step, drawn below as curves.
 
     Raises:
         OSError: naming ``path``.
@@ -40,25 +47,34 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Eva
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(13, 6.4), dpi=120, facecolor="white", layout="constrained")
+    panels = 3 if along else 2
+    figure = Figure(figsize=(13, 3.2 * panels), dpi=120, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2, width_ratios=(1.35, 1), hspace=0.06)
+    grid = figure.add_gridspec(panels, 2, width_ratios=(1.35, 1), hspace=0.06)
     reward = figure.add_subplot(grid[0, 0])
-    accuracy = figure.add_subplot(grid[1, 0], sharex=reward)
+    accuracy, *held_out = [figure.add_subplot(grid[row, 0], sharex=reward) for row in range(1, panels)]
     bars = figure.add_subplot(grid[:, 1])
-    for axes in (reward, accuracy, bars):
+    for axes in (reward, accuracy, *held_out, bars):
         _style(axes)
     _curve(reward, rows, "reward", AFTER)
     _curve(accuracy, rows, "accuracy", ACCENT)
-    accuracy.set_ylim(0, 1)
-    accuracy.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-    reward.tick_params(labelbottom=False)
     reward.set_title("mean reward of the sampled answers", loc="left", fontsize=11, color=INK, pad=32)
     accuracy.set_title("share of the sampled answers that are right", loc="left", fontsize=11, color=INK)
-    accuracy.set_xlabel("step", color=MUTED)
-    accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for axes in (reward, accuracy):
+    for axes in held_out:
+        axes.set_title("share right on held-out maps, by kind", loc="left", fontsize=11, color=INK, pad=24)
+        _along(axes, along or {})
+    for axes in (accuracy, *held_out):
+        axes.set_ylim(0, 1)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    for axes in (reward, accuracy, *held_out):
         _bands(axes, rows, label=axes is reward)
+        axes.tick_params(labelbottom=False)
+    if along:
+        reward.set_xlim(left=min(reward.get_xlim()[0], min(along) - 0.5))
+    lowest = (accuracy, *held_out)[-1]
+    lowest.tick_params(labelbottom=True)
+    lowest.set_xlabel("step", color=MUTED)
+    lowest.xaxis.set_major_locator(MaxNLocator(integer=True))
     _bars(bars, evaluations)
     with replacing(path) as temporary:
         figure.savefig(temporary)
@@ -105,6 +121,22 @@ def _curve(axes: Any, rows: Sequence[Mapping[str, Any]], key: str, colour: str) 
         width = min(2 * (len(values) // 16) + 1, 41)
         marker = "o" if len(values) == 1 else None
         axes.plot(steps, smooth(values, width), color=colour, linewidth=2, solid_capstyle="round", marker=marker)
+
+
+def _along(axes: Any, evaluations: Mapping[int, Evaluation]) -> None:
+    """One thin line a kind, named at its end, and the weighted accuracy with its intervals."""
+    steps = list(evaluations)
+    kinds = [kind for kind in KINDS if any(kind in found.groups for found in evaluations.values())]
+    for kind in kinds:
+        values = [found.estimate(kind).value for found in evaluations.values()]
+        axes.plot(steps, values, color=COLOURS[kind], linewidth=1.3, marker="o", markersize=3, label=kind)
+    estimates = [found.estimate() for found in evaluations.values()]
+    values = [estimate.value for estimate in estimates]
+    errors = np.nan_to_num([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]).clip(min=0)
+    line = {"color": INK, "linewidth": 2, "marker": "o", "markersize": 4, "elinewidth": 1.1, "capsize": 2.5}
+    axes.errorbar(steps, values, errors, label="all, weighted", **line)
+    row = {"ncols": 7, "fontsize": 8.5, "columnspacing": 1.0, "handlelength": 1.3, "handletextpad": 0.5}
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1), frameon=False, **row)
 
 
 def _bands(axes: Any, rows: Sequence[Mapping[str, Any]], label: bool) -> None:

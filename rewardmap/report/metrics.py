@@ -53,14 +53,20 @@ class MetricsLog:
                 line = line[self._file.write(line) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
-        numbers = {name: value for name, value in _scalars(row) if name != "step"}
-        for name, value in numbers.items():
-            self._events.add_scalar(name, value, row["step"])
-        for tracker in self._trackers:
-            tracker.log(numbers, step=row["step"])
+        self._tell({name: value for name, value in _scalars(row) if name != "step"}, row["step"])
         if row.get("stage") != self._stage:
             self._stage = row.get("stage")
             self._events.add_text("stage", str(self._stage), row["step"])
+
+    def held_out(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Tell TensorBoard and the trackers what was measured on held-out maps after a step; its row stays as it is."""
+        self._tell({f"held_out/{name}": value for name, value in numbers.items()}, step)
+
+    def _tell(self, numbers: dict[str, float], step: int) -> None:
+        for name, value in numbers.items():
+            self._events.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.log(numbers, step=step)
 
     def sync(self) -> None:
         """Every row is on the disk when this returns: before a checkpoint that a run resumes from behind them.

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from rewardmap.files import replacing
-from rewardmap.report.curves import ACCENT, AFTER, BANDS, GRID, INK, MUTED, plain_axes, stage_spans
+from rewardmap.report.curves import ACCENT, AFTER, BANDS, COLOURS, GRID, INK, MUTED, plain_axes, stage_spans
 from rewardmap.types import KINDS
 
-COLOURS = dict(zip(KINDS, ("#1a5fd0", "#7fb0f2", "#12804a", "#74c69d", "#c9d96f", "#e07a1f"), strict=True))
 POOL_COLOURS = ("#264653", "#2a9d8f", "#8ab17d", "#e9c46a", "#f4a261", "#e76f51", "#9b5de5", "#577590", "#c9ada7")
 MOST_POOLS = 9
 """Pools drawn apart; the smallest beyond them are summed."""

@@ -87,6 +87,7 @@ class Examiner:
 
         Args:
             model: what identifies the weights within ``out``.
+            bar: where progress is shown meanwhile; None: in one of its own.
         """
         sampling = SamplingParams(temperature=0.0, max_new_tokens=self.config.rollout.max_new_tokens)
         policy = self.config.policy
@@ -94,6 +95,8 @@ class Examiner:
         with progress_bar(self.console) if bar is None else nullcontext(bar) as shown:
             task = shown.add_task(f"evaluate: {name}", total=len(self.problems))
             answers = ask(engine, self.problems, sampling, store, lambda done, _: shown.update(task, completed=done))
+            if bar is not None:
+                shown.remove_task(task)
         return self.evaluation(answers, name, out)
 
     def write_page(
@@ -158,14 +161,14 @@ def networks_for(mode: str, *splits: MapData) -> Networks:
     return {name: split.topology(name) if mode == "graph" else split.networks[name] for name, split in names.items()}
 
 
-def answers_before(run_dir: Path, after: Evaluation) -> Evaluation | None:
-    """The warm start's answers, if there are any to the same questions."""
-    path = run_dir / EVALUATION / "before.jsonl"
+def answers_named(name: str, run_dir: Path, after: Evaluation) -> Evaluation | None:
+    """A run's earlier answers, such as ``before``, if there are any to the same questions."""
+    path = run_dir / EVALUATION / f"{name}.jsonl"
     if not path.is_file():
         return None
-    before = Evaluation.from_jsonl(path)
-    same = [(record.uid, record.weight) for record in before.records] == [(r.uid, r.weight) for r in after.records]
-    return before if same else None
+    found = Evaluation.from_jsonl(path)
+    same = [(record.uid, record.weight) for record in found.records] == [(r.uid, r.weight) for r in after.records]
+    return found if same else None
 
 
 @dataclass(frozen=True)
@@ -230,7 +233,7 @@ def evaluate_target(request: EvalRequest, console: Console) -> Path:
                         text_only = examiner.examine_text_only(engine, model, out)
         finally:
             engine.close()
-    before = answers_before(run_dir, after) if run_dir else None
+    before = answers_named("before", run_dir, after) if run_dir else None
     report = write_report(
         out,
         after=after,

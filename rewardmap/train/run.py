@@ -24,7 +24,7 @@ from rewardmap.evaluate import Evaluation
 from rewardmap.profiling import device_peak_flops, peak_rss_bytes, speed
 from rewardmap.report import MetricsLog, draw_curriculum, draw_curves, draw_samples, read_metrics, write_report
 from rewardmap.train.checkpoint import Checkpoints
-from rewardmap.train.examine import CHECKPOINTS, EVALUATION, Examiner, answers_before, progress_bar
+from rewardmap.train.examine import CHECKPOINTS, EVALUATION, Examiner, answers_named, progress_bar
 from rewardmap.train.faults import Stopped, interrupts_say, stop_request
 from rewardmap.train.identity import random_state
 from rewardmap.train.parallel import computes_in
@@ -35,6 +35,9 @@ from rewardmap.train.start import begin_folder, join, set_up
 from rewardmap.train.trackers import need_trackers, open_trackers
 from rewardmap.train.trainer import Trainer
 from rewardmap.types import DataError
+
+ALONG = "step-{:06}"
+"""Of ``evaluation``: the held-out answers after a step of ``eval.every``."""
 
 
 def train(config: Config, run_dir: Path, *, console: Console) -> Path:
@@ -121,8 +124,10 @@ def _train_and_close(
         with _own_folder(run_dir, ranks) as out:  # what ranks other than the first write there is thrown away
             trackers = open_trackers(config.train.trackers, run_dir, to_dict(config)) if ranks.is_first else []
             with MetricsLog(out, trainer.step, trackers) as log, writer as checkpoints:
-                _train_loop(_Job(trainer, examiner, checkpoints, log, itself, run_dir, out, console))
-            _close(trainer, examiner, out)
+                job = _Job(trainer, examiner, checkpoints, log, itself, run_dir, out, console)
+                _train_loop(job)
+                after = _held_out(job, "after")
+            _close(job, after)
     finally:
         trainer.engine.close()
 
@@ -144,24 +149,47 @@ class _Job:
 
 def _train_loop(job: _Job) -> None:
     trainer, config, curriculum = job.trainer, job.trainer.config, job.trainer.curriculum
-    first_rl = sum(stage.steps for stage in takewhile(lambda stage: stage.kind == "sft", config.train.stages))
+    first_rl = _first_rl(config)
     with progress_bar(job.console) as bar:
         task = bar.add_task("train", total=curriculum.total_steps, completed=trainer.step)
-        _make_steps(job, bar, task, first_rl)
-        if config.eval.before and trainer.step == first_rl < curriculum.total_steps:
-            with trainer.timer.phase("evaluate"):
-                _examine(trainer, job.examiner, "before", job.out, bar)
+        for pause in _pauses(config, first_rl, trainer.step, curriculum.total_steps):
+            _make_steps(job, bar, task, pause)
+            if trainer.step == pause < curriculum.total_steps:
+                before = config.eval.before and pause == first_rl
+                right = _held_out(job, "before" if before else ALONG.format(pause), bar).weighted_accuracy
+                bar.console.print(f"step {pause}: {right:.1%} right on held-out maps, weighted", highlight=False)
         _make_steps(job, bar, task, None)
 
 
+def _first_rl(config: Config) -> int:
+    """Steps before reinforcement learning."""
+    return sum(stage.steps for stage in takewhile(lambda stage: stage.kind == "sft", config.train.stages))
+
+
+def _pauses(config: Config, first_rl: int, step: int, total: int) -> list[int]:
+    """Steps from ``step`` on after which held-out questions are asked, the last one apart."""
+    every = config.eval.every
+    steps = {*(range(every, total, every) if every else ()), *([first_rl] if config.eval.before else ())}
+    return sorted(one for one in steps if step <= one < total)
+
+
+def _held_out(job: _Job, name: str, bar: Progress | None = None) -> Evaluation:
+    trainer = job.trainer
+    with trainer.timer.phase("evaluate"):
+        found = job.examiner.examine(trainer.engine, _weights(job), name, job.out / EVALUATION, bar)
+    numbers = {metric: found.estimate(metric).value for metric in ("weighted_accuracy", *found.groups)}
+    job.log.held_out(trainer.step, numbers)
+    return found
+
+
 def _make_steps(job: _Job, bar: Progress, task: TaskID, end: int | None) -> None:
-    """Train up to step ``end`` (None: the curriculum's last) and save. A signal stops all ranks after the step in
-    progress, saved."""
+    """Train up to step ``end`` (None: the curriculum's last, which gates may bring forward) and save. A signal stops
+    all ranks after the step in progress, saved."""
     trainer, curriculum = job.trainer, job.trainer.curriculum
     accuracy: list[float] = []
 
     def at_end() -> bool:
-        return trainer.step >= (curriculum.total_steps if end is None else end)
+        return trainer.step >= min(curriculum.total_steps, curriculum.total_steps if end is None else end)
 
     with stop_request("stopping after the step in progress", bar.console.print) as stop:
         while not at_end():
@@ -207,19 +235,19 @@ def _save(job: _Job, stage: str, accuracy: Sequence[float]) -> None:
     job.checkpoints.save(trainer.step, trainer.policy, trainer.optimizer, trainer.state_dict() | state)
 
 
-def _close(trainer: Trainer, examiner: Examiner, run_dir: Path) -> None:
-    """Evaluate the trained policy and write everything a person looks at."""
-    config = trainer.config
+def _close(job: _Job, after: Evaluation) -> None:
+    """Evaluate the trained policy once more with maps swapped, and write everything a person looks at."""
+    trainer, examiner, run_dir, config = job.trainer, job.examiner, job.out, job.trainer.config
     with trainer.timer.phase("evaluate"):
-        after = _examine(trainer, examiner, "after", run_dir)
-        text_only = examiner.examine_text_only(trainer.engine, _weights(trainer), run_dir / EVALUATION)
+        text_only = examiner.examine_text_only(trainer.engine, _weights(job), run_dir / EVALUATION)
     if not trainer.ranks.is_first:
         return
-    before = answers_before(run_dir, after)
+    before = answers_named("before", run_dir, after)
     rows = read_metrics(run_dir)
+    along = _held_out_along(job, before, after)
     with trainer.timer.phase("report"):
         named = {"before": before, "after": after, "text_only": text_only}
-        draw_curves(rows, {name: result for name, result in named.items() if result}, run_dir / "curves.png")
+        draw_curves(rows, {name: result for name, result in named.items() if result}, run_dir / "curves.png", along)
         draw_curriculum(rows, run_dir / "curriculum.png")
         if config.eval.samples:
             draw_samples(after, examiner.problems, run_dir / "samples", config.eval.samples, before)
@@ -250,14 +278,26 @@ def _close(trainer: Trainer, examiner: Examiner, run_dir: Path) -> None:
     )
 
 
-def _examine(trainer: Trainer, examiner: Examiner, name: str, run_dir: Path, bar: Progress | None = None) -> Evaluation:
-    return examiner.examine(trainer.engine, _weights(trainer), name, run_dir / EVALUATION, bar)
+def _held_out_along(job: _Job, before: Evaluation | None, after: Evaluation) -> dict[int, Evaluation]:
+    """By step, where ``eval.every`` asked for more than both ends."""
+    config, last = job.trainer.config, job.trainer.step
+    first_rl = _first_rl(config)
+    named = {step: answers_named(ALONG.format(step), job.out, after) for step in _pauses(config, first_rl, 0, last)}
+    between = {step: found for step, found in named.items() if found is not None}
+    ends = ({first_rl: before} if before else {}) | {last: after}
+    return dict(sorted((between | ends).items())) if between else {}
 
 
-def _weights(trainer: Trainer) -> str:
-    """What identifies the weights within a run, which may go back to a checkpoint and on with other settings."""
-    settings = json.dumps({**to_dict(trainer.config), "eval": None}, sort_keys=True)
-    return f"step {trainer.version} {hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()}"
+def _weights(job: _Job) -> str:
+    """What identifies the weights within a run, which may go back to a checkpoint and on with other settings, or with
+    other answers of its servers: the row of the step that made them."""
+    trainer = job.trainer
+
+    def digest() -> str:
+        what = [{**to_dict(trainer.config), "eval": None}, read_metrics(job.run_dir)[-1:]]
+        return hashlib.blake2b(json.dumps(what, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    return f"step {trainer.version} {trainer.ranks.first(digest)}"
 
 
 def _total_phases(rows: Sequence[Mapping[str, Mapping[str, float]]], now: Mapping[str, float]) -> dict[str, float]:
