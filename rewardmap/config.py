@@ -161,7 +161,7 @@ class RolloutConfig:
     ``importance_max``, ``mask`` leaves tokens above it out. For engines whose numerics are not the trainer's."""
     importance_max: Positive = 2.0
     staleness: Annotated[Literal[0, 1], _NUMBER] = 0
-    """Updates by which answers may lag behind the weights they train. 1: the next step's answers are sampled while this
+    """Steps by which answers may lag behind the weights they train. 1: the next step's answers are sampled while this
     one trains (one-step-off); needs ``importance_correction``, and servers on GPUs of their own to gain time."""
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
 
@@ -280,6 +280,10 @@ class TrainConfig:
     stages: tuple[StageConfig, ...] = dataclasses.field(default_factory=lambda: ordered_stages("paper"))
     """In order. In a file also the name of one of ``ORDERS``, with ``train.steps`` for its length."""
     prompts_per_step: Count = 16
+    updates_per_step: Count = 1
+    """Updates of the weights on a step's answers, each on so many of its questions (mini-batches), in a stage of kind
+    ``rl``. From 2 on the ratio is taken against the engine's log-probabilities, which ``clip_eps_low`` and
+    ``clip_eps_high`` then bound, unless ``rollout.importance_correction`` weighs each token by it instead."""
     learning_rate: NotNegative = 1e-6
     warmup_steps: Whole = 0
     """Steps of linear warm-up at the start of the run's optimizer."""
@@ -289,6 +293,7 @@ class TrainConfig:
     objective: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "gspo", "sapo", "reinforce"] = "grpo"
     clip_eps_low: NotNegative = 0.2
     clip_eps_high: NotNegative = 0.2
+    """Bounds of the ratio, 1 - low to 1 + high. With one update a step it is 1: they do nothing."""
     entropy_coef: Real = 0.0
     kl_coef: NotNegative = 0.0
     """Weight of the divergence from the policy the run began with (under LoRA from the model without adapters)."""
@@ -398,3 +403,14 @@ class Config:
                     f"replay={stage.replay:g} in stage '{stage.name}': of train.prompts_per_step="
                     f"{self.train.prompts_per_step} questions it is {replayed}; take 0, 1, or more questions a step"
                 )
+        updates = self.train.updates_per_step
+        if updates > self.train.prompts_per_step:
+            raise ValueError(
+                f"train.updates_per_step={updates}: at most train.prompts_per_step={self.train.prompts_per_step}, a "
+                "question each"
+            )
+        if updates > 1 and self.train.objective == "reinforce" and self.rollout.importance_correction == "none":
+            raise ValueError(
+                f"train.updates_per_step={updates} trains on answers of earlier weights, and objective='reinforce' has "
+                "no ratio to them: set rollout.importance_correction='truncate' or 'mask'"
+            )

@@ -113,6 +113,70 @@ def test_ten_updates_with_and_without_sharing_give_the_same_parameters(monkeypat
     assert moved > 20
 
 
+def near(policy):
+    """A change that gives a group the log-probabilities of an engine whose policy is near this one."""
+
+    def change(group):
+        answers = tuple(rollout.token_ids for rollout in group.rollouts)
+        with torch.no_grad():
+            prompt = policy.encode(group.problem)
+            rows = models.unshared_logprobs(policy, [Answers(prompt, group.problem.image, answers, (0, 1, 2, 3))])
+        rng = np.random.default_rng([*group.problem.uid.encode()])
+        rollouts = []
+        for number, rollout in enumerate(group.rollouts):
+            said = rows[number].numpy() + rng.normal(0, 0.3, len(rows[number]))
+            rollouts.append(dataclasses.replace(rollout, rollout_logprobs=tuple(said.tolist())))
+        return dataclasses.replace(group, rollouts=tuple(rollouts))
+
+    return change
+
+
+def test_several_updates_on_a_step_s_answers_are_those_of_clipped_policy_gradients():
+    """arXiv 1707.06347, eq. 7, against the engine's policy, over the tokens of each update's share of the groups."""
+    settings = {"updates_per_step": 2, "objective": "dapo", "clip_eps_high": 0.28, "learning_rate": 5.0}
+    trainer = make(double(), max_tokens_per_micro_batch=600, **settings)
+    trainer.optimizer = torch.optim.SGD(trainer.optimizer.param_groups[0]["params"])
+    trainer.engine.change = near(double())
+    plain, drawn = double(), []
+    answer = trainer._answer
+    trainer._answer = lambda draw: drawn.append(answer(draw)) or drawn[-1]
+    row = trainer.train_step()
+    groups = drawn[0].groups
+    advantages = trainer._advantage(groups, trainer_module.join(drawn[0].rewards), None).advantages.double()
+    losses, clipped, count = [], 0, 0
+    for half in (0, 1):
+        loss, tokens = 0.0, 0
+        for place in (2 * half, 2 * half + 1):
+            group = groups[place]
+            answers = tuple(rollout.token_ids for rollout in group.rollouts)
+            batch = [Answers(plain.encode(group.problem), group.problem.image, answers, (0, 1, 2, 3))]
+            for number, logprobs in models.unshared_logprobs(plain, batch).items():
+                advantage = advantages[4 * place + number]
+                ratio = (logprobs - torch.tensor(group.rollouts[number].rollout_logprobs, dtype=torch.float64)).exp()
+                loss = loss - torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage).sum()
+                tokens += len(logprobs)
+                if len(set(advantages[4 * place : 4 * place + 4].tolist())) > 1:
+                    clipped += int(((ratio > 1.28) & (advantage > 0) | (ratio < 0.8) & (advantage < 0)).sum())
+                    count += len(logprobs)
+        (loss / tokens).backward()
+        losses.append(loss.item() / tokens)
+        weights = [parameter for parameter in plain.model.parameters() if parameter.grad is not None]
+        torch.nn.utils.clip_grad_norm_(weights, 0.5)
+        with torch.no_grad():
+            for parameter in weights:
+                parameter -= 5.0 * parameter.grad
+                parameter.grad = None
+    assert trainer.version == 2 and clipped > 3
+    assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    assert row["clip_fraction"] == pytest.approx(clipped / count)
+    start = dict(double().model.named_parameters())
+    moved = 0
+    for (name, value), expected in zip(trainer.policy.model.named_parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6, msg=name)
+        moved += not torch.allclose(value, start[name], rtol=0, atol=1e-4)
+    assert moved > 20
+
+
 @pytest.mark.parametrize("kind", ["rl", "sft"])
 def test_the_next_step_s_pictures_are_decoded_while_this_one_trains(kind, monkeypatch):
     policy = build_tiny(3, True)

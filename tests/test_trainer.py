@@ -235,6 +235,53 @@ def test_guards_refuse_large_updates(config, guard):
     assert f"over guard.{guard}" in row["refused"] and trainer.version == 0
 
 
+@pytest.mark.parametrize("correction", ["none", "truncate"])
+def test_several_updates_a_step_are_counted_measured_and_told_the_engine_once(config, correction):
+    settings = [f"data.path={config.data.path}", "train.updates_per_step=4", "train.skip_equal_groups=false"]
+    trainer = make_trainer(load_config("tiny", [*SMALL, *settings, f"rollout.importance_correction={correction}"]))
+    versions = []
+    trainer.engine.update_weights = versions.append
+    rows = [trainer.train_step() for _ in range(2)]
+    assert versions == [4, 8] and trainer.step == 2 and rows[1]["step"] == 2
+    whole = make_trainer(changed(config, skip_equal_groups=False)).train_step()
+    for key in ("reward", "rollout_tokens", "logical_tokens"):
+        assert rows[0][key] == whole[key]
+    assert rows[0]["packed_tokens"] >= whole["packed_tokens"]  # questions about one map may come to two updates
+    assert rows[0]["micro_batches"] == 4 > whole["micro_batches"]
+    assert rows[0]["rollout_drift"] > 1e-5  # the later updates are off the policy that was sampled
+    own = {"clip_fraction"} if correction == "none" else {"importance_mean", "importance_rejected"}
+    assert rows[0].keys() - whole.keys() == own
+    if correction == "truncate":
+        assert rows[0]["importance_mean"] == pytest.approx(1, abs=0.2) and rows[0]["importance_mean"] != 1
+    else:
+        assert 0 <= rows[0]["clip_fraction"] < 1
+
+
+def test_one_of_several_updates_may_be_refused(config, tmp_path):
+    trainer = make_trainer(changed(config, skip_equal_groups=False, updates_per_step=3))
+    trainer.faults, spoil = tmp_path, iter([1.0, float("nan"), 1.0])
+    backward = trainer._backward
+
+    def sometimes(*arguments):
+        found = backward(*arguments)
+        trainer.policy.model.lm_head.weight.grad *= next(spoil)
+        return found
+
+    trainer._backward = sometimes
+    row = trainer.train_step()
+    assert row["refused"] == "the gradient norm is nan" and trainer.version == 2 and trainer.guard.streak == 0
+    assert len(json.loads((tmp_path / "step-000001.json").read_text())["answers"]) == 6
+
+
+def test_updates_that_a_step_cannot_make_are_refused():
+    with pytest.raises(ConfigError, match=r"updates_per_step=7: at most train\.prompts_per_step=6, a question each"):
+        load_config("tiny", [*SMALL, "train.updates_per_step=7"])
+    off = [*SMALL, "train.updates_per_step=2", "train.objective=reinforce"]
+    with pytest.raises(ConfigError, match=r"no ratio to them: set rollout\.importance_correction='truncate' or 'mask'"):
+        load_config("tiny", off)
+    load_config("tiny", [*off, "rollout.importance_correction=mask"])
+
+
 def test_a_trainable_tower_trains(config):
     settings = [*SMALL, f"data.path={config.data.path}", "policy.freeze_vision=false"]
     trainer = make_trainer(load_config("tiny", settings))

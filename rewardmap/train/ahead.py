@@ -1,7 +1,7 @@
 """One-step-off: the next step's answers are sampled while this one trains.
 
 The loop is that of ``Trainer``, whose verbs come in another order. A step's answers were begun with the weights of the
-step before and are finished before those change, so that they lag behind by one update at most;
+step before and are finished before those change, so that they lag behind by one step at most;
 ``rollout.importance_correction`` weighs each token by its probability now over that at the engine. Between two steps
 nothing is running: evaluation, checkpoints and signals find what they find in the synchronous loop, and a checkpoint
 holds the answers that wait to be trained on.
@@ -23,7 +23,7 @@ from rewardmap.types import DataError
 
 @dataclass
 class OneStepOff(Trainer):
-    """A ``Trainer`` whose answers lag one update behind (``rollout.staleness = 1``)."""
+    """A ``Trainer`` whose answers lag one step behind (``rollout.staleness = 1``)."""
 
     _ahead: Draw | None = field(default=None, init=False)
     """The next step, its answers sampled."""

@@ -192,7 +192,7 @@ def _activations(config: Config, model: Any, compute: int, gpus: int, work: Work
     }
     if not config.policy.freeze_vision:
         tower = model.config.vision_config
-        questions = config.train.prompts_per_step
+        questions = ceil(config.train.prompts_per_step / config.train.updates_per_step)
         pictures = ceil(max(stage.maps_per_step or questions for stage in config.train.stages) / gpus)
         patches, width = pictures * work.prompt_tokens * tower.spatial_merge_size**2, tower.hidden_size
         parts["activations of the tower"] = _kept(

@@ -1,5 +1,5 @@
-"""Rewards off the critical path: a group is scored in a thread as soon as it is finished, while others are sampled. And
-what a stage scores by."""
+"""Rewards off the critical path: a group is scored in a thread as soon as it is finished, while others are sampled.
+What a stage scores by, and advantages from scores."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 
-from rewardmap.config import Config, ConfigError, RewardConfig, StageConfig
+from rewardmap.config import Config, ConfigError, RewardConfig, StageConfig, TrainConfig
 from rewardmap.rewards import Networks, RewardBatch, Rubric
 from rewardmap.rewards.streaming import RewardFunction, reward_function, reward_of
 from rewardmap.types import LEVELS, DataError, Problem, RolloutGroup
+from rewardmap_kernels import GroupAdvantage, group_advantage
+
+_BASELINES = {"group": "mean", "batch": "batch_mean", "greedy": "none"}
+"""``train.advantage_baseline`` in the words of ``group_advantage``; greedy rewards are subtracted before."""
 
 
 class GroupScores:
@@ -48,6 +53,34 @@ def join(batches: Sequence[RewardBatch]) -> RewardBatch:
     """One after the other."""
     columns = ([getattr(batch, field.name) for batch in batches] for field in fields(RewardBatch))
     return RewardBatch(*map(np.concatenate, columns))
+
+
+def answer_advantages(
+    train: TrainConfig, step: int, groups: Sequence[RolloutGroup], rewards: RewardBatch, baseline: np.ndarray | None
+) -> GroupAdvantage:
+    """Advantages [B] of B answers in groups; the difficulty weight multiplies them where the rubric says so.
+
+    Args:
+        baseline: [B] subtracted from the scores before; None: nothing.
+    """
+    offsets = np.cumsum([0, *(len(group.rollouts) for group in groups)])
+    scores = rewards.score if baseline is None else rewards.score - baseline
+    advantage = group_advantage(
+        torch.from_numpy(scores).float(),
+        torch.from_numpy(offsets),
+        scale=train.advantage_scale,
+        baseline=_BASELINES[train.advantage_baseline],
+        weights=torch.from_numpy(rewards.advantage_weight).float(),
+    )
+    if train.advantage_control == "zero":
+        return advantage._replace(advantages=torch.zeros_like(advantage.advantages))
+    if train.advantage_control == "shuffle":
+        order = np.random.default_rng([train.seed, step]).permutation(len(rewards.score))
+        return advantage._replace(
+            advantages=advantage.advantages[torch.from_numpy(order)],
+            degenerate=torch.zeros_like(advantage.degenerate),
+        )
+    return advantage
 
 
 @dataclass(frozen=True, kw_only=True)

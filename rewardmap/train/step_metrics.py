@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,22 @@ from rewardmap.types import RolloutGroup
 from rewardmap_kernels import GroupAdvantage, LinearPolicyLoss
 
 Tensor = torch.Tensor
-SUMS = ("loss", "rows", "entropy", "rollout_drift", "rollout_kl", "reference_kl")
-"""What a step adds up over its rows."""
+SUMS = (
+    "loss",
+    "rows",
+    "entropy",
+    "rollout_drift",
+    "rollout_kl",
+    "reference_kl",
+    "clip_fraction",
+    "importance_mean",
+    "importance_rejected",
+)
+"""What an update adds up over its rows."""
 
 
 def row_sums(out: LinearPolicyLoss, mask: Tensor, sampled: Tensor | None, ref: Tensor | None) -> Tensor:
-    """``SUMS`` [6] float64 of one micro-batch on its device, over rows [N] whose ``mask`` is not 0."""
+    """``SUMS`` [9] float64 of one micro-batch on its device, over rows [N] whose ``mask`` is not 0."""
     trained, logprobs = mask > 0, out.logprobs.detach().double()
 
     def total(rows: Tensor) -> Tensor:
@@ -32,8 +42,25 @@ def row_sums(out: LinearPolicyLoss, mask: Tensor, sampled: Tensor | None, ref: T
 
     off = torch.zeros_like(logprobs) if sampled is None else logprobs - sampled.double()
     away = torch.zeros_like(logprobs) if ref is None else ref.double() - logprobs
-    loss = out.loss.detach().double()
-    return torch.stack([loss, trained.sum().double(), total(out.entropy), total(off.abs()), k3(off), k3(away)])
+    loss, count, none = out.loss.detach().double(), trained.sum().double(), torch.zeros_like(logprobs[:1].sum())
+    means = out.metrics
+    clipped = means["clip_fraction_low"] + means["clip_fraction_high"]
+    weighed = [means.get(name, none) * count for name in ("importance_mean", "importance_rejected")]
+    own = [loss, count, total(out.entropy), total(off.abs()), k3(off), k3(away)]
+    return torch.stack([*own, *(value.double() for value in (clipped * count, *weighed))])
+
+
+def over_updates(updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A step's numbers from its updates': means over their rows of what ``SUMS`` names, mean loss and gradient norm,
+    the last learning rate, and why updates were refused, where any were."""
+    rows = sum(update["rows"] for update in updates)
+    row = {name: sum(update[name] for update in updates) / len(updates) for name in ("loss", "grad_norm")}
+    row["learning_rate"] = updates[-1]["learning_rate"]
+    for name in SUMS[2:]:
+        if name in updates[0]:
+            row[name] = sum(update[name] for update in updates) / max(rows, 1)
+    refused = [update["refused"] for update in updates if "refused" in update]
+    return row | ({"refused": "; ".join(refused)} if refused else {})
 
 
 def batch_sums(forests: Sequence[PackedForest]) -> dict[str, int]:

@@ -7,7 +7,7 @@ Under several ranks every rank makes the same step; they differ in what they sam
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,18 +29,16 @@ from rewardmap.train.forward import Vision, response_hidden
 from rewardmap.train.parallel import Forward, each_micro_batch, whole
 from rewardmap.train.ranks import ALONE, Ranks
 from rewardmap.train.reference import Reference
-from rewardmap.train.scoring import GroupScores, join, stage_rubric
+from rewardmap.train.scoring import GroupScores, answer_advantages, join, stage_rubric
 from rewardmap.train.sound import fault_of
-from rewardmap.train.step_metrics import SUMS, batch_flop, batch_sums, row_sums, step_metrics
+from rewardmap.train.step_metrics import SUMS, batch_flop, batch_sums, over_updates, row_sums, step_metrics
 from rewardmap.train.supervised import gold_answers, supervised_backward
 from rewardmap.transit.questions import gold_response
 from rewardmap.types import DataError, Problem, RolloutGroup, SamplingParams
 from rewardmap.vision import to_device
-from rewardmap_kernels import GroupAdvantage, PolicyObjective, group_advantage, linear_policy_loss, loss_normalizer
+from rewardmap_kernels import GroupAdvantage, PolicyObjective, linear_policy_loss, loss_normalizer
 
 Tensor = torch.Tensor
-_BASELINES = {"group": "mean", "batch": "batch_mean", "greedy": "none"}
-"""``train.advantage_baseline`` in the words of ``group_advantage``; greedy rewards are subtracted before."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +153,8 @@ class Trainer:
         return {"step": self.step, "stage": draw.stage.name} | asked | step(draw)
 
     def policy_step(self, draw: Draw) -> dict[str, Any]:
-        """Group-relative policy optimisation (arXiv 2402.03300). One update a batch: the ratio to the policy before it
-        is 1; what the engine's policy was is ``rollout.importance_correction``'s."""
+        """Group-relative policy optimisation (arXiv 2402.03300). With one update the ratio to the policy before it is
+        1; what the engine's policy was is ``rollout.importance_correction``'s, or the clipped ratio's of several."""
         stage = draw.stage
         with self.timer.phase("reward"):
             draw, bad = self._sound(draw)
@@ -166,13 +164,17 @@ class Trainer:
             advantage = self._advantage(groups, rewards, baseline)
             self.curriculum.update(stage, problems, rewards.correct.reshape(-1, size).mean(1).tolist())
         with self.timer.phase("train"):
-            forests = self._pack(groups, advantage)
-            metrics = self._backward(forests, advantage.advantages, groups)
-            metrics |= self._update(stage, metrics["loss"], metrics["rollout_kl"])
+            updates, packed = [], []
+            for part, its_advantage in _mini_batches(groups, advantage, self.config.train.updates_per_step):
+                forests = self._pack(part, its_advantage)
+                sums = self._backward(forests, its_advantage.advantages, part)
+                updates.append(sums | self._update(stage, sums["loss"], sums["rollout_kl"] / max(sums["rows"], 1)))
+                packed.append(forests)
+            metrics = over_updates(updates)
         if "refused" in metrics:
             self._refuse(problems, groups, metrics | {"rewards": rewards.score.tolist()})
         left_out: dict[str, Any] = {"bad_groups": bad} if bad else {}
-        row = step_metrics(groups, rewards, advantage) | self._sums(forests) | metrics | left_out
+        row = step_metrics(groups, rewards, advantage) | self._sums(packed) | metrics | left_out
         return row | self._stage_metrics(stage) | self._sync()
 
     def supervised_step(self, draw: Draw) -> dict[str, Any]:
@@ -195,7 +197,7 @@ class Trainer:
             metrics = {"loss": loss} | self._update(stage, loss, kl=0.0)
         if "refused" in metrics:
             self._refuse(problems, (), metrics)
-        return self._sums(forests) | metrics | self._sync()
+        return self._sums([forests]) | metrics | self._sync()
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values: everything of the loop but weights and optimizer."""
@@ -250,26 +252,7 @@ class Trainer:
     def _advantage(
         self, groups: Sequence[RolloutGroup], rewards: RewardBatch, baseline: np.ndarray | None
     ) -> GroupAdvantage:
-        """Advantages [B] of B answers in groups; the difficulty weight multiplies them where the rubric says so."""
-        offsets = np.cumsum([0, *(len(group.rollouts) for group in groups)])
-        scores = rewards.score if baseline is None else rewards.score - baseline
-        advantage = group_advantage(
-            torch.from_numpy(scores).float(),
-            torch.from_numpy(offsets),
-            scale=self.config.train.advantage_scale,
-            baseline=_BASELINES[self.config.train.advantage_baseline],
-            weights=torch.from_numpy(rewards.advantage_weight).float(),
-        )
-        control = self.config.train.advantage_control
-        if control == "zero":
-            return advantage._replace(advantages=torch.zeros_like(advantage.advantages))
-        if control == "shuffle":
-            order = np.random.default_rng([self.config.train.seed, self.step]).permutation(len(rewards.score))
-            return advantage._replace(
-                advantages=advantage.advantages[torch.from_numpy(order)],
-                degenerate=torch.zeros_like(advantage.degenerate),
-            )
-        return advantage
+        return answer_advantages(self.config.train, self.step, groups, rewards, baseline)
 
     def _pack(self, groups: Sequence[RolloutGroup], advantage: GroupAdvantage) -> list[PackedForest]:
         train = self.config.train
@@ -297,14 +280,15 @@ class Trainer:
     def _backward(
         self, forests: Sequence[PackedForest], advantages: Tensor, groups: Sequence[RolloutGroup]
     ) -> dict[str, float]:
-        """Accumulate gradients. Denominators count every answer of the step, also those of skipped groups.
+        """Accumulate gradients. Denominators count every answer of the update, also those of skipped groups.
 
         Returns:
-            The step's loss, and means over the trained rows of all ranks.
+            ``SUMS`` over all ranks, those that the configuration has something to tell of.
         """
-        device = self.policy.device
+        device, train = self.policy.device, self.config.train
+        against_engine = train.updates_per_step > 1 and self.config.rollout.importance_correction == "none"
         lengths = torch.tensor([len(rollout.token_ids) for group in groups for rollout in group.rollouts])
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)  # one host sync a step
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)  # one host sync an update
         vision = Vision(self.policy, forests, together=self.ranks.size > 1)
         self.policy.prefetch(self.curriculum.peek())  # decoded while this step trains; its own pictures are seen by now
         for forest in each_micro_batch(self.policy, forests):
@@ -325,6 +309,7 @@ class Trainer:
                 num_sequences=len(lengths),
                 temperature=self.config.rollout.temperature,
                 loss_mask=mask,
+                old_logprobs=sampled if against_engine else None,
                 ref_logprobs=ref,
                 rollout_logprobs=sampled,
             )
@@ -332,10 +317,10 @@ class Trainer:
             sums += row_sums(out, mask, sampled, ref)
         vision.backward()
         totals = self.ranks.sum(dict(zip(SUMS, sums.tolist(), strict=True)))
-        loss, rows = totals.pop("loss"), totals.pop("rows")
-        if self.reference is None:
-            del totals["reference_kl"]
-        return {"loss": loss} | {name: value / max(rows, 1) for name, value in totals.items()}
+        unknown = [] if self.reference else ["reference_kl"]
+        unknown += [] if against_engine else ["clip_fraction"]
+        unknown += ["importance_mean", "importance_rejected"] if self.objective.importance_correction == "none" else []
+        return {name: total for name, total in totals.items() if name not in unknown}
 
     def _update(self, stage: StageConfig, loss: float, kl: float) -> dict[str, Any]:
         """Clip, step, count, unless the guard refuses. Returns the gradient norm before clipping, and the rate."""
@@ -365,11 +350,13 @@ class Trainer:
             dump_batch(self.faults, self.step, problems, groups, numbers)
         self.guard.stop_after_streak(self.step, numbers["refused"])
 
-    def _sums(self, forests: Sequence[PackedForest]) -> dict[str, Any]:
-        """What the step's micro-batches hold, over all ranks, and each rank's arithmetic."""
-        sums = batch_sums(forests) | {"model_flop": batch_flop(forests, self._cost_once)}
+    def _sums(self, packed: Sequence[Sequence[PackedForest]]) -> dict[str, Any]:
+        """What the micro-batches of each update hold, over all ranks, and each rank's arithmetic."""
+        sums = Counter[str]()
+        for forests in packed:
+            sums.update(batch_sums(forests) | {"model_flop": batch_flop(forests, self._cost_once)})
         counts = {name: int(count) for name, count in self.ranks.sum(sums).items()}
-        return counts | {"train_flop": self.ranks.gather(batch_flop(forests, self._cost))}
+        return counts | {"train_flop": self.ranks.gather(sum(batch_flop(forests, self._cost) for forests in packed))}
 
     def _stage_metrics(self, stage: StageConfig) -> dict[str, Any]:
         """What the stage sets, and where its gate and its pools stand."""
@@ -380,6 +367,18 @@ class Trainer:
         if stage.advance_at is not None:
             row |= {"gate": self.curriculum.success(stage), "advance_at": stage.advance_at}
         return row | ({"pools": self.curriculum.pool_shares(stage)} if stage.pools == "adaptive" else {})
+
+
+def _mini_batches(
+    groups: Sequence[RolloutGroup], advantage: GroupAdvantage, count: int
+) -> Iterator[tuple[Sequence[RolloutGroup], GroupAdvantage]]:
+    """Consecutive groups for each of ``count`` updates, and their advantages; fewer updates where groups are fewer."""
+    size = len(groups[0].rollouts)
+    count = min(count, len(groups))
+    for part in range(count):
+        first, end = part * len(groups) // count, (part + 1) * len(groups) // count
+        own = advantage.advantages[first * size : end * size], advantage.degenerate[first:end]
+        yield groups[first:end], advantage._replace(advantages=own[0], degenerate=own[1])
 
 
 def _row_normalizer(objective: PolicyObjective, sequence: Tensor, lengths: Tensor, max_length: int) -> Tensor:
