@@ -51,6 +51,7 @@ STEPS, GROUP = 10, 3
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "exact": {"double": True, "sgd": True},
+    "updates": {"double": True, "sgd": True, "train": {"updates_per_step": 2}},
     "checkpointing": {"parallel": {"activation_checkpointing": True}},
     "hybrid": {"parallel": {"shard": 2}},
     "offload": {"parallel": {"offload": True}},

@@ -18,7 +18,7 @@ from rewardmap.train.ranks import groups_from_bytes, groups_to_bytes
 from rewardmap.types import Problem, Rollout, RolloutGroup
 
 JOB = Path(__file__).parent / "parallel_job.py"
-FAST = ("plain", "exact", "everything", "reference")
+FAST = ("plain", "exact", "updates", "everything", "reference")
 SLOW = (*FAST, "hybrid", "checkpointing", "offload", "lora", "reference tower", "tower", "tower checkpointing")
 WIDE = {"lora": "lora wide", "tower": "tower wide", "tower checkpointing": "tower wide"}
 """The same training in float64, on one process; of the other variants in float32 it is ``plain wide``."""
