@@ -317,6 +317,8 @@ class TrainConfig:
     """The newest so many stay."""
     keep_best: Whole = 0
     """Beside them so many of the newest one's stage, those with the most right answers since the one before."""
+    keep_answers_every: Whole = 0
+    """Write the answers of each so many steps, with their rewards, to ``answers`` in the run folder; 0: none."""
     trackers: tuple[Literal["wandb", "trackio"], ...] = ()
     """Also log each step there, beside TensorBoard. Each is an extra of the package."""
     threads: Whole = 0

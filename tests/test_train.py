@@ -275,6 +275,23 @@ def test_held_out_maps_are_asked_along_the_way_and_the_training_is_the_same(tmp_
     assert sizes[1] > 1.4 * sizes[0]
 
 
+def test_sampled_answers_are_kept_with_what_they_earned(tmp_path, config, console):
+    out = run.train(changed(config, keep_answers_every=2), tmp_path / "run", console=console)
+    files = sorted((out / "answers").iterdir())
+    assert [path.name for path in files] == ["step-000002.jsonl", "step-000004.jsonl"]
+    rows = {row["step"]: row for row in read_metrics(out)}
+    for step, path in ((2, files[0]), (4, files[1])):
+        answers = json_lines(path)
+        assert len(answers) == 24 and sum(one["num_tokens"] for one in answers) == rows[step]["rollout_tokens"]
+        for key, metric in (("reward", "reward"), ("correct", "accuracy"), ("format_valid", "format_valid")):
+            assert sum(one[key] for one in answers) / 24 == pytest.approx(rows[step][metric])
+        for group in (answers[first : first + 4] for first in range(0, 24, 4)):
+            assert len({one["uid"] for one in group}) == 1
+            assert sum(one["advantage"] for one in group) == pytest.approx(0, abs=1e-4)
+    failed = [one for one in json_lines(files[1]) if not one["correct"]]
+    assert failed and all(one["failure"] != "none" for one in failed)
+
+
 def test_where_gates_end_a_run_early_nothing_is_asked_after_steps_that_never_come(tmp_path, config, console):
     gated = stages(config, "{name='g', steps=5, advance_at=0.01, advance_window=2}")
     out = run.train(replace(gated, eval=replace(config.eval, every=1)), tmp_path / "run", console=console)

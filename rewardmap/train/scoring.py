@@ -3,16 +3,19 @@ What a stage scores by, and advantages from scores."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from rewardmap.config import Config, ConfigError, RewardConfig, StageConfig, TrainConfig
-from rewardmap.rewards import Networks, RewardBatch, Rubric
+from rewardmap.files import write_text
+from rewardmap.rewards import FAILURES, Networks, RewardBatch, Rubric
 from rewardmap.rewards.streaming import RewardFunction, reward_function, reward_of
 from rewardmap.types import LEVELS, DataError, Problem, RolloutGroup
 from rewardmap_kernels import GroupAdvantage, group_advantage
@@ -81,6 +84,33 @@ def answer_advantages(
             degenerate=torch.zeros_like(advantage.degenerate),
         )
     return advantage
+
+
+def write_answers(
+    folder: Path, step: int, groups: Sequence[RolloutGroup], rewards: RewardBatch, advantage: GroupAdvantage
+) -> None:
+    """Write ``folder/step-NNNNNN.jsonl``, an answer a line: what it answers, its text, and what it earned.
+
+    Raises:
+        OSError: naming the file.
+    """
+    lines = []
+    answers = [(group.problem, rollout) for group in groups for rollout in group.rollouts]
+    for row, ((problem, rollout), own) in enumerate(zip(answers, advantage.advantages.tolist(), strict=True)):
+        line = {
+            "uid": problem.uid,
+            "kind": problem.kind,
+            "response": rollout.text,
+            "reward": float(rewards.score[row]),
+            "advantage": own,
+            "correct": bool(rewards.correct[row]),
+            "format_valid": bool(rewards.format_valid[row]),
+            "failure": FAILURES[rewards.failure[row]],
+            "num_tokens": len(rollout.token_ids),
+            "finish_reason": rollout.finish_reason,
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    write_text(folder / f"step-{step:06d}.jsonl", "".join(lines))
 
 
 @dataclass(frozen=True, kw_only=True)

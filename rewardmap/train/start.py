@@ -45,7 +45,7 @@ from rewardmap.transit.questions import gold_response
 from rewardmap.transit.reasonmap import MapData, load_dataset, write_dataset
 from rewardmap.types import DataError, Problem
 
-FAULTS = "faults"
+FAULTS, ANSWERS = "faults", "answers"
 
 
 def join(config: Config) -> AbstractContextManager[Ranks]:
@@ -196,6 +196,7 @@ def _make_trainer(
             forward=forward,
             reference=reference,
             faults=run_dir / FAULTS,
+            answers=run_dir / ANSWERS,
         )
     except BaseException:
         engine.close()

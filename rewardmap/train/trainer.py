@@ -29,7 +29,7 @@ from rewardmap.train.forward import Vision, response_hidden
 from rewardmap.train.parallel import Forward, each_micro_batch, whole
 from rewardmap.train.ranks import ALONE, Ranks
 from rewardmap.train.reference import Reference
-from rewardmap.train.scoring import GroupScores, answer_advantages, join, stage_rubric
+from rewardmap.train.scoring import GroupScores, answer_advantages, join, stage_rubric, write_answers
 from rewardmap.train.sound import fault_of
 from rewardmap.train.step_metrics import SUMS, batch_flop, batch_sums, over_updates, row_sums, step_metrics
 from rewardmap.train.supervised import gold_answers, supervised_backward
@@ -73,6 +73,8 @@ class Trainer:
     """Of the KL term; needed where ``train.kl_coef`` is not 0."""
     faults: Path | None = None
     """Where the batches of refused updates are written; None: nowhere."""
+    answers: Path | None = None
+    """Where sampled answers are written, see ``train.keep_answers_every``; None: nowhere."""
     step: int = 0
     """Steps made, refused updates included."""
     version: int = 0
@@ -163,6 +165,9 @@ class Trainer:
             baseline = self._score(stage, draw.greedy).score.repeat(size) if draw.greedy else None
             advantage = self._advantage(groups, rewards, baseline)
             self.curriculum.update(stage, problems, rewards.correct.reshape(-1, size).mean(1).tolist())
+            every = self.config.train.keep_answers_every
+            if every and self.step % every == 0 and self.answers is not None and self.ranks.is_first:
+                write_answers(self.answers, self.step, groups, rewards, advantage)
         with self.timer.phase("train"):
             updates, packed = [], []
             for part, its_advantage in _mini_batches(groups, advantage, self.config.train.updates_per_step):
