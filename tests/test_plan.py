@@ -129,6 +129,17 @@ def test_planned_memory_is_the_measured_peak_of_the_tiny_job(tmp_path, monkeypat
     assert sum(parts.values()) == pytest.approx(resting + seen["peak"], rel=0.15)
 
 
+def test_a_trainable_tower_holds_the_pictures_of_one_update(tmp_path):
+    settings = ["policy.freeze_vision=false", "train.prompts_per_step=24", "train.stages=paper", "data.path=maps"]
+    model_config = load_policy(WARM_START, PolicyConfig()).model.config
+    found = {}
+    for updates in (1, 4):
+        config = load_config("tiny", [*settings, f"train.updates_per_step={updates}"])
+        parts = memory_parts(config, build_meta(config, model_config), 1, Workload(480, 40))
+        found[updates] = parts["activations of the tower"]
+    assert found[1] == pytest.approx(4 * found[4], rel=0.05) and found[4] > 0
+
+
 @pytest.mark.parametrize(("prompts", "tokens"), [(8, 64), (24, 120)])
 def test_planned_memory_of_the_local_engine_is_the_measured_peak(tmp_path, prompts, tokens):
     """Within 15 %, on the path of a GPU, where each answer has its prompt's keys and values."""

@@ -193,7 +193,8 @@ def _activations(config: Config, model: Any, compute: int, gpus: int, work: Work
     if not config.policy.freeze_vision:
         tower = model.config.vision_config
         questions = ceil(config.train.prompts_per_step / config.train.updates_per_step)
-        pictures = ceil(max(stage.maps_per_step or questions for stage in config.train.stages) / gpus)
+        pictures = max(min(stage.maps_per_step or questions, questions) for stage in config.train.stages)
+        pictures = ceil(pictures / gpus)
         patches, width = pictures * work.prompt_tokens * tower.spatial_merge_size**2, tower.hidden_size
         parts["activations of the tower"] = _kept(
             patches, width, width, width, tower.intermediate_size, tower.depth, compute, kept
