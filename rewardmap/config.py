@@ -5,32 +5,15 @@ one; the file shipped for small machines is ``rewardmap/configs/tiny.toml``. ``r
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from pydantic_core import PydanticCustomError
 
+from rewardmap.config_numbers import NUMBER, Beta, Count, NotNegative, Positive, Real, Share, Whole
 from rewardmap.types import KINDS
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-def _no_truth_value(value: Any) -> Any:
-    """pydantic reads true as 1."""
-    if isinstance(value, bool):
-        raise PydanticCustomError("number", "Input should be a number")
-    return value
-
-
-_NUMBER = BeforeValidator(_no_truth_value)
-Real = Annotated[float, _NUMBER]
-Count = Annotated[int, _NUMBER, Field(ge=1)]
-Whole = Annotated[int, _NUMBER, Field(ge=0)]
-Positive = Annotated[float, _NUMBER, Field(gt=0)]
-NotNegative = Annotated[float, _NUMBER, Field(ge=0)]
-Share = Annotated[float, _NUMBER, Field(gt=0, le=1)]
-Beta = Annotated[float, _NUMBER, Field(ge=0, lt=1)]
 
 
 class ConfigError(ValueError):
@@ -149,7 +132,7 @@ class RolloutConfig:
     group_size: Count = 8
     temperature: Positive = 1.0
     top_p: Share = 1.0
-    top_k: Annotated[int, _NUMBER, Field(ge=-1)] = -1
+    top_k: Annotated[int, NUMBER, Field(ge=-1)] = -1
     """Draw from so many likeliest tokens only; -1 or 0: from all."""
     max_new_tokens: Count = 512
     batch_sequences: Count = 256
@@ -160,7 +143,7 @@ class RolloutConfig:
     """Weighs each token by its probability at the trainer over that at the engine: ``truncate`` caps the weight at
     ``importance_max``, ``mask`` leaves tokens above it out. For engines whose numerics are not the trainer's."""
     importance_max: Positive = 2.0
-    staleness: Annotated[Literal[0, 1], _NUMBER] = 0
+    staleness: Annotated[Literal[0, 1], NUMBER] = 0
     """Steps by which answers may lag behind the weights they train. 1: the next step's answers are sampled while this
     one trains (one-step-off); needs ``importance_correction``, and servers on GPUs of their own to gain time."""
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
@@ -201,7 +184,7 @@ class StageConfig:
     """``adaptive``: questions by kind, map level and transfers; those whose groups disagree most are drawn most."""
     maps_per_step: Whole = 0
     """Draw each batch from so few maps, whose pictures then stand once for all questions about them; 0: from any."""
-    replay: Annotated[float, _NUMBER, Field(ge=0, le=1)] = 0.0
+    replay: Annotated[float, NUMBER, Field(ge=0, le=1)] = 0.0
     """Share of each batch drawn from ``replay_from`` instead of ``question_kinds`` (0..1)."""
     replay_from: Literal["all", "earlier"] = "all"
     """``all``: every kind of the data. ``earlier``: the kinds of the stages before this one."""

@@ -22,6 +22,7 @@ FLOORS = {
     "rewardmap.types": 1,
     "rewardmap.config": 1,
     "rewardmap.config_file": 1,
+    "rewardmap.config_numbers": 1,
     "rewardmap.files": 1,
     "rewardmap.transit": 2,
     "rewardmap.families": 2,
@@ -43,6 +44,7 @@ FLOORS = {
 """Every room and its floor; a new room must be entered here."""
 NEIGHBOURS = {
     ("rewardmap.config", "rewardmap.types"),
+    ("rewardmap.config", "rewardmap.config_numbers"),
     ("rewardmap.config_file", "rewardmap.config"),
     ("rewardmap.policy", "rewardmap.families"),
     ("rewardmap.policy", "rewardmap.vision"),
