@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import string
+import time
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -322,3 +323,19 @@ def test_a_long_answer_keeps_its_end() -> None:
     lines = [line.text for line in _wrap("let me think " * 90 + r"so \boxed{yes}", "black", 18, "after")]
     assert len(lines) == MAX_LINES and "…" in lines
     assert lines[0].startswith("let me think") and lines[-1].endswith(r"\boxed{yes}")
+
+
+@pytest.mark.parametrize("text", ["W" * 5_000, "从北京站到上海站请看地图" * 30, "go to " + "Z" * 99 + " now"])
+def test_no_line_of_a_card_is_wider_than_the_card(text: str) -> None:
+    from rewardmap.report.samples import INDENT, MAP, PAD, SMALL, WIDTH, _is_cjk, _wrap
+
+    lines = [line.text for line in _wrap(text, "black", SMALL, "after")]
+    assert len(lines) > 1
+    assert all(_font(SMALL, cjk=_is_cjk(line)).getlength(line) <= WIDTH - MAP - 3 * PAD - INDENT for line in lines)
+
+
+def test_labels_over_and_over_on_one_line_take_no_time() -> None:
+    answer = "Route Name: x Departure Stop: y " * 200 + "Departure Stop: " * 200
+    began = time.perf_counter()
+    assert short_answer(answer).startswith("Route Name: x")
+    assert time.perf_counter() - began < 1

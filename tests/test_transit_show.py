@@ -138,6 +138,9 @@ def test_captions_are_legible_in_every_script() -> None:
     assert captions[2].shape != lacking.shape or (captions[2] != lacking).any()
     wrapped = with_caption(blank, "word " * 60)
     assert wrapped.height > with_caption(blank, "word").height and wrapped.width == 800
+    for endless in ("word" * 100, "青禾村站" * 50):
+        caption = np.asarray(with_caption(blank, endless))[100:]
+        assert (caption[:, 780:] == 255).all() and caption.shape[0] > with_caption(blank, "word").height - 100
 
 
 def test_lines_and_stations_can_be_marked() -> None:

@@ -23,14 +23,12 @@ from rewardmap.files import as_rgb, open_picture, write_text
 from rewardmap.report.parts import HEAD as PARTS_HEAD
 from rewardmap.report.parts import NOTE, parts_rows
 from rewardmap.report.routes import Drawn, closest, draw_legs, gold_legs, named_stops
-from rewardmap.report.samples import gold_text, in_turn, short_question
+from rewardmap.report.samples import gold_text, in_turn, short_question, shortened
 from rewardmap.report.table import HEAD, closing_rows, footer_lines
 from rewardmap.rewards import Networks
 from rewardmap.transit.graph import Network
 from rewardmap.types import Problem
 
-LONGEST_ANSWER = 3_000
-"""Characters of an answer that are shown; of a longer one the beginning and the end."""
 LARGEST_PICTURE = 1_100
 """Pixels of a map's longer side in the page."""
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -157,9 +155,9 @@ def _card(record: Record, problem: Problem, before: Record | None, network: Any)
     legs = stated_legs(without_thinking(record.response), form_of(problem)) if problem.kind == "planning" else []
     figure, notes = _figure(problem, record, network if isinstance(network, Network) else None, legs)
     mark = "right" if record.correct else "wrong"
-    answers = [(f"answer: {mark}", mark, record.response)]
+    answers = [(f"answer: {mark}", mark, record.response or "(nothing)")]
     if before is not None and before.response != record.response:
-        answers.append(("before the training", "right" if before.correct else "wrong", before.response))
+        answers.append(("before the training", "right" if before.correct else "wrong", before.response or "(nothing)"))
     lines = [
         f"<article class='card {mark}'>",
         figure,
@@ -167,19 +165,12 @@ def _card(record: Record, problem: Problem, before: Record | None, network: Any)
         f"<p class=kind>{_text(record.group)} · {_text(record.map_difficulty)} map · {_foreign(record.uid)}</p>",
         f"<p class=question>{_foreign(short_question(problem.question))}</p>",
         f"<h3>gold</h3><pre>{_foreign(gold_text(problem))}</pre>",
-        *(f"<h3 class={kind}>{name}</h3><pre>{_foreign(_shortened(text))}</pre>" for name, kind, text in answers),
+        *(f"<h3 class={kind}>{name}</h3><pre>{_foreign(shortened(text))}</pre>" for name, kind, text in answers),
         *(f"<p class=note>{note}</p>" for note in notes),
         "</div>",
         "</article>",
     ]
     return "\n".join(lines)
-
-
-def _shortened(text: str) -> str:
-    if len(text) <= LONGEST_ANSWER:
-        return text or "(nothing)"
-    half = LONGEST_ANSWER // 2
-    return f"{text[:half]}\n… {len(text) - 2 * half} characters left out …\n{text[-half:]}"
 
 
 def _figure(problem: Problem, record: Record, network: Network | None, legs: Sequence[Any]) -> tuple[str, list[str]]:

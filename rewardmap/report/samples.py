@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rewardmap.evaluate import GROUPS, Evaluation, Record
 from rewardmap.files import as_rgb, open_picture, replacing
-from rewardmap.transit.fonts import map_font
+from rewardmap.transit.fonts import map_font, wrapped
 from rewardmap.types import Problem
 
 Queue = TypeVar("Queue", bound=Hashable)
@@ -26,6 +26,8 @@ WIDTH, MAP, PAD, GAP = 800, 272, 20, 18
 SMALL, BODY = 18, 21
 INDENT = 104
 MAX_LINES = 5
+LONGEST_ANSWER = 3_000
+"""Characters of an answer that are shown or laid out."""
 CJK_FONTS = (
     "Noto Sans CJK SC",
     "Noto Sans SC",
@@ -142,9 +144,17 @@ def short_question(question: str) -> str:
 
 def short_answer(response: str) -> str:
     """The answer with each complete leg on one line."""
-    leg = r"Route Name: *(.*)\s+Departure Stop: *(.*)\s+Arrival Stop: *(.*)"
-    text = re.sub(r"\s*\n--+\s*\n", "\n", re.sub(leg, r"\1: \2 → \3", response.strip()))
+    leg = r"Route Name: *(.*)\n\s*Departure Stop: *(.*)\n\s*Arrival Stop: *(.*)"
+    text = re.sub(r"\s*\n--+\s*\n", "\n", re.sub(leg, r"\1: \2 → \3", shortened(response.strip())))
     return text or "(nothing)"
+
+
+def shortened(text: str) -> str:
+    """The text, or of one longer than ``LONGEST_ANSWER`` the beginning and the end."""
+    if len(text) <= LONGEST_ANSWER:
+        return text
+    half = LONGEST_ANSWER // 2
+    return f"{text[:half]}\n… {len(text) - 2 * half} characters left out …\n{text[-half:]}"
 
 
 def gold_text(problem: Problem) -> str:
@@ -191,19 +201,11 @@ def _fit(source: str | bytes) -> Image.Image:
 def _wrap(text: str, colour: str, size: int, label: str = "") -> Iterator[_Line]:
     """Break to the card's width; of more than MAX_LINES lines the middle is left out, the answer's end is kept."""
     indent = INDENT if label else 0
-    room = WIDTH - MAP - 3 * PAD - indent
-    lines: list[str] = []
-    for paragraph in text.split("\n"):
-        lines.append("")
-        for piece in re.findall(r"\S+\s*|[\u2e80-\uffff]", paragraph):
-            font = _font(size, cjk=_is_cjk(piece))
-            if lines[-1] and font.getlength(lines[-1] + piece.rstrip()) > room:
-                lines.append("")
-            lines[-1] += piece
+    lines = wrapped(text, lambda line: _font(size, cjk=_is_cjk(line)).getlength(line), WIDTH - MAP - 3 * PAD - indent)
     if len(lines) > MAX_LINES:
         lines = [*lines[:2], "…", *lines[3 - MAX_LINES :]]
     for number, line in enumerate(lines):
-        yield _Line(line.rstrip(), colour, size, indent, "" if number else label)
+        yield _Line(line, colour, size, indent, "" if number else label)
 
 
 def _is_cjk(text: str) -> bool:

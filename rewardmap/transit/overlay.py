@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
 from rewardmap.transit.draw import draw_map, font
-from rewardmap.transit.fonts import map_font
+from rewardmap.transit.fonts import map_font, wrapped
 from rewardmap.transit.graph import Leg, Network
 from rewardmap.transit.grid_floor import LANE_PX
 from rewardmap.transit.styles import STYLES
@@ -58,16 +58,7 @@ def with_caption(picture: Image.Image, text: str) -> Image.Image:
     size = 15 if picture.width < 600 else 22
     family = "han" if any(character > "\u2e80" for character in text) else "inter"
     face, gap = map_font(size, family=family), size // 2
-    rows: list[str] = []
-    for paragraph in text.split("\n"):
-        row = ""
-        for word in paragraph.split(" "):
-            longer = f"{row} {word}".strip()
-            if row and face.getlength(longer) > picture.width - 4 * gap:
-                rows.append(row)
-                longer = word
-            row = longer
-        rows.append(row)
+    rows = wrapped(text, face.getlength, picture.width - 4 * gap)
     height = len(rows) * (size + gap) + 3 * gap
     framed = Image.new("RGB", (picture.width, picture.height + height), "#ffffff")
     framed.paste(picture)
