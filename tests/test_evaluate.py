@@ -152,6 +152,10 @@ def test_one_map_has_no_interval() -> None:
     estimate = Evaluation((record(0, True), record(0, False, number=1))).estimate()
     assert estimate.value == 0.5
     assert np.isnan([estimate.low, estimate.high]).all()
+    among_others = Evaluation((record(0, True), record(1, False), record(1, True, kind="Counting3")))
+    for estimate in (among_others.estimate("Counting3"), among_others.gain_over(among_others, "Counting3")):
+        assert estimate.interval is None
+    assert among_others.estimate("TorF1").interval == [0.0, 1.0]
 
 
 def test_same_seed_same_interval() -> None:

@@ -84,7 +84,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over n questions with its 95 % interval; its bounds are NaN where there is one map only."""
+    """A mean over n questions with its 95 % interval; its bounds are NaN where these are about one map only."""
 
     value: float
     low: float
@@ -226,11 +226,11 @@ class Evaluation:
     def _bootstrap(self, numerator: Array, denominator: Array, seed: int) -> Array:
         """[at most RESAMPLES] resampled ratios; those that drew no question of the metric are left out."""
         count, index = self._maps
-        if count < 2:
+        in_map = np.bincount(index, denominator, count)
+        if np.count_nonzero(in_map) < 2:  # every draw would give the same
             return np.empty(0)
         draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
-        above = draws @ np.bincount(index, numerator, count)
-        below = draws @ np.bincount(index, denominator, count)
+        above, below = draws @ np.bincount(index, numerator, count), draws @ in_map
         return above[below > 0] / below[below > 0]
 
 

@@ -172,9 +172,8 @@ def _bars(axes: Any, evaluations: Mapping[str, Evaluation]) -> None:
     for number, name in enumerate(shown):
         estimates = [evaluations[name].estimate(metric) for metric in metrics]
         values = np.array([estimate.value for estimate in estimates])
-        errors = np.nan_to_num(
-            [[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]], nan=0.0
-        ).clip(min=0)
+        # NaN, where there is no interval, draws none.
+        errors = np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]).clip(min=0)
         axes.barh(
             places + height * (number + 0.5) - 0.38,
             values,
