@@ -155,6 +155,41 @@ def test_spellings_in_released_lists_are_one_station() -> None:
         assert score(question("West Station", "North Station"), text(other), network)[1:] == (True, "not_optimal")
 
 
+def test_stops_that_brackets_tell_apart_in_lists_are_two() -> None:
+    lists = {"Red": ["Start", "Airport (T1)（换乘站）", "Airport (T2)"], "Blue": ["Airport（T1） Station", "Goal"]}
+    for network in (lists, network_from_lists("made/up", lists)):
+        between = question("Airport (T1)", "Airport (T2)")
+        assert score(between, text((("Red", "Airport (T1)", "Airport T2"),)), network) == (15.0, True, "none")
+        assert score(between, text((("Red", "Airport (T1)", "Airport"),)), network)[2] == "stop_not_on_line"
+        asked = question("Start", "Goal")
+        right = text((("Red", "Start", "Airport (T1)"), ("Blue", "Airport T1", "Goal")))
+        assert score(asked, right, network) == (15.0, True, "none")
+        assert not score(asked, right.replace("T1", "T2"), network)[1]
+
+
+def test_a_list_with_a_branch_from_nobody_knows_where() -> None:
+    """What stands between two stops of the list may lie on another branch: nothing is passed twice there."""
+    stops = ["West", "Fork (Branch-starting Station)", "East", "End", "North", "Tip"]
+    lists = {"Red": stops, "Blue": ["Bus", "East"]}
+    asked = question("Tip", "End")
+    for network in (lists, network_from_lists("made/up", lists)):
+        change = text((("Red", "Tip", "Fork"), ("Red", "Fork", "End")))
+        assert score(asked, change, network)[1:] == (True, "not_optimal")
+        assert score(asked, text((("Red", "Tip", "End"),)), network) == (15.0, True, "none")
+        back = text((("Red", "Tip", "Fork"), ("Red", "Fork", "Tip"), ("Red", "Tip", "End")))
+        assert score(asked, back, network)[1:] == (False, "repeated_stop")
+
+
+def test_brackets_behind_a_line_do_not_matter() -> None:
+    lines = {"Line 1": ["Start", "Hub"], "Line 1 (Express)": ["Start", "Goal"]}
+    asked = question("Start", "Goal")
+    assert score(asked, text((("Line 1 (Express)", "Start", "Goal"),)), lines)[1]
+    assert score(question("Start", "Hub"), text((("1号线（红色）", "Start", "Hub"),)), lines) == (15.0, True, "none")
+    assert score(asked, text((("Line 1 (to Goal)", "Start", "Goal"),)), lines)[2] == "stop_not_on_line"
+    assert score(asked, text((("(Line 1)", "Start", "Goal"),)), lines)[2] == "stop_not_on_line"
+    assert score(asked, text((("Rail (Line 1)", "Start", "Goal"),)), lines)[2] == "unknown_line"
+
+
 def test_bracketed_text_may_be_left_out_where_it_says_nothing() -> None:
     stops = ("Start", "Hub (North)", "Hub (South)", "Waitematā (Britomart) Station")
     network = Network("made/up", "easy", (Line("Red", "#f00", stops),), {})

@@ -34,7 +34,7 @@ POOL = [
         "Ōscar",
         "Ⅷ Street",
     ),
-    *("Hub (A)", "Hub（B）", "hub", "（Ōscar）", "St (John", "Oscar (old) (new)"),
+    *("Hub (A)", "Hub（B）", "hub", "hub (a) Station", "（Ōscar）", "St (John", "Oscar (old) (new)"),
     *("Station", "Metro Station", "Fluß", "①号", "ﬁeld Road", "X" * LONGEST_NAME, "Y" * (LONGEST_NAME + 1)),
 ]
 LINES = ["Red Line", "Line 1", "1号线", "Route", "Linea Ｂ"]
@@ -54,7 +54,9 @@ def networks(draw: st.DrawFn) -> Network | MetroData:
         lines.append(Line(name, "#000000", stops, loop, branches, draw(st.integers(0, 3)) == 0))
     if draw(st.booleans()):
         return Network("made/up", "easy", tuple(lines), {})
-    return {line.name: list(line.stations) for line in lines}
+    mark = draw(st.sampled_from(["", " (Branch-starting Station)"]))
+    lists = {line.name: [line.stations[0] + mark, *line.stations[1:]] for line in lines}
+    return network_from_lists("made/up", lists) if draw(st.booleans()) else lists
 
 
 def stops_of(network: Network | MetroData) -> dict[str, list[str]]:

@@ -46,7 +46,7 @@ def _group(data, start, end, network, sort, text, table, fold_text, fold_at, key
     if high < 0:
         return np.int64(MISS)
     known = lookup(text, table, 4 * network + sort, key, low, high)
-    if known != MISS or sort == LINE_KEY:
+    if known != MISS:
         return known
     n = end - start
     for i in range(n):

@@ -148,12 +148,12 @@ def _intern(number: int, known: Topology) -> _Interned:
     size = sum(map(len, shared))
     numbered = sorted(known.services, key=lambda service: service.line)
     positions = np.full((len(numbered), size), -1, dtype=np.int32)
-    services: list[tuple[int, int, bool, bool, bool]] = []
+    services: list[tuple[int, int, bool, bool, bool, bool]] = []
     order: list[int] = []
     for places, one in zip(positions, numbered, strict=True):
         for place, stop in reversed(list(enumerate(one.stops))):
             places[stop] = place
-        services.append((len(order), len(one.stops), one.closed, one.ordered, one.one_way))
+        services.append((len(order), len(one.stops), one.closed, one.ordered, one.one_way, one.branching))
         order += one.stops
     lines = sum(map(len, known.lines.values()))
     return _Interned(
@@ -166,7 +166,7 @@ def _intern(number: int, known: Topology) -> _Interned:
         [*group, *known.lines.values()],
         len(shared),
         np.searchsorted([one.line for one in numbered], range(lines + 1)).tolist(),
-        np.array(services, dtype=np.int64).reshape(-1, 5),
+        np.array(services, dtype=np.int64).reshape(-1, 6),
         np.array(order, dtype=np.int64),
         positions,
     )
@@ -183,7 +183,7 @@ def _atlas(interned: Iterable[_Interned]) -> tuple[Atlas, list[int]]:
     group_of: list[int] = []
     about: list[tuple[int, ...]] = []
     line_at: list[int] = []
-    services = [np.zeros((0, 5), dtype=np.int64)]
+    services = [np.zeros((0, 6), dtype=np.int64)]
     order = [np.zeros(0, dtype=np.int64)]
     positions = [np.zeros(0, dtype=np.int32)]
     first = ordered = placed = 0
@@ -202,7 +202,7 @@ def _atlas(interned: Iterable[_Interned]) -> tuple[Atlas, list[int]]:
                 of[stop] = base[-1] + number
         group_of += of
         line_at += [first + at for at in one.line_at[:-1]]
-        services.append(one.services + np.array((ordered, 0, 0, 0, 0)))
+        services.append(one.services + np.array((ordered, 0, 0, 0, 0, 0)))
         order.append(one.order)
         positions.append(one.positions.ravel())
         first, ordered, placed = first + len(one.services), ordered + len(one.order), placed + one.positions.size

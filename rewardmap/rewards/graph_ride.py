@@ -19,8 +19,8 @@ from rewardmap.rewards.topology import LONGEST_NAME
 STATES = 64
 """Ways of reading a route that are followed at once; with more it is left to the plain code."""
 FAR = np.int64(1 << 30)
-FIRST, LENGTH, CLOSED, ORDERED, ONE_WAY = range(5)
-"""Columns of ``Atlas.services``: where its stops begin in ``Atlas.order``, how many they are, and three flags."""
+FIRST, LENGTH, CLOSED, ORDERED, ONE_WAY, BRANCHING = range(6)
+"""Columns of ``Atlas.services``: where its stops begin in ``Atlas.order``, how many they are, and four flags."""
 STOPS, SERVICES, SERVICES_END, POSITIONS, STOPS_AT = range(5)
 """Columns of ``Atlas.about``."""
 NONE, NOT_ON_LINE, WRONG_BRANCH, REPEATED = (
@@ -50,7 +50,7 @@ class Atlas(NamedTuple):
     line_at: NDArray[np.int64]
     """[lines + 1] where each line's services begin."""
     services: NDArray[np.int64]
-    """[services, 5] see ``FIRST``."""
+    """[services, 6] see ``FIRST``."""
     order: NDArray[np.int64]
     """Stops of the services, in travel order."""
     positions: NDArray[np.int32]
@@ -204,6 +204,8 @@ def _pass(order, services, service, a, b, way, stops, visited, seen):  # type: i
     """Whether the stops between are new; if so ``seen`` is ``visited`` with them."""
     for word in range(len(visited)):
         seen[word] = visited[word]
+    if services[service, BRANCHING] == 1:
+        return True
     low, high = (a, b) if a < b else (b, a)
     at, ring = services[service, FIRST], services[service, LENGTH] - 1
     for k in range(1, stops):

@@ -4,15 +4,16 @@ goal."""
 from __future__ import annotations
 
 import heapq
+import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
 from rewardmap.rewards.parse import strip_markers, unbracketed
 from rewardmap.transit.graph import Network
-from rewardmap.transit.topology import bare_name
+from rewardmap.transit.topology import bare_name, is_junction
 from rewardmap.types import DataError, MetroData
 
 _SUFFIXES = (
@@ -86,6 +87,8 @@ class Service(NamedTuple):
     """In travel order, as far as is known."""
     one_way: bool = False
     """May be ridden in the order of ``stops`` only."""
+    branching: bool = False
+    """A branch stands in it, nobody knows from where on: what a train passes between two stops is not known."""
 
 
 class Ride(NamedTuple):
@@ -135,7 +138,10 @@ class Topology:
 
     def lines_named(self, name: str) -> tuple[int, ...]:
         """The lines of that name, spelt in any way; empty for unknown and for absurdly long ones."""
-        return self.lines.get(line_key(name), ()) if len(name) <= LONGEST_NAME else ()
+        if len(name) > LONGEST_NAME:
+            return ()
+        found = self.lines.get(line_key(name))
+        return self.lines.get(line_key(unbracketed(name)), ()) if found is None else found
 
     def on_line(self, stop: int, line: int) -> bool:
         """Whether the line calls at the stop."""
@@ -195,7 +201,7 @@ def _rides(service: Service, start: int, end: int) -> list[Ride]:
     ways = [inside, around] if service.closed else [inside]
     if service.one_way:
         ways = ways[:1] if first < last else ways[1:]
-    return [Ride(len(way) + 1, frozenset(way)) for way in ways]
+    return [Ride(len(way) + 1, frozenset() if service.branching else frozenset(way)) for way in ways]
 
 
 def topology(network_id: str, network: MetroData | Network) -> Topology:
@@ -203,29 +209,30 @@ def topology(network_id: str, network: MetroData | Network) -> Topology:
 
     A flat list hides where a branch begins, and loops are mostly stored open. So a line is then a set of
     stops that one train serves, and routes differ in their legs only. In released lists, read as they are or
-    into a ``Network``, spellings of one name are one stop: they spell one station in several ways.
+    into a ``Network``, spellings of one name are one stop (``_speller``).
     Raises DataError where a list is not one of names.
     """
     number: dict[str, int] = {}
     services = []
+    key: Callable[[str], str]
     if isinstance(network, Network):
         names = [line.name for line in network.lines]
         released = network.extras.get("lists")
-        # A network's stops are bare, the lists that it was read from are not.
-        key = str if released is None else _bare_key
+        lists = released if isinstance(released, Mapping) else {"": network.stations}
+        key = str if lists is not released else _speller(lists)
         for i, line in enumerate(network.lines):
+            marked = not line.branches and any(map(is_junction, lists.get(line.name, ())))
             for stops in line.services():
                 closed = len(stops) > 2 and stops[0] == stops[-1]
-                services.append(Service(i, _numbered(map(key, stops), number), closed, True, line.one_way))
-        lists = released if isinstance(released, Mapping) else {"": network.stations}
+                services.append(Service(i, _numbered(map(key, stops), number), closed, True, line.one_way, marked))
     else:
         names = list(network)
-        key = _one_key
-        for i, (name, stations) in enumerate(network.items()):
+        for name, stations in network.items():
             if isinstance(stations, str) or not all(isinstance(station, str) for station in stations):
                 raise DataError(f"network {network_id!r}, line {name!r}: {stations!r} is not a list of names")
-            services.append(Service(i, _numbered(dict.fromkeys(map(_one_key, stations)), number), False, False))
-        lists = network
+        lists, key = network, _speller(network)
+        for i, stations in enumerate(network.values()):
+            services.append(Service(i, _numbered(dict.fromkeys(map(key, stations)), number), False, False))
     spelled = dict.fromkeys(name for stations in lists.values() for name in stations)
     lines_by_key: dict[str, list[int]] = {}
     for i, name in enumerate(names):
@@ -240,12 +247,28 @@ def topology(network_id: str, network: MetroData | Network) -> Topology:
     )
 
 
-def _bare_key(name: str) -> str:
-    return _one_key(bare_name(name))
+def _speller(lists: MetroData) -> Callable[[str], str]:
+    """What tells the stops of released lists apart, which spell one station in several ways: the name without its
+    brackets, and with them only where several differ, such as Airport (T1) and Airport (T2)."""
+    told: dict[str, set[str]] = {}
+    for name in (name for stations in lists.values() for name in stations):
+        told.setdefault(_one_key(name), set()).add(_bracketed(name))
+
+    def key(name: str) -> str:
+        one, text = _one_key(name), _bracketed(name)
+        return f"{one} {text}" if text and len(told[one] - {""}) > 1 else one
+
+    return key
 
 
 def _one_key(name: str) -> str:
-    return station_key(unbracketed(name)) or station_key(name)
+    bare = bare_name(name)  # a network's stops are bare, the lists that it was read from are not
+    return station_key(unbracketed(bare)) or station_key(bare)
+
+
+def _bracketed(name: str) -> str:
+    """What the name holds in brackets, for comparison."""
+    return fold("".join(re.findall(r"[(（]([^()（）]*)[)）]", bare_name(name))))
 
 
 def _by_key(stops: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -54,6 +54,11 @@ def bare_name(stop: str) -> str:
     return stop.strip()
 
 
+def is_junction(stop: str) -> bool:
+    """Whether a list marks the station as one where a branch leaves."""
+    return any(mark in stop for mark in BRANCH_MARKS)
+
+
 def network_from_lists(
     network_id: str,
     lists: MetroData,
@@ -81,9 +86,9 @@ def _line(name: str, stops: Sequence[str], circular: bool, branch_starts: Collec
     closed = len(bare) > 3 and bare[0] == bare[-1]
     if closed or circular:
         return Line(name, "#000000", tuple(bare[:-1] if closed else bare), loop=True)
-    joints = [at for at, stop in enumerate(stops) if any(mark in stop for mark in BRANCH_MARKS)]
+    joints = [at for at, stop in enumerate(stops) if is_junction(stop)]
     cuts = [at for at, stop in enumerate(bare) if stop in branch_starts and joints and at > joints[0]]
-    if not cuts or len(cuts) != len(joints):
+    if not cuts or len(cuts) != len(joints) or joints[-1] >= cuts[0]:
         return Line(name, "#000000", tuple(bare))
     trunk = bare[: cuts[0]]
     branches = []
