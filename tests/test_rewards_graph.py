@@ -241,6 +241,12 @@ def test_thinking_is_not_read() -> None:
     assert score(question("A1", "A4"), answer, BRANCHED)[0] == 15.0
 
 
+@pytest.mark.parametrize("around", ["<answer>{}</answer>", "<think>A2?</think><answer>\n{}</answer>", "{}<|im_end|>"])
+def test_tags_around_the_legs_are_no_part_of_names(around: str) -> None:
+    answer = around.format(text((("Red Line", "A1", "A4"),)))
+    assert score(question("A1", "A4"), answer, BRANCHED) == (15.0, True, "none")
+
+
 @pytest.mark.parametrize(
     "answer",
     [

@@ -103,7 +103,7 @@ def plan_text(rng: random.Random, legs: list[tuple[str, str, str]]) -> str:
     pieces = [gap.join(f"{label}{colon}{value}" for label, value in zip(labels, leg, strict=True)) for leg in legs]
     text = rng.choice(["", "", "Sure!\n", "<think>Route Name: x</think>"])
     text += rng.choice(["\n--\n", "\n---\n", "--", "\n", " "]).join(pieces)
-    text += rng.choice(["", "", "", "\nEnjoy!", "</think>", "\n--\n"])
+    text += rng.choice(["", "", "", "\nEnjoy!", "</think>", "\n--\n", "</answer>", "<"])
     for _ in range(rng.choice([0, 0, 0, 0, 0, 1, 3])):
         at = rng.randrange(len(text) + 1)
         text = (

@@ -156,7 +156,8 @@ def read_legs(answer: str) -> list[_Leg]:
 
 
 def _value_of(text: str) -> str:
-    return text.split("\n", 1)[0].split("--", 1)[0].strip().strip(",;*_ \t")
+    # A tag, such as </answer>, ends a value too.
+    return text.split("\n", 1)[0].split("--", 1)[0].split("<", 1)[0].strip().strip(",;*_ \t")
 
 
 def _score_short(problem: Problem, answer: str) -> Outcome:

@@ -211,7 +211,9 @@ def spans_of(data, start, end, spans):  # type: ignore[no-untyped-def]
     for k in range(count):
         low, high = spans[k, 0], spans[k, 1]
         i = low
-        while i < high and data[i] != 0x0A and not (data[i] == 0x2D and i + 1 < high and data[i + 1] == 0x2D):
+        while i < high and data[i] != 0x0A and data[i] != 0x3C:
+            if data[i] == 0x2D and i + 1 < high and data[i + 1] == 0x2D:
+                break
             i += 1
         low, high = strip(data, low, i)
         while low < high and _trimmed(data[low]):
