@@ -181,6 +181,31 @@ def test_a_server_is_no_rank_of_the_job_that_starts_it(tmp_path, monkeypatch):
     assert environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] == "false"  # a router asks one that sleeps too
 
 
+def test_a_server_has_the_environment_that_torchrun_was_started_in(tmp_path):
+    """Else with its OMP_NUM_THREADS=1, which is meant for ranks."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import json, os\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    from rewardmap.rollout.sglang_server import _foreign_environment\n"
+        "    print(json.dumps(_foreign_environment()))\n"
+    )
+    before = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, env=before, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == before | {"PYTHONSAFEPATH": "1"}
+
+
+def test_threads_that_the_user_chose_are_the_servers_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    server = SGLangServer(ServerConfig(), 0, tmp_path, tmp_path, Keys(), "cuda", "bfloat16", False, True)
+    for threads, launched in (("1", False), ("3", False), ("3", True)):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        if launched:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        assert server._environment()["OMP_NUM_THREADS"] == threads
+
+
 def test_keys_are_private_and_on_no_command_line(make, tmp_path):
     server = make("serve")
     server.start()

@@ -43,6 +43,8 @@ _LAUNCHERS = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} | {
     f"{prefix}_{name}" for prefix in ("LOCAL", "GROUP", "ROLE") for name in ("RANK", "WORLD_SIZE", "NAME")
 }
 """Environment variables that say who one of several ranks is."""
+_TORCHRUN = {"OMP_NUM_THREADS": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+"""What torchrun gives its ranks where the user gave nothing. Any other value is the user's."""
 _ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
 """How the trainer keeps its GPU memory. SGLang's memory saver does not start with expandable segments."""
 _PORT_TRIES = 3
@@ -310,9 +312,12 @@ def _no_sglang(python: str) -> str:
 
 def _foreign_environment() -> dict[str, str]:
     """For a process with packages of its own. PYTHONPATH is ours, and what launched our ranks did not launch it: with
-    torchrun's variables a server's processes would look for each other at torchrun's store."""
+    torchrun's variables a server's processes would look for each other at torchrun's store, and each prepare its
+    pictures with a single thread."""
     ours = {name for name in os.environ if name == "PYTHONPATH" or name.startswith("TORCHELASTIC_")}
     ours |= _LAUNCHERS | _ALLOCATOR
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        ours |= {name for name, value in _TORCHRUN.items() if os.environ.get(name) == value}
     return {name: value for name, value in os.environ.items() if name not in ours} | {"PYTHONSAFEPATH": "1"}
 
 
