@@ -7,6 +7,8 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from threading import Barrier
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -147,6 +149,16 @@ def test_a_loop_that_is_closed_leaves_nobody_waiting():
     with pytest.raises(RolloutError, match="closed"):
         waiting.result(5)
     loop.close()
+
+
+def test_servers_are_stopped_together(policy, server):
+    """A stopped job has seconds until it is killed, and each server may take twenty."""
+    engine = SGLangEngine(policy, ServerConfig(urls=(server.url,) * 3), [], Keys())
+    together = Barrier(3)
+    for replica in engine.replicas:
+        replica.server = SimpleNamespace(stop=lambda: together.wait(10))
+    engine.close()
+    assert not together.broken
 
 
 def test_a_server_that_comes_up_after_the_end_is_not_waited_for(policy, server, tmp_path):

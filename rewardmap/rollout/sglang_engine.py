@@ -23,7 +23,7 @@ from rewardmap.rollout.sglang_adapters import Adapters
 from rewardmap.rollout.sglang_check import Server, check_length, check_server
 from rewardmap.rollout.sglang_client import EventLoop, SGLangClient, UnreachableError
 from rewardmap.rollout.sglang_reply import generate_body, read_group, read_scores, score_body
-from rewardmap.rollout.sglang_server import Keys, SGLangServer
+from rewardmap.rollout.sglang_server import Keys, SGLangServer, stop_all
 from rewardmap.types import Problem, RolloutGroup, SamplingParams
 from rewardmap.vision import Bounded, read_image
 
@@ -204,9 +204,7 @@ class SGLangEngine:
         # First, or requests would be made again, and a server that is being stopped started for them.
         self.loop.close(disconnect)
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for replica in self.replicas:
-            if replica.server is not None:
-                replica.server.stop()
+        stop_all([replica.server for replica in self.replicas if replica.server is not None])
         self.replicas = []
 
     async def _generate(

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -240,6 +241,13 @@ class SGLangServer:
                 f"{len(known)}; name them in rollout.server.gpus, one more than once if replicas share it"
             )
         return [*own, *(gpu for gpu in known if gpu not in own)]
+
+
+def stop_all(servers: Sequence[SGLangServer]) -> None:
+    """At once: one that hangs is given many seconds, and who stops a job gives it few. A second call does nothing."""
+    with ThreadPoolExecutor(max(1, len(servers))) as threads:
+        for stopping in [threads.submit(server.stop) for server in servers]:
+            stopping.result()
 
 
 @dataclass

@@ -12,7 +12,7 @@ from rich.console import Console
 from rewardmap.config import Config, ConfigError
 from rewardmap.rollout.engine import RolloutError
 from rewardmap.rollout.sglang_adapters import Adapters
-from rewardmap.rollout.sglang_server import KEYS_FILE, Router, need_sglang
+from rewardmap.rollout.sglang_server import KEYS_FILE, Router, need_sglang, stop_all
 from rewardmap.train.engines import need_client
 from rewardmap.train.faults import stop_request
 from rewardmap.train.parallel import computes_in
@@ -68,5 +68,4 @@ def serve(config: Config, folder: Path, *, console: Console) -> None:
     finally:
         if router is not None:
             router.stop()
-        for one in servers:
-            one.stop()
+        stop_all(servers)

@@ -19,7 +19,7 @@ from rewardmap.policy import Policy
 from rewardmap.rollout.engine import OnGroup, RolloutError
 from rewardmap.rollout.sglang_adapters import Adapters
 from rewardmap.rollout.sglang_engine import Replica, SGLangEngine
-from rewardmap.rollout.sglang_server import Keys, Progress, Router, SGLangServer
+from rewardmap.rollout.sglang_server import Keys, Progress, Router, SGLangServer, stop_all
 from rewardmap.train.adapter_sync import AdapterSync
 from rewardmap.train.forest import Answers, pack_forest
 from rewardmap.train.forward import Vision, response_hidden
@@ -79,8 +79,7 @@ def start_servers(
         for server in servers:
             server.wait_ready(progress)
     except BaseException:
-        for server in servers:
-            server.stop()
+        stop_all(servers)
         raise
     return servers, keys
 
@@ -233,8 +232,7 @@ class SyncedEngine:
             self._engine.close()
         if self._router is not None:
             self._router.stop()
-        for server in self._servers:
-            server.stop()
+        stop_all(self._servers)
 
     def _start(
         self, folder: Path, progress: Progress, dtype: torch.dtype | None, adapters: Adapters | None
