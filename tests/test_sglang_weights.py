@@ -15,8 +15,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from aiohttp import web
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.distributed_c10d import _world
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import reductions
 
@@ -246,6 +248,27 @@ def test_a_broadcast_is_complete_when_it_is_not_when_a_server_answers(queued_s, 
     engine.close()
     assert server.version == "4" and not server.paused and not server.session
     assert all(torch.equal(server.weights[name], weight) for name, weight in collected(policy.model).items())
+
+
+def test_a_group_that_a_server_fails_to_join_is_left_by_all(policy, server, tmp_path):
+    engine = SGLangEngine(policy, ServerConfig(urls=(server.url,), sync="distributed"), [], Keys())
+    sync, join = WeightSync(policy, engine, tmp_path), server._join
+    route = next(r for r in server.app.router.routes() if r.resource.canonical == "/init_weights_update_group")
+    failed = []
+
+    async def fail_once(body):
+        reply = await join(body)
+        return reply if failed else failed.append(reply) or web.Response(status=500, text="out of memory")
+
+    route._handler = server._handled(fail_once)
+    before = set(_world.pg_map)
+    sync.push(1)
+    assert server.version == "1" and failed
+    assert set(_world.pg_map) - before == {sync._group._group}
+    assert server.calls.count("/destroy_weights_update_group") == 1
+    sync.close()
+    assert set(_world.pg_map) == before
+    engine.close()
 
 
 def test_a_server_without_its_memory_is_not_asked_to_compute(sync, server, proxy):

@@ -288,7 +288,11 @@ class _Group:
             calls.cancel() if not calls.done() else calls.result()
             urls = ", ".join(replica.client.url for replica in replicas)
             raise RolloutError(f"weight sync: no process group with {urls}: {error}") from None
-        calls.result()
+        try:
+            calls.result()
+        except BaseException:  # over NCCL ours is there before theirs are
+            self.leave()
+            raise
 
     def broadcast(self, flat: Tensor, calls: Future[None]) -> None:
         """To all servers. Gives up when one of their calls fails; one that succeeds says nothing, because over NCCL a
