@@ -12,6 +12,8 @@ import small_run
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForImageTextToText
 
 from rewardmap.config import Config
@@ -90,6 +92,46 @@ def test_what_is_read_is_what_was_written(tmp_path, policy, optimizer):
     assert fresh.state.keys() == optimizer.state.keys()
     for parameter, state in optimizer.state.items():
         assert all(torch.equal(fresh.state[parameter][key], value) for key, value in state.items())
+
+
+@pytest.mark.parametrize("offload", [False, True], ids=["rests on the host", "copied from a GPU"])
+def test_weights_are_copied_once(tmp_path, policy, optimizer, monkeypatch, offload):
+    """To host memory, which may not hold a large model twice."""
+    whole, gathered, written = checkpoint.get_model_state_dict, dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+
+    def gather(*arguments, **named):
+        gathered.update(whole(*arguments, **named))
+        if offload:
+            gathered.update({name: tensor.clone() for name, tensor in gathered.items()})
+        return dict(gathered)
+
+    monkeypatch.setattr(checkpoint, "get_model_state_dict", gather)
+    monkeypatch.setattr(Policy, "save", lambda self, folder, weights: written.update(weights))
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(7, policy, optimizer, {})
+    same = {name for name, tensor in written.items() if tensor.data_ptr() == gathered[name].data_ptr()}
+    assert written.keys() == policy.model.state_dict().keys()
+    assert same == (set(written) if offload else set())
+
+
+def test_shards_of_one_rank_are_copied_too(tmp_path):
+    """Gathering them moves nothing, and the weights go on."""
+    policy, kept = build_tiny(0, True), build_tiny(0, True)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        fully_shard(policy.model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=1e-3)
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            checkpoints.save(7, policy, optimizer, {})
+            with torch.no_grad():
+                for parameter in policy.model.parameters():
+                    parameter += 1
+    finally:
+        torch.distributed.destroy_process_group()
+    (path,) = list_checkpoints(tmp_path)
+    written = AutoModelForImageTextToText.from_pretrained(path).state_dict()
+    assert all(torch.equal(written[name], tensor) for name, tensor in kept.model.state_dict().items())
 
 
 def test_other_trained_parameters_are_named(tmp_path, policy, optimizer):

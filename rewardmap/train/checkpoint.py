@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 
 from rewardmap.policy import Policy
 from rewardmap.train.background import current_device
@@ -74,7 +75,9 @@ class Checkpoints:
         whole: dict[str, Any] = get_model_state_dict(policy.model, options=options)
         if has_adapters(policy.model) and self._ranks.is_first:
             whole = merged_state(policy.model, whole)
-        weights = {name: tensor.clone() for name, tensor in whole.items()}
+        # Only what came from a GPU or from several ranks is a copy already: a second one may not fit beside it.
+        live = {_storage(tensor) for tensor in (*policy.model.parameters(), *policy.model.buffers())}
+        weights = {name: tensor.clone() if _storage(tensor) in live else tensor for name, tensor in whole.items()}
         shards = {name: _to_host(tensor) for name, tensor in _training_state(policy, optimizer).items()}
         text = json.dumps(state)
         self._writing = self._thread.submit(self._write, step, policy, weights, shards, text)
@@ -246,6 +249,12 @@ def _trained(policy: Policy, optimizer: torch.optim.Optimizer) -> list[tuple[str
 
 def _to_host(tensor: Tensor) -> Tensor:
     return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
+
+
+def _storage(tensor: Tensor) -> int:
+    """Where the memory begins that a tensor, or this rank's part of it, is a view of."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr()
 
 
 def _read_state(checkpoint: Path) -> dict[str, Any]:
