@@ -349,7 +349,8 @@ class Proxy(Threaded):
 
 def serve() -> None:
     """``python sglang_fake.py OPTIONS``, those of ``sglang.launch_server``: the server in a process of its own. With
-    ``--die-once FILE`` it ends at its first question, if nobody has before."""
+    ``--die-once FILE`` it ends at its first question, if nobody has before; with ``--die-at-probe FILE`` at the first
+    answer that it is to score."""
     from tokenizers import Tokenizer  # without the seconds that transformers takes
 
     options = dict(zip(sys.argv, sys.argv[1:], strict=False))
@@ -362,12 +363,14 @@ def serve() -> None:
         after = sys.argv[sys.argv.index("--lora-target-modules") + 1 :]
         targets = list(itertools.takewhile(lambda word: not word.startswith("--"), after))
         server.enable_lora(int(options["--max-lora-rank"]), targets)
-    died, answer = Path(options["--die-once"]) if "--die-once" in options else None, server._generate
+    answer = server._generate
 
     async def generate(body: Any) -> Any:
+        first = body["sampling_params"] if isinstance(body["sampling_params"], dict) else body["sampling_params"][0]
+        died = options.get("--die-once" if first["max_new_tokens"] else "--die-at-probe")
         if died is not None:
             with suppress(FileExistsError):
-                died.touch(exist_ok=False)
+                Path(died).touch(exist_ok=False)
                 os._exit(9)
         return await answer(body)
 

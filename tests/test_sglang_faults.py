@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import sys
 import time
 from collections import Counter
@@ -15,7 +16,7 @@ import pytest
 
 from rewardmap.config import ServerConfig
 from rewardmap.rollout.engine import RolloutError
-from rewardmap.rollout.sglang_client import EventLoop
+from rewardmap.rollout.sglang_client import TRIES, EventLoop
 from rewardmap.rollout.sglang_engine import CUTS, RESTARTS, SGLangEngine
 from rewardmap.rollout.sglang_server import Keys
 from rewardmap.train.background import in_background
@@ -110,6 +111,38 @@ def test_a_server_that_ends_again_is_restarted_again(problems, proxy, make):
         proxy.break_next("/generate", "reset", process.end)
     with pytest.raises(RolloutError, match=f"server 0 ended again after {RESTARTS} restarts; its last words"):
         engine.generate(problems[:1], 2, SAMPLING)
+
+
+def test_a_server_that_ends_at_the_comparison_after_a_sync_is_restarted(policy, problems, proxy, server, tmp_path):
+    config = ServerConfig(urls=(proxy.url,), drift_alarm=100.0)
+    engine = SyncedEngine(policy, config, tmp_path, print)
+    [replica] = engine._engine.replicas
+    try:
+        engine.generate(problems[:1], 2, SAMPLING)
+        replica.server = Process(proxy.url, server)
+        proxy.break_next("/generate", "reset", replica.server.end)
+        for _ in range(TRIES - 1):
+            proxy.break_next("/generate", "reset")
+        engine.update_weights(1)
+        assert "sync_drift_mean" in engine.metrics() and replica.server.starts == 1
+        assert server.version == "1"  # again, for it started without
+    finally:
+        engine.close()
+
+
+def test_groups_of_a_server_that_is_gone_wait_for_a_place_at_another(policy, problems, server, monkeypatch):
+    monkeypatch.setattr("rewardmap.rollout.sglang_client.TRIES", 1)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # refuses connections
+        gone = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        engine = SGLangEngine(policy, ServerConfig(urls=(server.url, gone), concurrency=1), [], Keys())
+        engine._limit = 4096  # not asked
+        server.delay = 0.2
+        try:
+            assert len(engine.generate(problems, 2, SAMPLING)) == len(problems)
+        finally:
+            engine.close()
+    assert server.most_running == 1
 
 
 def test_all_groups_go_on_once_a_server_is_up_again(problems, proxy, make):

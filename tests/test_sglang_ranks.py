@@ -181,24 +181,25 @@ def check_that_servers_are_gone(folder, count):
 
 def test_servers_that_end_while_they_are_asked_come_back(run_jobs, python, tmp_path):
     """Two ranks that take themselves for two nodes: each one's server ends at its first question, is started again, and
-    gets the weights of both ranks' shards while the other may still sample. And one step off, when there is another
-    server to ask until the next sync."""
+    gets the weights of both ranks' shards while the other may still sample; or at the comparison after a sync. And one
+    step off, when there is another server to ask until the next sync."""
     settings = {"python": python, "drift_alarm": 100.0, "args": ["--die-once", "died"]}
     nodes = {"scenario": "sample", "size": 2, "server": settings, "nodes": 2}
     ahead = {"scenario": "sample", "size": 2, "server": {**settings, "replicas": 2}, "ahead": True}
     adapters = {**nodes, "server": {**settings, "lora_sync": "adapter"}, "policy": {"lora_rank": 4}}
-    seen = run_jobs(tmp_path, {"nodes": nodes, "adapters": adapters, "ahead": ahead})
-    for first, second in (seen["nodes"], seen["adapters"]):
-        assert first == second and first["restarts"] == [1]
+    probed = {**nodes, "server": {**settings, "args": ["--die-at-probe", "died"]}}
+    seen = run_jobs(tmp_path, {"nodes": nodes, "adapters": adapters, "ahead": ahead, "probed": probed})
+    for first, second in (seen["nodes"], seen["adapters"], seen["probed"]):
+        assert first == second and first["restarts"] == [1] and first["metrics"]["sync_drift_mean"] > 0
     assert seen["ahead"][0] == seen["ahead"][1] | {"restarts": seen["ahead"][0]["restarts"]}
     assert sorted(seen["ahead"][0]["restarts"]) == [0, 1]
-    counted = {name: ranks[0]["metrics"]["server_restarts"] for name, ranks in seen.items()}
-    assert counted == {"nodes": 2, "adapters": 2, "ahead": 1}
+    counted = {name: ranks[0]["metrics"].get("server_restarts") for name, ranks in seen.items()}
+    assert counted == {"nodes": 2, "adapters": 2, "ahead": 1, "probed": None}  # which the next step's row counts
     for ranks in seen.values():
         assert ranks[0]["uids"] == [f"q-{n}" for n in range(5)] and ranks[0]["calls"] == [0, 1, 2, 3, 4]
         assert [rollout[-1] for group in ranks[0]["groups"] for rollout in group[1]] == [0] * 10 + [1] * 2
         assert ranks[0]["sharded"]
-    ended = [(f"{name}/servers{rank}", 2) for name in ("nodes", "adapters") for rank in ("", "/rank-1")]
+    ended = [(f"{name}/servers{rank}", 2) for name in ("nodes", "adapters", "probed") for rank in ("", "/rank-1")]
     for folder, count in (*ended, ("ahead/servers", 3)):
         assert (tmp_path / folder / "died").exists()
         check_that_servers_are_gone(tmp_path / folder, count)

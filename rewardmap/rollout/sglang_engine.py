@@ -147,7 +147,8 @@ class SGLangEngine:
         self._at_all(stop)
 
     def logprobs(self, problem: Problem, response: Sequence[int]) -> list[list[float]]:
-        """Each server's log-probabilities [R] of a given answer at temperature 1; see ``read_scores``.
+        """Each server's log-probabilities [R] of a given answer at temperature 1; see ``read_scores``. A server of our
+        own that ended is started again.
 
         Raises:
             RolloutError: see ``generate``.
@@ -158,7 +159,7 @@ class SGLangEngine:
         body = score_body(prompt, response, image_token, self.picture(problem.image), self.adapter)
 
         async def ask() -> list[list[float]]:
-            replies = await asyncio.gather(*(replica.client.generate(body, problem.uid) for replica in self.replicas))
+            replies = await asyncio.gather(*(self._ask_at(replica, body, problem.uid) for replica in self.replicas))
             return [read_scores(reply, prompt, response, vocabulary, problem.uid) for reply in replies]
 
         return self.loop.run(ask())
@@ -222,24 +223,26 @@ class SGLangEngine:
 
         async def one(index: int) -> RolloutGroup:
             problem, prompt = problems[index], prompts[index]
-            async with slots[homes[index]]:
+
+            async def body() -> bytes:
                 picture = await self._picture(problem.image)
                 seeds = _seeds(sampling.seed, index, problem.uid, group_size) if self._seeded else None
-                body = generate_body(
+                return generate_body(
                     prompt, image_token, picture, group_size, sampling, stop, banned, self.adapter, seeds
                 )
-                for _ in range(1 + CUTS):
-                    reply = await self._ask(homes[index], body, problem.uid)
-                    group = read_group(
-                        reply, problem, prompt, group_size, self.version, stop, banned, self.policy.decode, self.adapter
-                    )
-                    if self._aborted or all(rollout.finish_reason != "abort" for rollout in group.rollouts):
-                        break
-                else:  # a part of an answer must not be taken for one
-                    raise RolloutError(
-                        f"{problem.uid}: the server cut off its answers {1 + CUTS} times, which nobody here asked for; "
-                        "does another program pause its generation, abort its requests or change its weights?"
-                    )
+
+            for _ in range(1 + CUTS):
+                reply = await self._ask(homes[index], slots, body, problem.uid)
+                group = read_group(
+                    reply, problem, prompt, group_size, self.version, stop, banned, self.policy.decode, self.adapter
+                )
+                if self._aborted or all(rollout.finish_reason != "abort" for rollout in group.rollouts):
+                    break
+            else:  # a part of an answer must not be taken for one
+                raise RolloutError(
+                    f"{problem.uid}: the server cut off its answers {1 + CUTS} times, which nobody here asked for; "
+                    "does another program pause its generation, abort its requests or change its weights?"
+                )
             if on_group is not None:
                 on_group(index, group)
             return group
@@ -251,23 +254,36 @@ class SGLangEngine:
             raise several.exceptions[0] from None
         return [task.result() for task in running]
 
-    async def _ask(self, home: int, body: object, uid: str) -> object:
-        """The reply of a problem's home, of a restarted home, or of another replica."""
+    async def _ask(
+        self, home: int, slots: Sequence[asyncio.Semaphore], body: Callable[[], Coroutine[Any, Any, bytes]], uid: str
+    ) -> object:
+        """The reply of a problem's home, of a restarted home, or of another replica; each takes so many at a time."""
         if self._router is not None:
-            return await self._router.generate(body, uid)
-        order = [self.replicas[(home + step) % len(self.replicas)] for step in range(len(self.replicas))]
-        failure = ""
-        for replica in order:
-            for _ in range(1 + RESTARTS):
-                before = replica.brought_up
+            async with slots[home]:
+                return await self._router.generate(await body(), uid)
+        failure = UnreachableError("")
+        for step in range(len(self.replicas)):
+            number = (home + step) % len(self.replicas)
+            async with slots[number]:  # made inside: bodies with pictures are large, and all groups wait here
                 try:
-                    return await replica.client.generate(body, uid)
+                    return await self._ask_at(self.replicas[number], await body(), uid)
                 except UnreachableError as error:
-                    said = f". The server ended; {replica.server.last_lines()}" if replica.server else ""
-                    failure = f"{error}{said}"
-                if not await self._restarted(replica, before):
-                    break
-        raise RolloutError(failure)
+                    failure = error
+        raise failure
+
+    async def _ask_at(self, replica: Replica, body: object, uid: str) -> object:
+        """The reply of one replica, started again where it ended. Raises UnreachableError, RolloutError."""
+        failure = ""
+        for _ in range(1 + RESTARTS):
+            before = replica.brought_up
+            try:
+                return await replica.client.generate(body, uid)
+            except UnreachableError as error:
+                said = f". The server ended; {replica.server.last_lines()}" if replica.server else ""
+                failure = f"{error}{said}"
+            if not await self._restarted(replica, before):
+                break
+        raise UnreachableError(failure)
 
     async def _restarted(self, replica: Replica, before: int) -> bool:
         """Start a server of our own again if it is gone. False: not ours, or nobody can bring it up to date.
@@ -277,7 +293,7 @@ class SGLangEngine:
         """
         async with replica.lock:
             server = replica.server
-            if server is None:
+            if server is None or self._router is not None:  # which would go on asking where the server was
                 return False
             if replica.brought_up > before:  # for another group: to ask it for its health takes a second for each
                 return True

@@ -209,7 +209,8 @@ class SyncedEngine:
             RolloutError: the mean is above the alarm's threshold.
         """
         here = self._own_logprobs(problem, response)
-        found = self._ranks.gather(self._ranks.patiently(lambda: self._drift(problem, response, here)))
+        mine = self._ranks.patiently(lambda: self._drift(problem, response, here), self._push_to_restarted)
+        found = self._ranks.gather(mine)
         servers = [drift for drift in found if drift]
         return {name: max(drift[name] for drift in servers) for name in (servers[0] if servers else ())}
 
