@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -263,6 +264,17 @@ def test_damage_is_found(tmp_path, policy, optimizer, file):
     assert find_damage(path)
     victim.unlink()
     assert file == "checksums.json" or "cannot be read" in str(find_damage(path))
+
+
+def test_a_bad_sector_is_damage(tmp_path, policy, optimizer, monkeypatch):
+    def unreadable(file, digest):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))  # names no file, as read(2) does not
+
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(7, policy, optimizer, {})
+    (path,) = list_checkpoints(tmp_path)
+    monkeypatch.setattr(checkpoint.hashlib, "file_digest", unreadable)
+    assert re.fullmatch(r"\S+ cannot be read \(Input/output error\)", find_damage(path))
 
 
 def test_a_run_goes_on_with_the_checkpoint_before_a_broken_one(tmp_path, config, console):

@@ -284,8 +284,11 @@ def _digests(folder: Path, names: Collection[str]) -> dict[str, str]:
     """Checksums by name. Files are read side by side: a large model's take one reader minutes."""
 
     def digest(name: str) -> str:
-        with (folder / name).open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        try:
+            with (folder / name).open("rb") as file:
+                return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        except OSError as error:  # of a read, which does not say of what
+            raise OSError(error.errno, error.strerror, str(folder / name)) from None
 
     with ThreadPoolExecutor(8) as readers:
         return dict(zip(names, readers.map(digest, names), strict=True))
