@@ -97,7 +97,7 @@ def test_a_run_leaves_everything_behind(tmp_path, console):
     assert json.loads((elsewhere / "report.json").read_text())["kinds"] == report["kinds"]
     with pytest.raises(ConfigError, match="already holds a run"):
         run.train(load_config("tiny", SMALL), out, console=console)
-    with (out / "config.toml").open() as other:
+    with (out / run.LOCK).open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="another process trains this run"):
             run.resume(out, console=console)
@@ -314,7 +314,6 @@ def test_a_run_that_went_back_and_on_otherwise_is_evaluated_anew(tmp_path, confi
 
 def test_a_run_on_nfs_is_locked_too(tmp_path, monkeypatch):
     """There an exclusive lock on a file opened for reading is EBADF (flock(2))."""
-    (tmp_path / "config.toml").touch()
     flock = fcntl.flock
 
     def nfs(number, operation):
@@ -329,6 +328,36 @@ def test_a_run_on_nfs_is_locked_too(tmp_path, monkeypatch):
         run._alone_in(tmp_path, ALONE),
     ):
         pass
+
+
+def test_a_run_whose_settings_are_edited_meanwhile_stays_locked(tmp_path):
+    settings, other = tmp_path / "config.toml", tmp_path / "config.toml.new"
+    settings.touch()
+    with run._alone_in(tmp_path, ALONE):
+        other.touch()
+        other.replace(settings)  # as editors and sed -i save
+        with pytest.raises(ConfigError, match="another process trains this run"), run._alone_in(tmp_path, ALONE):
+            pass
+
+
+def test_the_time_of_all_sittings_is_reported(tmp_path, config, console, monkeypatch):
+    """The evaluations before and after may be of two."""
+    sittings, close = [], run._close
+
+    def closed(trainer, *rest):
+        sittings.append(trainer)
+        if len(sittings) == 2:
+            close(trainer, *rest)
+
+    monkeypatch.setattr(run, "_close", closed)
+    out = run.train(config, tmp_path / "run", console=console)
+    run.resume(out, console=console)
+    first = sum(row["seconds"].get("evaluate", 0.0) for row in read_metrics(out))
+    second = sittings[1].timer.totals["evaluate"]
+    report = json.loads((out / "report.json").read_text())
+    assert min(first, second) > 0
+    assert report["seconds_by_phase"]["evaluate"] == pytest.approx(first + second)
+    assert report["seconds"] == pytest.approx(sum(report["seconds_by_phase"].values()))
 
 
 def test_an_error_after_the_start_leaves_what_was_there(console, tmp_path, monkeypatch):

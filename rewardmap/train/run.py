@@ -38,6 +38,7 @@ from rewardmap.types import DataError
 
 ALONG = "step-{:06}"
 """Of ``evaluation``: the held-out answers after a step of ``eval.every``."""
+LOCK = ".lock"
 
 
 def train(config: Config, run_dir: Path, *, console: Console) -> Path:
@@ -99,7 +100,9 @@ def _alone_in(run_dir: Path, ranks: Ranks) -> Iterator[None]:
     held: list[int] = []
 
     def hold() -> None:
-        held.append(os.open(run_dir / "config.toml", os.O_RDWR))  # NFS locks only what may be written
+        # A file of its own: an editor that saves config.toml puts another, unlocked, in its place. NFS locks only what
+        # may be written.
+        held.append(os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666))
         try:
             fcntl.flock(held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -251,7 +254,7 @@ def _close(job: _Job, after: Evaluation) -> None:
         draw_curriculum(rows, run_dir / "curriculum.png")
         if config.eval.samples:
             draw_samples(after, examiner.problems, run_dir / "samples", config.eval.samples, before)
-    phases = _total_phases(rows, trainer.timer.totals)
+    phases = _total_phases(rows, trainer.timer.end_step())
     sampled = 0 if config.rollout.staleness else sum(row.get("rollout_tokens", 0) for row in rows)
     report = write_report(
         run_dir,
@@ -300,13 +303,13 @@ def _weights(job: _Job) -> str:
     return f"step {trainer.version} {trainer.ranks.first(digest)}"
 
 
-def _total_phases(rows: Sequence[Mapping[str, Mapping[str, float]]], now: Mapping[str, float]) -> dict[str, float]:
-    """Seconds by phase over all sittings of a run: those of logged steps, and this sitting's others."""
-    logged: dict[str, float] = {}
+def _total_phases(rows: Sequence[Mapping[str, Mapping[str, float]]], since: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by phase over all sittings of a run: those of logged steps, and this sitting's ``since`` its last one."""
+    total = dict(since)
     for row in rows:
         for phase, seconds in row["seconds"].items():
-            logged[phase] = logged.get(phase, 0.0) + seconds
-    return {**now, **{phase: max(seconds, now.get(phase, 0.0)) for phase, seconds in logged.items()}}
+            total[phase] = total.get(phase, 0.0) + seconds
+    return total
 
 
 @contextmanager
