@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,14 @@ from rewardmap.policy import Policy
 from rewardmap.report import read_metrics
 from rewardmap.tiny import build_tiny
 from rewardmap.train import checkpoint, run
-from rewardmap.train.checkpoint import Checkpoints, find_damage, list_checkpoints, load_training_state, newest_intact
+from rewardmap.train.checkpoint import (
+    Checkpoints,
+    find_damage,
+    list_checkpoints,
+    load_training_state,
+    newest_intact,
+    read_state,
+)
 from rewardmap.train.identity import changes, identity, random_state, restore_random_state
 from rewardmap.train.parallel import prepare_policy
 from rewardmap.train.ranks import ALONE
@@ -89,7 +97,8 @@ def test_what_is_read_is_what_was_written(tmp_path, policy, optimizer):
     for name, tensor in policy.model.state_dict().items():
         assert torch.equal(model.state_dict()[name] + 1, tensor), name
     fresh = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=1e-3)
-    assert load_training_state(path, policy, fresh) == {"step": 7}
+    load_training_state(path, policy, fresh)
+    assert read_state(path) == {"step": 7}
     assert fresh.state.keys() == optimizer.state.keys()
     for parameter, state in optimizer.state.items():
         assert all(torch.equal(fresh.state[parameter][key], value) for key, value in state.items())
@@ -146,11 +155,10 @@ def test_other_trained_parameters_are_named(tmp_path, policy, optimizer):
 
 def test_adapters_are_saved_beside_their_product(tmp_path):
     pytest.importorskip("peft")
-    config = load_config("tiny", ["policy.lora_rank=4"])
 
-    def adapted() -> tuple[Policy, torch.optim.Optimizer]:
+    def adapted(*settings: str) -> tuple[Policy, torch.optim.Optimizer]:
         policy = build_tiny(0, True)
-        prepare_policy(policy, config)
+        prepare_policy(policy, load_config("tiny", ["policy.lora_rank=4", *settings]))
         return policy, torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=1e-2)
 
     policy, optimizer = adapted()
@@ -170,6 +178,8 @@ def test_adapters_are_saved_beside_their_product(tmp_path):
     load_training_state(path, fresh, other)
     with torch.no_grad():
         assert torch.equal(fresh.model(input_ids=ids).logits, wanted)
+    with pytest.raises(DataError, match=r"other parameters .*lora_A\.default\.weight'; put policy\.lora_rank"):
+        load_training_state(path, *adapted("policy.lora_rank=8"))
 
 
 def test_adapters_begin_by_the_seed_alone():
@@ -201,6 +211,18 @@ def test_the_newest_and_the_best_are_kept(tmp_path, policy, optimizer):
         for step, (stage, score) in scores.items():
             checkpoints.save(step, policy, optimizer, {"stage": stage, "score": score})
     assert names(tmp_path) == ["step-000003", "step-000005", "step-000006"]
+
+
+def test_copies_under_other_names_are_no_checkpoints_and_stay(tmp_path, policy, optimizer):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, policy, optimizer, {})
+        checkpoints.wait()
+        for name in ("step-000001-good", "step-000001.keep", "step-best"):
+            shutil.copytree(tmp_path / "step-000001", tmp_path / name)
+        for step in (999_999, 1_000_000):
+            checkpoints.save(step, policy, optimizer, {})
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-1000000"]
+    assert names(tmp_path) == ["step-000001-good", "step-000001.keep", "step-1000000", "step-best"]
 
 
 def test_a_damaged_one_that_the_run_went_back_behind_is_not_the_newest(tmp_path, policy, optimizer):
@@ -346,6 +368,11 @@ def test_a_changed_configuration_is_reported_key_by_key(tmp_path, config, consol
     said = console.export_text()
     assert "changed since step-000005: config.train.max_grad_norm: 1.0, now 2.0" in said
     assert said.count("changed since") == 1
+    (out / "config.toml").write_text(text.replace("freeze = []", 'freeze = ["lm_head.*"]', 1))
+    with pytest.raises(DataError, match="other parameters"):
+        run.resume(out, console=console)
+    said = console.export_text()
+    assert 'changed since step-000005: config.policy.freeze: [], now ["lm_head.*"]' in said  # which is why
 
 
 def test_changed_data_is_reported_key_by_key(config, data):

@@ -132,7 +132,7 @@ def _along(axes: Any, evaluations: Mapping[int, Evaluation]) -> None:
         axes.plot(steps, values, color=COLOURS[kind], linewidth=1.3, marker="o", markersize=3, label=kind)
     estimates = [found.estimate() for found in evaluations.values()]
     values = [estimate.value for estimate in estimates]
-    errors = np.nan_to_num([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]).clip(min=0)
+    errors = np.array([[e.value - e.low for e in estimates], [e.high - e.value for e in estimates]]).clip(min=0)
     line = {"color": INK, "linewidth": 2, "marker": "o", "markersize": 4, "elinewidth": 1.1, "capsize": 2.5}
     axes.errorbar(steps, values, errors, label="all, weighted", **line)
     row = {"ncols": 7, "fontsize": 8.5, "columnspacing": 1.0, "handlelength": 1.3, "handletextpad": 0.5}

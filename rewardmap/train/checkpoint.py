@@ -149,13 +149,13 @@ class Checkpoints:
     def _remove_old(self, newest: Path) -> None:
         # Later ones are damaged: the run went back behind them.
         found = list_checkpoints(self._folder)
-        present = [path for path in found if path <= newest]
+        present = found[: found.index(newest) + 1]
         keep = set(present[-self._keep :])
         if self._keep_best:
             states: dict[Path, dict[str, Any]] = {}
             for path in present:
                 with suppress(OSError, ValueError):  # damaged: it is no best one
-                    states[path] = _read_state(path)
+                    states[path] = read_state(path)
             stage = states[newest].get("stage")
             rivals = [p for p, one in states.items() if one.get("stage") == stage and one.get("score") is not None]
             keep |= set(sorted(rivals, key=lambda path: states[path]["score"])[-self._keep_best :])
@@ -165,8 +165,13 @@ class Checkpoints:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob(f"{_PREFIX}*") if (path / _SUMS).is_file())
+    """Complete checkpoints, oldest first. A copy under a name of one's own, as ``step-000100-good``, is none."""
+    named = [path for path in folder.glob(f"{_PREFIX}*") if (path / _SUMS).is_file() and _number(path).isdecimal()]
+    return sorted(named, key=lambda path: int(_number(path)))
+
+
+def _number(path: Path) -> str:
+    return path.name.removeprefix(_PREFIX)
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> str | None:
@@ -203,8 +208,8 @@ def find_damage(checkpoint: Path, training: bool = True) -> str | None:
     return f"{odd[0]} does not match its checksum" if odd else None
 
 
-def load_training_state(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore optimizer and adapters, however many ranks wrote them, and return the loop's state.
+def load_training_state(checkpoint: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Restore optimizer and adapters, however many ranks wrote them.
 
     Raises:
         DataError: what is trained is not what the checkpoint's run trained.
@@ -221,13 +226,16 @@ def load_training_state(checkpoint: Path, policy: Policy, optimizer: torch.optim
             states[parameter] = state | {"step": torch.zeros(1, device=parameter.device)}
             wanted |= {f"{key}.{name}": tensor for key, tensor in states[parameter].items()}
     odd = sorted(saved.keys() ^ wanted.keys())
+    odd = odd or [name for name, tensor in wanted.items() if saved[name].size != tensor.shape]  # type: ignore[union-attr]
     if odd:
-        raise DataError(f"{checkpoint}: its run trained other parameters than this one, e.g. '{odd[0]}'")
+        raise DataError(
+            f"{checkpoint}: its run trained other parameters than this one, e.g. '{odd[0]}'; put policy.lora_rank, "
+            "policy.lora_targets and policy.freeze in config.toml back to what they were"
+        )
     if wanted:
         dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
     for parameter, state in states.items():
         optimizer.state[parameter] = state | {"step": state["step"].squeeze()}
-    return _read_state(checkpoint)
 
 
 def _training_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -257,7 +265,8 @@ def _storage(tensor: Tensor) -> int:
     return local.untyped_storage().data_ptr()
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What ``save`` was given."""
     state: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
     return state
 

@@ -23,7 +23,7 @@ from rewardmap.rewards import Networks, Rubric
 from rewardmap.rewards.rubric import Mode
 from rewardmap.rewards.stations import unanswerable
 from rewardmap.train.ahead import OneStepOff
-from rewardmap.train.checkpoint import load_training_state, newest_intact
+from rewardmap.train.checkpoint import load_training_state, newest_intact, read_state
 from rewardmap.train.engines import make_engine, need_engine
 from rewardmap.train.examine import (
     CHECKPOINTS,
@@ -233,11 +233,12 @@ def _restore(trainer: Trainer, itself: Mapping[str, Any], newest: Path, console:
     Raises ConfigError where the next step's answers wait there for a trainer that would leave them out: its curriculum
     would be a step ahead of it for ever.
     """
-    state = load_training_state(newest, trainer.policy, trainer.optimizer)
+    state = read_state(newest)
     if state.get("ahead") is not None and not trainer.config.rollout.staleness:
         raise ConfigError(f"{newest} holds the next step's answers already; resume with rollout.staleness=1")
     for line in changes(state["identity"], itself):
         _warn(console, f"changed since {newest.name}: {line}")
+    load_training_state(newest, trainer.policy, trainer.optimizer)
     trainer.load_state_dict(state)
     restore_random_state(state["random"])
     console.print(f"resuming after step {trainer.step} of {trainer.curriculum.total_steps}", highlight=False)
