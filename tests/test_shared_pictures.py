@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -182,16 +183,14 @@ def test_a_process_alone_shares_with_nobody():
         assert pictures is None
 
 
-def left():
-    return set(SHARED_MEMORY.glob(f"{shared_pictures._PREFIX}*"))
-
-
 @pytest.fixture
-def nothing_left():
-    """Of this test, beside what other jobs of the machine have."""
-    before = left()
-    yield
-    assert left() <= before
+def shared_memory(monkeypatch):
+    """Shared memory of this test alone, beside what other jobs of the machine have there; nothing is left in it."""
+    with tempfile.TemporaryDirectory(prefix="tests-of-rewardmap-", dir=SHARED_MEMORY) as name:
+        monkeypatch.setattr(shared_pictures, "SHARED_MEMORY", Path(name))
+        monkeypatch.setenv("SHARED_MEMORY_OF_THE_TEST", name)
+        yield
+        assert not list(Path(name).iterdir())
 
 
 def run_ranks(folder, *arguments):
@@ -202,7 +201,7 @@ def run_ranks(folder, *arguments):
     return done, seen
 
 
-@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.usefixtures("shared_memory")
 def test_ranks_of_a_node_decode_each_picture_once(tmp_path):
     paths = draw(tmp_path, 9)
     done, seen = run_ranks(tmp_path, "3")
@@ -213,7 +212,7 @@ def test_ranks_of_a_node_decode_each_picture_once(tmp_path):
     assert len((tmp_path / "calls").read_text().splitlines()) == len(paths)
 
 
-@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.usefixtures("shared_memory")
 def test_ranks_alone_on_their_nodes_keep_their_own(tmp_path):
     draw(tmp_path, 2)
     done, seen = run_ranks(tmp_path, "2", "nodes")
@@ -222,7 +221,7 @@ def test_ranks_alone_on_their_nodes_keep_their_own(tmp_path):
     assert len((tmp_path / "calls").read_text().splitlines()) == 4
 
 
-@pytest.mark.usefixtures("nothing_left")
+@pytest.mark.usefixtures("shared_memory")
 def test_what_a_killed_job_left_is_removed_and_what_another_holds_is_not(tmp_path, monkeypatch):
     draw(tmp_path, 2)
     monkeypatch.setattr(shared_pictures, "_YOUNG_S", -1.0)
@@ -264,4 +263,5 @@ def ask_all(folder: Path, pictures: SharedPictures | None, ranks: Ranks) -> list
 
 if __name__ == "__main__":
     out, size, *rest = sys.argv[1:]
+    shared_pictures.SHARED_MEMORY = Path(os.environ["SHARED_MEMORY_OF_THE_TEST"])
     fork_ranks(int(size), lambda: one_rank(Path(out), *(rest or ["node"])))
