@@ -342,18 +342,21 @@ def test_a_run_whose_settings_are_edited_meanwhile_stays_locked(tmp_path):
 
 def test_the_time_of_all_sittings_is_reported(tmp_path, config, console, monkeypatch):
     """The evaluations before and after may be of two."""
-    sittings, close = [], run._close
+    out, examine_all, close, dead, closed = tmp_path / "run", examine.Examiner.examine, run._close, [], []
 
-    def closed(trainer, *rest):
-        sittings.append(trainer)
-        if len(sittings) == 2:
-            close(trainer, *rest)
+    def dying(self, engine, model, name, *rest):
+        if name == "after" and not dead:
+            dead.append(name)
+            raise RuntimeError("killed")
+        return examine_all(self, engine, model, name, *rest)
 
-    monkeypatch.setattr(run, "_close", closed)
-    out = run.train(config, tmp_path / "run", console=console)
+    monkeypatch.setattr(examine.Examiner, "examine", dying)
+    monkeypatch.setattr(run, "_close", lambda job, after: (closed.append(job), close(job, after)))
+    with pytest.raises(RuntimeError, match="killed"):
+        run.train(config, out, console=console)
     run.resume(out, console=console)
     first = sum(row["seconds"].get("evaluate", 0.0) for row in read_metrics(out))
-    second = sittings[1].timer.totals["evaluate"]
+    second = closed[0].trainer.timer.totals["evaluate"]
     report = json.loads((out / "report.json").read_text())
     assert min(first, second) > 0
     assert report["seconds_by_phase"]["evaluate"] == pytest.approx(first + second)
