@@ -31,6 +31,7 @@ import kernel_times
 from kernel_problem import relative_error
 from records import Row, read_rows, why
 
+from rewardmap_kernels import tree_op
 from rewardmap_kernels.tree_attention import segment_attention, tree_attention, tree_mask
 from rewardmap_kernels.tree_routes import KERNELS, TABLE
 from rewardmap_kernels.tree_varlen import why_not
@@ -167,8 +168,6 @@ def measure(case: Case, device: str, early: Callable[[Row], None] = lambda row: 
 
 def launched(q: Tensor) -> dict[str, Any]:
     """By pass [query rows, key columns, warps, stages] of our kernels."""
-    from rewardmap_kernels import tree_op  # needs triton
-
     return dict(zip(PASSES, tree_op.plan_of(q), strict=True))
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _rows
 from ._checks import (
@@ -169,6 +170,28 @@ def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     dtype = operand_dtype(hidden, weight, _rows.implementation(OPERATION, hidden))
     wide = dtype if hidden.shape[0] <= rest[8] else compute_dtype(hidden)
     return hidden.new_empty(hidden.shape if rest[9] else (0,), dtype=dtype), weight.new_empty(weight.shape, dtype=wide)
+
+
+def _register_flop() -> None:
+    """For ``FlopCounterMode``: the products that run, 2NVH each, by what came out (``out_shape``)."""
+
+    def products(hidden: torch.Size, vocab: int, count: int) -> int:
+        return 2 * count * hidden[0] * hidden[1] * vocab
+
+    @register_flop_formula(torch.ops.rewardmap_kernels.linear_logprobs)
+    def _(hidden: torch.Size, weight: torch.Size, *rest: Any, out_shape: Any) -> int:
+        return products(hidden, weight[0], 1 + sum(made == hidden for made in out_shape[4:6]))
+
+    @register_flop_formula(torch.ops.rewardmap_kernels.linear_logprobs_kept)
+    def _(hidden: torch.Size, kept: torch.Size, *rest: Any, out_shape: Any) -> int:
+        return products(hidden, kept[1], 1)
+
+    @register_flop_formula(torch.ops.rewardmap_kernels.linear_logprobs_recompute)
+    def _(hidden: torch.Size, weight: torch.Size, *rest: Any, out_shape: Any) -> int:
+        return products(hidden, weight[0], 2 + (out_shape[0] == hidden))
+
+
+_register_flop()
 
 
 class _LinearLogprobs(torch.autograd.Function):

@@ -10,11 +10,13 @@ The work is one custom operator, opaque to torch.compile; autograd and the check
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _rows
 from ._checks import (
@@ -29,7 +31,7 @@ from ._checks import (
     readable,
     temperatures,
 )
-from ._head import Head, chunk_size, full_weight, operand_dtype
+from ._head import Head, chunk_size, full_weight, operand_dtype, row_chunks
 from ._scale import scaled, taken
 from ._shard import VocabShard
 from .objective import PolicyObjective, check_objective, from_key
@@ -81,6 +83,19 @@ def _forward(
     )  # fmt: skip
 
 
+def _order(
+    objective: PolicyObjective, dtype: torch.dtype, chunks: int, need_hidden: bool, need_weight: bool
+) -> tuple[bool, bool, bool]:
+    """(gradients are made from exponentials, multiplied by the coefficients only when all of them are there, or from
+    logits made a second time)."""
+    training, late = need_hidden or need_weight, objective.needs_sequence and chunks > 1
+    # An entropy gradient is no multiple of p - onehot; float16 has too few exponents for exponentials.
+    factored = training and not objective.entropy_coef and dtype != torch.float16
+    # A frozen head's product needs no coefficient: the rows of its result are multiplied afterwards.
+    directions = late and factored and not need_weight
+    return factored, directions, late and training and not directions
+
+
 def _run(
     impl: Any, head: Head, shard: VocabShard | None, targets: Tensor, divisor: Tensor | float, inputs: dict[str, Any],
     keep: Tensor | None,
@@ -96,13 +111,9 @@ def _run(
 
     objective: PolicyObjective = inputs["objective"]
     scale = _rows.float16_scale(head.dtype, inputs["normalizer"], head.hidden)
-    training = head.d_hidden is not None or head.d_weight is not None
-    # An entropy gradient is no multiple of p - onehot; float16 has too few exponents for exponentials.
-    factored = training and not objective.entropy_coef and head.dtype != torch.float16
-    one, late = len(head.chunks) == 1, objective.needs_sequence
-    # A frozen head's product needs no coefficient: the rows of its result are multiplied afterwards.
-    directions = late and not one and factored and head.d_weight is None
-    second_pass = training and late and not one and not directions
+    need = head.d_hidden is not None, head.d_weight is not None
+    training, one = any(need), len(head.chunks) == 1
+    factored, directions, second_pass = _order(objective, head.dtype, len(head.chunks), *need)
     output, parts = None, []
     for rows in head.chunks:
         x, logits = head.logits(rows)
@@ -158,6 +169,16 @@ def _(hidden: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         else hidden.new_empty(0),
         hidden.new_empty((), dtype=wide),
     )  # fmt: skip
+
+
+@register_flop_formula(torch.ops.rewardmap_kernels.linear_policy_loss, get_raw=True)
+def _flop(*args: Any, out_val: tuple[Tensor, ...], **named: Any) -> int:
+    """For ``FlopCounterMode``: the products that run, 2NVH each."""
+    given = inspect.signature(_forward._init_fn).bind(*args, **named).arguments
+    (n, h), v = given["hidden"].shape, given["weight"].shape[0]
+    need, chunks = (given["need_hidden"], given["need_weight"]), len(row_chunks(n, given["chunk_rows"]))
+    again = _order(from_key(given["objective"]), out_val[4].dtype, chunks, *need)[2]
+    return 2 * (1 + sum(need) + again) * n * v * h
 
 
 class _LinearPolicyLoss(torch.autograd.Function):

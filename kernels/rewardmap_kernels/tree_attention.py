@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from . import tree_blocks, tree_routes, tree_tiles, tree_varlen
+from . import tree_blocks, tree_op, tree_routes, tree_tiles, tree_varlen
 from .dispatch import choose, launched
 
 Tensor = torch.Tensor
@@ -150,8 +150,6 @@ def tree_attention(
         if q.device.type == "cpu":
             return tree_blocks.tree_blocks_forward(q, k, v, *mask.blocks, scale)[0]
         return _plain(q, k, v, mask, scale)
-    from . import tree_op
-
     low, high = tree_op.HEAD_DIMS
     if not low <= q.shape[-1] <= high:
         raise ValueError(
@@ -203,8 +201,6 @@ def _path(q: Tensor, mask: TreeMask, route: str | None) -> tuple[str, str | None
 
 
 def _tiles(q: Tensor, mask: TreeMask) -> tree_tiles.Tiles:
-    from . import tree_op
-
     blocks = tree_op.plan_of(q)
     return mask.tiles((blocks.forward.m, blocks.forward.n), (blocks.dkv.m, blocks.dkv.n), q.device)
 

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .tree_flop import register_attention_flop
+
 BLOCK = 64
 """Queries of a block at most; blocks end where trees end."""
 
@@ -128,3 +130,4 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 tree_blocks_forward.register_autograd(_backward, setup_context=_setup)
+register_attention_flop("tree_blocks", lambda bounds, keys, visible, scale: int(visible.sum()))

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import tree_kernels
 from .dispatch import last_path, launched, on_device_of
+from .tree_flop import register_attention_flop
 
 HEAD_DIMS = (16, 128)
 """Smallest and largest head dimension the kernels take."""
@@ -99,6 +99,8 @@ def tree_attention_forward(
     q: Tensor, k: Tensor, v: Tensor, ends: Tensor, rows: Tensor, keys: Tensor, columns: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """q [1, Hq, T, D], k and v [1, Hkv, T, D] and ``Tiles`` -> (out [1, Hq, T, D], lse [Hq, T] float32, base 2)."""
+    from . import tree_kernels  # needs triton, which the operator's name does not
+
     q, k, v = map(_last_dense, (q, k, v))
     _, heads, total, dim = q.shape
     out, lse = _heads_inside(q), q.new_empty(heads, total, dtype=torch.float32)
@@ -124,6 +126,8 @@ def tree_attention_backward(
     columns: Tensor, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, in their dtype, each summed in float32 and rounded once."""
+    from . import tree_kernels
+
     dout, q, k, v = map(_last_dense, (dout, q, k, v))
     _, heads, total, dim = q.shape
     kv_heads = k.shape[1]
@@ -179,3 +183,10 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 tree_attention_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def _pairs(ends: Tensor, *rest: Any) -> int:
+    return int((ends - torch.arange(len(ends), device=ends.device)).sum())  # on a GPU this waits for it
+
+
+register_attention_flop("tree_attention", _pairs)

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .tree_flop import register_attention_flop
+
 
 class Calls(NamedTuple):
     """The calls of one packed row. Its integers are tensors, so that compiled code does not depend on them."""
@@ -326,3 +328,13 @@ def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 
 tree_varlen_forward.register_autograd(_backward, setup_context=_setup)
+
+
+def _pairs(sizes: Tensor, lengths: Tensor, rows: Tensor, causal: bool, *rest: Any) -> int:
+    """Waits for a GPU, as torch's own count of variable lengths does."""
+    first, *others = ((call.cu_q.diff().long(), call.cu_k.diff()) for call in _each(sizes, lengths, rows))
+    own = first[0] * (first[0] + 1) // 2 if causal else first[0] * first[1]
+    return int(own.sum() + sum((q * k).sum() for q, k in others))
+
+
+register_attention_flop("tree_varlen", _pairs)
