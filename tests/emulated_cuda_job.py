@@ -35,6 +35,7 @@ from rewardmap_kernels import (
     linear_policy_loss,
     logits_policy_loss,
     loss_normalizer,
+    policy_loss,
     selective_log_softmax,
     use_implementation,
 )
@@ -121,6 +122,9 @@ def operations() -> dict[str, int]:
             rows = there | {"normalizer": loss_normalizer(DAPO, there["loss_mask"], total_tokens=19)}
             linear_policy_loss(hidden, weight, targets, objective=objective, **rows).loss.backward()
             logits_policy_loss(logits, targets, objective=objective, **rows).loss.backward()
+        here = there | {"normalizer": torch.tensor(19.0)}
+        linear_policy_loss(hidden, weight, targets, objective=DAPO, **here).loss.backward()
+        policy_loss(hidden[:, 0], objective=DAPO, **here).row_loss.sum().backward()
         half = hidden.detach().half().requires_grad_(), weight.detach().half()
         linear_policy_loss(*half, targets, objective=DAPO, **there | {"normalizer": 19.0}).loss.backward()
         for one in (*linear_logprobs(hidden, weight, targets), *selective_log_softmax(logits, targets)):
@@ -129,10 +133,31 @@ def operations() -> dict[str, int]:
         return dict(waits)
 
 
+def divisors() -> list[list[float | None]]:
+    """Rows of log-probabilities, losses and gradients where two divisors and two temperatures are not positive."""
+    with emulated_cuda.emulated():
+        hidden, weight = (torch.randn(n, 16, device="cuda", requires_grad=True) for n in (6, 77))
+        logits, targets = (hidden @ weight.T).detach().requires_grad_(), torch.arange(6, device="cuda")
+        mask = torch.tensor([1, 1, 1, 1, 1, 0]).to("cuda")
+        rows = {"advantages": torch.ones(6).to("cuda"), "loss_mask": mask, "objective": DAPO}
+        rows["normalizer"] = torch.tensor([1.0, -1.0, 0.0, 1.0, 1.0, 0.0]).to("cuda")
+        temperature = torch.tensor([1.0, 1.0, 1.0, -1.0, 0.0, -1.0]).to("cuda")
+        by_linear = linear_policy_loss(hidden, weight.detach(), targets, temperature=temperature, **rows)
+        by_logits = logits_policy_loss(logits, targets, temperature=temperature, **rows)
+        (alone,) = linear_logprobs(hidden.detach(), weight.detach(), targets, temperature=temperature)[:1]
+        alone_2 = selective_log_softmax(logits.detach(), targets, temperature)[0]
+        (one,) = torch.autograd.grad(by_linear.loss, hidden)
+        (two,) = torch.autograd.grad(by_logits.loss, logits)
+        by_row = policy_loss(alone.nan_to_num(), **rows).row_loss
+        found = (by_linear.logprobs, by_logits.logprobs, alone, alone_2, by_row, one.sum(1), two.sum(1))
+        return [[x if x == x else None for x in values.tolist()] for values in found]
+
+
 if __name__ == "__main__":
     out = Path(sys.argv[1])
     (out / "refusals.json").write_text(json.dumps(refusals()))
     (out / "operations.json").write_text(json.dumps(operations()))
+    (out / "divisors.json").write_text(json.dumps(divisors()))
     for name, chosen in VARIANTS.items():
         (out / f"{name}.json").write_text(json.dumps(compare(chosen)))
     with use_implementation("torch"):

@@ -59,6 +59,15 @@ def test_the_kernel_library_never_waits(job):
     assert json.loads((job / "operations.json").read_text()) == {}
 
 
+def test_divisors_that_are_not_positive_spoil_their_rows_and_no_others(job):
+    *logprobs, by_row, hidden, logits = json.loads((job / "divisors.json").read_text())
+    none = [[row for row, value in enumerate(values) if value is None] for values in (*logprobs, by_row)]
+    # Masked rows are not read, where there is a mask: their temperature and divisor are anything.
+    assert none == [[3, 4], [3, 4], [3, 4, 5], [3, 4, 5], [1, 2]]
+    for gradient in (hidden, logits):
+        assert [value is None for value in gradient] == [False, True, True, True, True, False] and gradient[5] == 0
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_step_is_that_of_the_cpu(job, variant):
     seen = json.loads((job / f"{variant}.json").read_text())

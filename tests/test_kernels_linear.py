@@ -227,6 +227,11 @@ def test_bad_input_raises_before_any_work() -> None:
         ((hidden, weight, targets), {"chunk_rows": 2.5}, "chunk_rows must be an integer, got 2.5"),
         ((hidden, weight, targets), {"num_sequences": "2"}, "num_sequences must be an integer, got '2'"),
         ((hidden, weight, targets), {"temperature": torch.ones(N, requires_grad=True)}, "temperature gets no gradient"),
+        ((hidden, weight, targets), {"temperature": torch.arange(N) - 5.0}, "positive and finite, got -5.0 in row 0"),
+        ((hidden, weight, targets), {"temperature": 1 / torch.arange(N)}, "positive and finite, got inf in row 0"),
+        ((hidden, weight, targets), {"normalizer": torch.tensor(0)}, "normalizer must be positive, got 0.0"),
+        ((hidden, weight, targets), {"normalizer": 3.0 - torch.arange(N)}, "must be positive, got 0.0 in row 3"),
+        ((hidden, weight, targets), {"normalizer": torch.tensor(float("nan"))}, "must be positive, got nan"),
         ((hidden, weight, targets), {"rows": [0, 1]}, "rows must be a torch.Tensor, got list"),
         ((hidden, weight, targets), {"rows": torch.arange(3).to("meta")}, r"int64 \[M\] on cpu, got .* on meta"),
         ((hidden, weight, targets), {"rows": torch.tensor([4, 2, 4])}, "rows must be distinct, got 4 2 times"),
@@ -242,6 +247,40 @@ def test_bad_input_raises_before_any_work() -> None:
         selective_log_softmax(hidden @ weight.t(), bad_targets)
     with pytest.raises(ValueError, match="logits must have 2"):
         logits_policy_loss(hidden[0], targets, **good)
+    cold = torch.ones(N).index_fill(0, torch.tensor([7]), float("nan"))
+    for run in (
+        lambda: linear_logprobs(hidden, weight, targets, temperature=cold),
+        lambda: selective_log_softmax(hidden @ weight.t(), targets, cold),
+        lambda: logits_policy_loss(hidden @ weight.t(), targets, **{**good, "temperature": cold}),
+    ):
+        with pytest.raises(ValueError, match="temperature must be positive and finite, got nan in row 7"):
+            run()
+
+
+def test_divisors_of_rows_that_do_not_count_are_anything() -> None:
+    hidden, weight, targets = tensors()
+    rows: dict[str, Any] = {"advantages": torch.ones(N), "objective": PolicyObjective()}
+    on, sequence = torch.arange(N) % 3 != 0, torch.arange(N) // 4
+    gspo = {**rows, "objective": PolicyObjective("gspo"), "sequence": sequence, "chunk_rows": 8}
+    for bad in (0.0, -1.0, float("nan")):
+        spoilt = torch.where(on, 2.0, bad)
+        divisors = {"normalizer": spoilt, "temperature": spoilt, "loss_mask": on}
+        got = linear_policy_loss(hidden, weight, targets, **divisors, **rows)
+        kept = {"rows": on.nonzero()[:, 0], "normalizer": spoilt, "temperature": spoilt}
+        same = linear_policy_loss(hidden, weight, targets, **kept, **rows)
+        for out in (got, same):
+            assert all(grad.isfinite().all() for grad in (out.loss, *torch.autograd.grad(out.loss, (hidden, weight))))
+        torch.testing.assert_close(got.loss, same.loss)
+        late = linear_policy_loss(hidden, weight.detach(), targets, **divisors, **gspo)
+        assert torch.autograd.grad(late.loss, hidden)[0].isfinite().all()
+        logits = (hidden @ weight.t()).detach().half().requires_grad_()
+        out = logits_policy_loss(logits, targets, **divisors, **rows)
+        assert torch.autograd.grad(out.loss, logits)[0].isfinite().all()
+    nothing = linear_policy_loss(hidden, weight, targets, normalizer=on.sum() * 0, loss_mask=on * 0, **rows)
+    assert nothing.loss == 0  # the count of a micro-batch without a token
+    compiled = torch.compile(linear_logprobs, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="temperature must be positive and finite"):
+        compiled(hidden.detach(), weight.detach(), targets, temperature=torch.zeros(N))
 
 
 def test_rows_that_contribute_are_found_among_all_rows() -> None:
@@ -290,6 +329,25 @@ def test_second_derivatives_are_refused() -> None:
     ):
         with pytest.raises(RuntimeError, match="first-order gradients only"):
             torch.autograd.grad(value, hidden, create_graph=True)
+
+
+def test_gradients_in_batches_are_refused_where_they_are_handed_over() -> None:
+    hidden, weight, targets = tensors()
+    rows: dict[str, Any] = {"advantages": torch.ones(N), "normalizer": 1.0, "objective": PolicyObjective()}
+    for run in (
+        lambda: linear_policy_loss(hidden, weight, targets, **rows).loss,
+        lambda: logits_policy_loss(hidden @ weight.t(), targets, **rows).loss,
+    ):
+        loss = run()
+        with pytest.raises(RuntimeError, match=r"no batches \(is_grads_batched, torch\.vmap\)"):
+            torch.autograd.grad(loss, hidden, torch.ones(2), is_grads_batched=True)
+        with pytest.raises(RuntimeError, match=r"no batches \(is_grads_batched, torch\.vmap\)"):
+            torch.vmap(lambda g, loss=loss: torch.autograd.grad(loss, hidden, g)[0])(torch.ones(2))
+        assert torch.autograd.grad(loss, hidden)[0].isfinite().all()  # which nothing took
+    logprobs = linear_logprobs(hidden, weight, targets)[0]
+    (some,) = torch.autograd.grad(logprobs, hidden, torch.eye(N)[:2].double(), is_grads_batched=True, retain_graph=True)
+    (one,) = torch.autograd.grad(logprobs[1], hidden)
+    torch.testing.assert_close(some[1], one)
 
 
 @pytest.mark.parametrize(

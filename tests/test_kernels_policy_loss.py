@@ -215,6 +215,7 @@ def test_an_objective_is_made_again_from_its_fields() -> None:
             "advantages must be floating point, got torch.int64",
         ),
         ({}, {"normalizer": 0.0}, "normalizer must be positive, got 0.0"),
+        ({}, {"normalizer": torch.tensor([1.0, 1.0, -2.0, 1.0])}, "normalizer must be positive, got -2.0 in row 2"),
         ({}, {"normalizer": torch.ones(2)}, "normalizer must be 0-d"),
         ({"kl_coef": 0.1}, {}, "kl_coef = 0.1 needs ref_logprobs"),
         ({"entropy_coef": 0.1}, {}, "entropy_coef = 0.1 needs entropy"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,6 +117,31 @@ def temperatures(temperature: Tensor | float) -> tuple[Tensor | None, float]:
     return (temperature, 1.0) if isinstance(temperature, Tensor) else (None, float(temperature))
 
 
+def positive(name: str, values: Tensor | float, like: Tensor, on: Tensor | None, finite: bool = False) -> Any:
+    """What the rows ``on`` (None: all) of ``like`` are divided by: ``values`` 0-d or [N], a number as it is. The other
+    rows, which may hold anything, get infinity.
+
+    Raises ValueError for one that is not positive (``finite``: or infinite), in compiled code RuntimeError. On an
+    accelerator, whose values the host cannot read without waiting, it becomes NaN instead, and so do its row's results.
+    """
+    if not isinstance(values, Tensor):
+        return values
+    good = (values > 0) & (values < math.inf) if finite else values > 0
+    counts = None if on is None else on != 0
+    if like.device.type == "cpu":
+        fine = good if counts is None else good | ~counts
+        wanted = "positive and finite" if finite else "positive"
+        if not readable(fine):
+            torch._assert_async(fine.all(), f"{name} must be {wanted}")
+        elif not fine.all():
+            row = int((~fine).nonzero()[0, 0]) if values.dim() else None
+            found = float(values) if row is None else f"{float(values[row])} in row {row}"
+            raise ValueError(f"{name} must be {wanted}, got {found}")
+    else:
+        values = torch.where(good, values, math.nan)
+    return values if counts is None or not values.dim() else torch.where(counts, values, math.inf)
+
+
 def check_linear(hidden: Tensor, weight: Tensor, targets: Tensor, slices: int = 1) -> None:
     """Raise unless hidden [N, H], weight [V / slices, H] and targets [N] fit one another."""
     check_floating("hidden", hidden, 2)
@@ -175,5 +201,13 @@ def first_order_only(operation: str) -> None:
 def number_on(value: Tensor | float, device: torch.device) -> Tensor:
     """A tensor on ``device``, float32. A number is filled in there: copied, a GPU's host would wait for it."""
     if isinstance(value, Tensor):
-        return value.to(device, torch.float32)
+        return scalar_there(value, device).to(device, torch.float32)
     return torch.full((), float(value), dtype=torch.float32, device=device)
+
+
+def scalar_there(value: Tensor, device: torch.device) -> Tensor:
+    """A 0-d CPU tensor on ``device``, as the argument of a kernel, for which the host need not wait; others as they
+    are."""
+    if value.device == device or value.dim() or value.device.type != "cpu":
+        return value
+    return torch.ones((), dtype=compute_dtype(value), device=device) * value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from types import ModuleType
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import torch_rows
-from ._checks import compute_dtype, number_on
+from ._checks import compute_dtype, number_on, positive, scalar_there
 from .dispatch import choose
 from .torch_rows import RowStatistics
 
@@ -49,10 +50,11 @@ def differentiable(tensor: Tensor) -> Tensor:
     return tensor if torch.is_grad_enabled() else tensor.detach()
 
 
-def divisor_of(normalizer: Tensor | float, like: Tensor) -> Tensor:
-    """The normaliser as a tensor on ``like``'s device."""
+def divisor_of(normalizer: Tensor | float, like: Tensor, on: Tensor | None) -> Tensor:
+    """The normaliser of the rows ``on`` as a tensor on ``like``'s device. See ``positive``."""
     if isinstance(normalizer, Tensor):
-        return normalizer.to(like.device)
+        made: Tensor = positive("normalizer", scalar_there(normalizer, like.device), like, on)
+        return made.to(like.device)
     # torch.full would make the number a constant of a compiled graph: a compilation for every value.
     return torch.ones((), dtype=compute_dtype(like), device=like.device) * normalizer
 
@@ -73,6 +75,7 @@ def float16_scale(dtype: torch.dtype, normalizer: Tensor | float, like: Tensor) 
     otherwise."""
     if dtype != torch.float16:
         return None
-    smallest = number_on(normalizer, like.device)
-    smallest = smallest.amin() if smallest.numel() else torch.ones((), device=like.device)
-    return torch.exp2(torch.floor(torch.log2(smallest.clamp(min=1.0))))
+    divisors = number_on(normalizer, like.device)
+    known = torch.where(divisors > 0, divisors, math.inf)  # others spoil their own rows only
+    smallest = known.amin() if known.numel() else torch.ones((), device=like.device)
+    return torch.exp2(torch.floor(torch.log2(smallest.clamp(1.0, 2.0**100))))

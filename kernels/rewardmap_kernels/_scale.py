@@ -17,14 +17,18 @@ def scale_(values: Tensor, scale: Tensor) -> None:
     _rows.implementation("scale", values).scale_("scale", values, scale)
 
 
-def taken(ctx: Any, operation: str) -> tuple[Tensor, ...]:
-    """The gradients made in the forward, which backward hands over instead of copying.
+def taken(ctx: Any, operation: str, grad: Tensor) -> tuple[Tensor, ...]:
+    """The gradients made in the forward, which backward hands over instead of copying; ``grad`` is what comes in.
 
-    Raises RuntimeError where an earlier backward took them, or where something else wrote over them.
+    Raises RuntimeError where an earlier backward took them, where something else wrote over them, and where several are
+    asked for at once.
     """
     first_order_only(operation)
     gone = f"the gradient of {operation} was handed over by an earlier backward or overwritten; call it again"
     if not torch.compiler.is_compiling():  # hooks that save tensors hide that they were written over
+        batched = torch._C._functorch
+        if batched.is_batchedtensor(grad) or batched.is_legacy_batchedtensor(grad):
+            raise RuntimeError(f"{operation} hands its gradient over once: no batches (is_grads_batched, torch.vmap)")
         if getattr(ctx, "handed_over", False):
             raise RuntimeError(gone)
         ctx.handed_over = True

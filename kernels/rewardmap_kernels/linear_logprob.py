@@ -26,6 +26,7 @@ from ._checks import (
     check_transforms,
     compute_dtype,
     first_order_only,
+    positive,
     temperatures,
 )
 from ._head import (
@@ -258,11 +259,13 @@ def linear_logprobs(
     (see above). FLOP forward and backward, without / with entropy gradient: frozen head 4 / 6 NVH, trainable 6 / 8
     (8 / 8 beyond the budget).
 
-    Raises ValueError for a wrong shape, dtype or device and for a target outside [0, V).
+    Raises ValueError for a wrong shape, dtype or device, for a target outside [0, V) and for a temperature that is not
+    positive.
     """
     weight = full_weight(weight)
     check_linear(hidden, weight, targets)
     check_temperature(temperature, hidden, hidden.shape[0])
+    temperature = positive("temperature", temperature, hidden, None, finite=True)
     check_integer("keep_bytes", keep_bytes)
     check_transforms(OPERATION, hidden, weight)
     hidden = _rows.differentiable(_rows.autocast_operand(hidden))

@@ -28,6 +28,7 @@ from ._checks import (
     check_tensor,
     check_transforms,
     compute_dtype,
+    positive,
     readable,
     temperatures,
 )
@@ -197,7 +198,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight, scale = taken(ctx, OPERATION)
+        d_hidden, d_weight, scale = taken(ctx, OPERATION, grads[0])
         if ctx.accumulated:
             check_gradient_is_one(grads[0])
         grad = grads[0] / scale
@@ -300,8 +301,8 @@ def linear_policy_loss(
     Products accumulate in float32, the weight gradient over all chunks, and are rounded once (docs/kernels.md has the
     CPU's exception). Masked rows get gradient exactly 0 whatever they hold. First-order gradients only, and once.
 
-    Raises ValueError for a wrong shape, dtype or device, for a target outside [0, V), and for an input that
-    the objective needs and that is None, before any work.
+    Raises ValueError for a wrong shape, dtype or device, for a target outside [0, V), for a divisor or temperature that
+    is not positive, and for an input that the objective needs and that is None, before any work.
     """
     weight = full_weight(weight)
     check_linear(hidden, weight, targets, slices=1 if group is None else dist.get_world_size(group))
@@ -331,9 +332,10 @@ def linear_policy_loss(
         inputs = {k: v.index_select(0, rows) if _is_per_row(v) else v for k, v in inputs.items()}
         temperature = temperature.index_select(0, rows) if isinstance(temperature, Tensor) else temperature
         mask = None if loss_mask is None else loss_mask.index_select(0, rows)
+    temperature = positive("temperature", temperature, hidden, mask, finite=True)
     loss, logprobs, entropy, metrics = _LinearPolicyLoss.apply(
         hidden, weight, targets, *temperatures(temperature),
-        inputs["advantages"], _rows.divisor_of(inputs["normalizer"], hidden), inputs["old_logprobs"],
+        inputs["advantages"], _rows.divisor_of(inputs["normalizer"], hidden, mask), inputs["old_logprobs"],
         inputs["ref_logprobs"], inputs["rollout_logprobs"], inputs["sequence"], inputs["num_sequences"], mask,
         weight_grad, objective.key, chunk_size(hidden.shape[0], weight.shape[0], chunk_rows, hidden.device),
         logits_dtype, "" if group is None else group.group_name,

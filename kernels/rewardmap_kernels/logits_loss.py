@@ -16,6 +16,7 @@ from ._checks import (
     check_transforms,
     compute_dtype,
     first_order_only,
+    positive,
     temperatures,
 )
 from ._scale import scale_, taken
@@ -93,12 +94,13 @@ def selective_log_softmax(logits: Tensor, targets: Tensor, temperature: Tensor |
     nats.
 
     One read of the logits. Differentiable with respect to logits through both outputs. ``temperature`` is a
-    positive number or [N]. Raises ValueError for a wrong shape, dtype or device and for a target outside [0,
-    V).
+    positive number or [N]. Raises ValueError for a wrong shape, dtype or device, for a target outside [0, V) and for a
+    temperature that is not positive.
     """
     check_floating("logits", logits, 2)
     check_targets(targets, logits, logits.shape[1])
     check_temperature(temperature, logits, logits.shape[0])
+    temperature = positive("temperature", temperature, logits, None, finite=True)
     check_transforms("selective_log_softmax", logits)
     result: tuple[Tensor, Tensor] = _SelectiveLogSoftmax.apply(logits, targets, *temperatures(temperature))
     return result
@@ -171,7 +173,7 @@ class _LogitsPolicyLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
-        gradient, scale = taken(ctx, "logits_policy_loss")
+        gradient, scale = taken(ctx, "logits_policy_loss", grads[0])
         scale_(gradient, grads[0] / scale)
         return gradient, None, *([None] * ctx.arguments)
 
@@ -198,8 +200,8 @@ def logits_policy_loss(
     ``temperature`` is a positive number or [N]. The other arguments are those of ``policy_loss``. Backward
     runs once: the gradient is handed over, not copied.
 
-    Raises ValueError for a wrong shape, dtype or device, for a target outside [0, V), and for an input that
-    the objective needs and that is None, before any work.
+    Raises ValueError for a wrong shape, dtype or device, for a target outside [0, V), for a divisor or temperature that
+    is not positive, and for an input that the objective needs and that is None, before any work.
     """
     check_floating("logits", logits, 2)
     check_targets(targets, logits, logits.shape[1])
@@ -218,9 +220,11 @@ def logits_policy_loss(
     if inplace and (logits.stride(1) != 1 or (logits.shape[0] > 1 and logits.stride(0) < logits.shape[1])):
         raise ValueError(f"inplace = True needs rows of stride 1 that do not overlap, got strides {logits.stride()}")
     logits = _rows.differentiable(logits)
+    temperature = positive("temperature", temperature, logits, loss_mask, finite=True)
     loss, logprobs, entropy, metrics = _LogitsPolicyLoss.apply(
-        logits, inplace, targets, *temperatures(temperature), advantages, _rows.divisor_of(normalizer, logits),
-        old_logprobs, ref_logprobs, rollout_logprobs, sequence, inputs["num_sequences"], loss_mask, objective.key,
+        logits, inplace, targets, *temperatures(temperature), advantages,
+        _rows.divisor_of(normalizer, logits, loss_mask), old_logprobs, ref_logprobs, rollout_logprobs, sequence,
+        inputs["num_sequences"], loss_mask, objective.key,
     )  # fmt: skip
     names = metric_names(objective, entropy=True, reference=ref_logprobs is not None)
     return LogitsPolicyLoss(loss, logprobs, entropy, dict(zip(names, metrics.unbind(), strict=True)))

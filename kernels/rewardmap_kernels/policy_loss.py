@@ -24,6 +24,8 @@ from ._checks import (
     check_transforms,
     compute_dtype,
     first_order_only,
+    positive,
+    scalar_there,
 )
 from .objective import CLIPPED, PolicyObjective, require_inputs
 
@@ -237,8 +239,8 @@ def policy_loss(
     gspo follows GSPO-token (arXiv 2507.18071, eq. 14): the ratio is the sequence's geometric mean, held
     constant, times pi/sg(pi) of the row; with a constant advantage per sequence this is the gradient of GSPO.
 
-    Raises ValueError for a wrong shape, dtype or device and for an input that the objective needs and that is
-    None.
+    Raises ValueError for a wrong shape, dtype or device, for a divisor that is not positive and for an input that the
+    objective needs and that is None.
     """
     check_floating("logprobs", logprobs, 1)
     inputs: dict[str, Any] = {
@@ -250,6 +252,8 @@ def policy_loss(
     check_rows("entropy", entropy, logprobs, logprobs.shape[0])
     if objective.entropy_coef and entropy is None:
         raise ValueError(f"entropy_coef = {objective.entropy_coef} needs entropy, got None")
+    if isinstance(normalizer, Tensor):
+        inputs["normalizer"] = positive("normalizer", scalar_there(normalizer, logprobs.device), logprobs, loss_mask)
     check_transforms("policy_loss", logprobs, entropy)
     with torch.no_grad():
         output = evaluate(logprobs, entropy=entropy, **inputs)
