@@ -228,7 +228,7 @@ CASES: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
         "gradient_checkpointing_kwargs": {"use_reentrant": True},
     },
-    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
+    "compiled": {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     "Liger's layers": {
         "use_liger_kernel": True,
         "liger_kernel_config": {"rope": False, "rms_norm": False, "swiglu": False},
@@ -250,6 +250,34 @@ def test_a_fused_trainer_takes_trl_s_steps(options: dict[str, Any], tmp_path: Pa
     for a, b in zip(plain_log, fused_log, strict=True):
         for key in a.keys() & {"loss", "grad_norm", "entropy", "kl", "clip_ratio/region_mean", "reward"}:
             assert b[key] == pytest.approx(a[key], rel=2e-3, abs=2e-5), key
+
+
+@pytest.mark.parametrize("fused_loss", [True, False])
+def test_a_scaler_of_float16_gradients_takes_and_skips_trl_s_steps(fused_loss: bool, tmp_path: Path) -> None:
+    """At a scale that float16 holds, and at one whose gradients overflow: the step is left out and the scale halved."""
+    found = []
+    for fused in (False, True):
+        trainer = build(tmp_path, loss_type="dapo")
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        inputs = batch(trainer, PLAIN)
+        if fused:
+            fuse_grpo(trainer, fused_loss=fused_loss)
+        optimizer, scaler = torch.optim.SGD(trainer.model.parameters(), lr=0.1), torch.amp.GradScaler("cpu", 2.0**24)
+        scales = []
+        for _ in range(12):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.float16):
+                loss = trainer._compute_loss(trainer.model, inputs)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(scaler.get_scale())
+        found.append((scales, [value.detach() for value in trainer.model.parameters()]))
+    (plain, weights), (ours, got) = found
+    assert plain == ours and plain[0] == 2.0**23 and plain[-1] == plain[-2]  # some were skipped, the last was not
+    for mine, theirs in zip(got, weights, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=2e-4)
 
 
 RANKS = """
