@@ -137,12 +137,15 @@ def _type(build: Build, argument: str) -> str:
 def compiled(build: Build, capability: int, multiples_of_16: Collection[str] = STRIDES) -> Any:
     """Triton's compiled kernel of one build, for values of these integers that are multiples of 16."""
     # In the interpreter's process the kernel is wrapped; its Python function compiles all the same.
-    function = build.function if isinstance(build.function, JITFunction) else JITFunction(build.function.fn)
+    function = build.function
+    if not isinstance(function, JITFunction):
+        function = JITFunction(function.fn, **function.kwargs)
     signature = {name: _type(build, name) for name in function.arg_names}
+    anywhere = {parameter.name for parameter in function.params if parameter.do_not_specialize_on_alignment}
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name in multiples_of_16
+        if (kind.startswith("*") and name not in anywhere) or name in multiples_of_16
     }
     source = ASTSource(fn=function, signature=signature, constexprs=build.constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": build.warps})

@@ -24,6 +24,7 @@ from rewardmap_kernels import (
     logits_policy_loss,
     reference,
     selective_log_softmax,
+    triton_advantage,
     triton_launch,
     triton_rows,
     use_implementation,
@@ -231,6 +232,33 @@ def test_group_advantage(capability: int, sizes: list[int]) -> None:
         assert runs == {"group_advantage_kernel": 1}
         wanted = reference.group_advantage(rewards.double(), offsets.tolist(), **options)  # type: ignore[arg-type]
         torch.testing.assert_close(got.advantages.double(), wanted[0], rtol=1e-4, atol=1e-5)
+
+
+def test_slices_at_any_place_run_by_one_compilation() -> None:
+    """Micro-batches are slices of a step's rows: each place modulo 16 bytes would be a compilation of its own."""
+    n, vocab = 4, 32
+    names = ("policy_row", "statistics", "gradient", "exponentials")
+    kernels = [*(getattr(triton_rows, f"{name}_kernel") for name in names), triton_advantage.group_advantage_kernel]
+    logits, hidden, weight = (torch.randn(shape, requires_grad=True) for shape in ((n, vocab), (n, 16), (vocab, 16)))
+    advantages, old, temperature = torch.randn(3, n + 16).exp().unbind()
+    mask, targets = torch.ones(n + 16, dtype=torch.bool), torch.randint(0, vocab, (n + 16,))
+
+    def run(at: int) -> list[int]:
+        part = slice(at, at + n)
+        rows: dict[str, Any] = {
+            "advantages": advantages[part], "normalizer": old[part], "old_logprobs": old[part], "loss_mask": mask[part],
+            "temperature": temperature[part],
+        }  # fmt: skip
+        logits_policy_loss(logits, targets[part], objective=PolicyObjective("dapo"), **rows)
+        selective_log_softmax(logits.detach(), targets[part], temperature[part])
+        for objective in (PolicyObjective("dapo"), PolicyObjective("gspo")):
+            rows["sequence"] = torch.arange(n) // 2
+            linear_policy_loss(hidden, weight, targets[part], objective=objective, chunk_rows=3, **rows)
+        group_advantage(advantages[part], torch.tensor([0, 2, 4]))
+        return [len(kernel.device_caches[90][0]) for kernel in kernels]
+
+    with ptx_gpu(90):
+        assert run(0) == run(1) == run(2) == run(4) == run(16)
 
 
 def test_runs_do_not_depend_on_the_order_of_warps() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from rewardmap_kernels import dispatch, last_path, tree_op, use_implementation
+from rewardmap_kernels import dispatch, last_path, tree_kernels, tree_op, use_implementation
 from rewardmap_kernels.tree_attention import tree_attention, tree_mask
 
 sys.path.append(str(Path(__file__).parent))
@@ -150,6 +150,19 @@ def test_a_kernel_without_what_orders_it_is_refused(
 
     with pytest.raises(PtxError, match=error):
         run(monkeypatch, rounded(FOREST, (2, 1), 64), capability, edit=without)
+
+
+def test_rows_of_any_length_run_by_one_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree_op, "plan_of", lambda q: tree_op.plan(q.dtype, q.shape[-1], 8))
+    kernels = [getattr(tree_kernels, name) for name in KERNELS]
+    counts = []
+    with ptx_gpu(80):
+        for tokens, parts in ((17, 2), (16, 2), (1, 2), (32, 3)):
+            monkeypatch.setattr(tree_op, "head_parts", lambda group, programs, parts=parts: parts)
+            q, k = (torch.randn(1, heads, tokens, 16).bfloat16().requires_grad_() for heads in (6, 1))
+            tree_attention(q, k, k, tree_mask(torch.full((tokens,), tokens))).sum().backward()
+            counts.append([len(kernel.device_caches[80][0]) for kernel in kernels])
+    assert all(count == counts[0] for count in counts)
 
 
 def test_no_pass_wastes_transactions(monkeypatch: pytest.MonkeyPatch) -> None:

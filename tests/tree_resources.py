@@ -66,7 +66,9 @@ def resources(build: Build, capability: int) -> dict[str, int]:
     """{registers per thread, bytes spilled, bytes of shared memory, 1 where the assembler had to put a wait after every
     product of a warpgroup} of one kernel."""
     # In the interpreter's process the kernel is wrapped; its Python function compiles all the same.
-    function = build.function if isinstance(build.function, JITFunction) else JITFunction(build.function.fn)
+    function = build.function
+    if not isinstance(function, JITFunction):
+        function = JITFunction(function.fn, **function.kwargs)
     signature = {name: _type(build, name) for name in function.arg_names}
     blocks = tree_op.plan(DTYPES[build.dtype], build.head_dim, capability // 10)[build.place]
     constants = {

@@ -15,6 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+COUNTS = ("total", "group", "parts")
+"""Whether one is 1 or a multiple of 16 is no reason to compile a kernel again."""
+
 
 @triton.jit
 def _rows(ptr, start, stride, wanted, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -81,7 +84,7 @@ def _forward_tile(acc, high, norm, q, k_ptr, v_ptr, k_stride, v_stride, ends_ptr
     return acc, new_high, norm
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def tree_forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, ends_ptr, rows_ptr, keys_ptr, q_head, q_stride, k_head, k_stride, v_head,
     v_stride, out_head, out_stride, total, group, qk_scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -133,7 +136,7 @@ def _dq_tile(acc, q, dout, lse, delta, k_ptr, v_ptr, k_stride, v_stride, ends_pt
     return tl.dot(d_scores.to(k.dtype), k, acc, input_precision="tf32x3")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def tree_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, ends_ptr, rows_ptr, keys_ptr, q_head, q_stride,
     k_head, k_stride, v_head, v_stride, out_head, out_stride, dout_head, dout_stride, dq_head, dq_stride, total, group,
@@ -203,7 +206,7 @@ def _dkv_tiles(dk, dv, k, v, end, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_head, q
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def tree_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, ends_ptr, columns_ptr, q_head, q_stride, k_head,
     k_stride, v_head, v_stride, dout_head, dout_stride, dk_part, dk_head, dk_stride, total, group, parts, qk_scale,

@@ -103,10 +103,13 @@ def _median(
     return (at_lower + at_upper) * 0.5 + spoilt
 
 
-# Compiled once for all lengths: one of 1 or a multiple of 16, and where it places a view, would each be a variant.
+# Compiled once for all lengths: one of 1 or a multiple of 16, and where a slice begins, would each be a variant.
 @triton.jit(
-    do_not_specialize=["total", "groups", "tokens_total"], do_not_specialize_on_alignment=["mean_ptr", "std_ptr"]
-)
+    do_not_specialize=["total", "groups", "tokens_total"],
+    do_not_specialize_on_alignment=[
+        "rewards_ptr", "parts_ptr", "weights_ptr", "offsets_ptr", "token_offsets_ptr", "mean_ptr", "std_ptr",
+    ],
+)  # fmt: skip
 def group_advantage_kernel(
     rewards_ptr, parts_ptr, weights_ptr, offsets_ptr, token_offsets_ptr, advantages_ptr, tokens_ptr, mean_ptr, std_ptr,
     degenerate_ptr, total, groups, tokens_total, ddof, eps,

@@ -24,6 +24,11 @@ LOWEST = tl.constexpr(-1e30)
 """A pivot is never below this, so that -inf minus the pivot is -inf."""
 NOTHING = tl.constexpr(-200.0)
 """2 to this is 0 in float32: in 2^x x, an x held above it changes nothing, and no -inf makes NaN of the 0."""
+ONE_A_ROW = (
+    "targets_ptr", "temperature_ptr", "mask_ptr", "adv_ptr", "old_ptr", "ref_ptr", "rollout_ptr", "normalizer_ptr",
+    "lse2_ptr", "entropy_ptr", "d_logprob_ptr", "d_entropy_ptr",
+)  # fmt: skip
+"""Read one by one: where a slice of them begins is no reason to compile a kernel again."""
 
 
 @triton.jit
@@ -235,7 +240,7 @@ def _coefficient(
     return c
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["normalizer_stride"], do_not_specialize_on_alignment=ONE_A_ROW)
 def policy_row_kernel(
     logits_ptr, logits_stride, out_ptr, out_stride, targets_ptr, temperature_ptr, mask_ptr, adv_ptr, old_ptr,
     ref_ptr, rollout_ptr, normalizer_ptr, normalizer_stride, gradient_scale_ptr, logprob_ptr, entropy_ptr,
@@ -277,7 +282,7 @@ def policy_row_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ONE_A_ROW)
 def statistics_kernel(
     logits_ptr, logits_stride, targets_ptr, temperature_ptr, mask_ptr, lse2_ptr, logprob_ptr, entropy_ptr,
     vocab, temperature, HAS_MASK: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
@@ -299,7 +304,7 @@ def statistics_kernel(
     tl.store(entropy_ptr + row, entropy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ONE_A_ROW)
 def exponentials_kernel(
     logits_ptr, logits_stride, out_ptr, out_stride, targets_ptr, temperature_ptr, mask_ptr, lse2_ptr, total_ptr,
     logprob_ptr, entropy_ptr, vocab, temperature,
@@ -361,7 +366,7 @@ def exponentials_kernel(
     tl.store(entropy_ptr + row, entropy)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=ONE_A_ROW)
 def gradient_kernel(
     logits_ptr, logits_stride, out_ptr, out_stride, targets_ptr, temperature_ptr, gradient_scale_ptr,
     lse2_ptr, entropy_ptr, d_logprob_ptr, d_entropy_ptr, vocab, temperature, HAS_TEMPERATURE: tl.constexpr,
