@@ -76,7 +76,8 @@ class Checkpoints:
         if has_adapters(policy.model) and self._ranks.is_first:
             whole = merged_state(policy.model, whole)
         # Only what came from a GPU or from several ranks is a copy already: a second one may not fit beside it.
-        live = {_storage(tensor) for tensor in (*policy.model.parameters(), *policy.model.buffers())}
+        held = (*policy.model.parameters(), *policy.model.buffers())
+        live = {_storage(tensor) for tensor in held if tensor.device.type == "cpu"}
         weights = {name: tensor.clone() if _storage(tensor) in live else tensor for name, tensor in whole.items()}
         shards = {name: _to_host(tensor) for name, tensor in _training_state(policy, optimizer).items()}
         text = json.dumps(state)
