@@ -402,6 +402,11 @@ def test_colocated_servers_sleep_while_the_trainer_works(policy, problem, server
         engine.update_weights(2)  # after a supervised step: nothing was asked
         assert since(mark) == ["/update_weights_from_tensor", "/generate", "/release_memory_occupation"]
         assert server.asleep == {"weights", "kv_cache"}
+        engine.generate([problem], 1, SamplingParams(temperature=0.0, max_new_tokens=24))  # an evaluation between them
+        mark = len(server.calls)
+        engine.update_weights(3)
+        assert since(mark) == [*awake, "/generate", "/release_memory_occupation"]
+        assert server.asleep == {"weights", "kv_cache"}  # so that the supervised steps after it have the GPU
     finally:
         engine.close()
     assert not server.asleep

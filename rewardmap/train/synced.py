@@ -170,7 +170,7 @@ class SyncedEngine:
         """See ``SGLangEngine.generate``. Colocated servers are awake meanwhile, and from an update before it."""
         alone = self._ranks.size == 1
         mine = self._share(problems)
-        self._asked = True
+        self._asked |= sampling.temperature > 0  # greedily only an evaluation asks, or a baseline beside its answers
         self._make_room()
         groups = self._ranks.patiently(
             lambda: self._generate(mine, group_size, sampling, on_group if alone else None), self._push_to_restarted
@@ -198,7 +198,7 @@ class SyncedEngine:
             self._metrics["server_restarts"] = int(restarts)
         if self._sample is not None:
             self._metrics |= self.probe(*self._sample)
-        if not self._asked:  # since the last update: what trains now, as a supervised stage, asks nothing
+        if not self._asked:  # for answers to train on, since the last update: what trains now is a supervised stage
             self._ranks.patiently(self._sleep)
         self._asked = False
 
