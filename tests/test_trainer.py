@@ -262,8 +262,8 @@ def test_one_of_several_updates_may_be_refused(config, tmp_path):
     trainer.faults, spoil = tmp_path, iter([1.0, float("nan"), 1.0])
     backward = trainer._backward
 
-    def sometimes(*arguments):
-        found = backward(*arguments)
+    def sometimes(*arguments, **last):
+        found = backward(*arguments, **last)
         trainer.policy.model.lm_head.weight.grad *= next(spoil)
         return found
 
@@ -271,6 +271,23 @@ def test_one_of_several_updates_may_be_refused(config, tmp_path):
     row = trainer.train_step()
     assert row["refused"] == "the gradient norm is nan" and trainer.version == 2 and trainer.guard.streak == 0
     assert len(json.loads((tmp_path / "step-000001.json").read_text())["answers"]) == 6
+
+
+def test_refused_updates_in_a_row_end_the_run_though_a_later_one_of_the_step_is_good(config):
+    trainer = make_trainer(changed(config, skip_equal_groups=False, updates_per_step=6))
+    made, backward = [], trainer._backward
+
+    def bad_until_the_fifth(*arguments, **last):
+        found = backward(*arguments, **last)
+        made.append(found)
+        if len(made) < 5:
+            trainer.policy.model.lm_head.weight.grad *= float("nan")
+        return found
+
+    trainer._backward = bad_until_the_fifth
+    with pytest.raises(RefusedUpdatesError, match=r"step 1: .*; 3 updates in a row were refused"):
+        trainer.train_step()
+    assert len(made) == 3 and trainer.version == 0
 
 
 def test_updates_that_a_step_cannot_make_are_refused():

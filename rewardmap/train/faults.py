@@ -62,9 +62,14 @@ class Guard:
         self.refused += reason is not None
         return reason
 
+    @property
+    def ends(self) -> bool:
+        """Whether ``guard.max_streak`` updates in a row were refused."""
+        return self.streak >= self.config.max_streak
+
     def stop_after_streak(self, step: int, reason: str) -> None:
         """Raises RefusedUpdatesError when the refused update is the last of ``guard.max_streak`` in a row."""
-        if self.streak >= self.config.max_streak:
+        if self.ends:
             raise RefusedUpdatesError(
                 f"step {step}: {reason}; {self.streak} updates in a row were refused (guard.max_streak), the weights "
                 "are those of before; see the batches in the run's faults folder, lower train.learning_rate and resume"

@@ -170,11 +170,14 @@ class Trainer:
                 write_answers(self.answers, self.step, groups, rewards, advantage)
         with self.timer.phase("train"):
             updates, packed = [], []
-            for part, its_advantage in _mini_batches(groups, advantage, self.config.train.updates_per_step):
+            parts = list(_mini_batches(groups, advantage, self.config.train.updates_per_step))
+            for number, (part, its_advantage) in enumerate(parts, 1):
                 forests = self._pack(part, its_advantage)
-                sums = self._backward(forests, its_advantage.advantages, part)
+                sums = self._backward(forests, its_advantage.advantages, part, last=number == len(parts))
                 updates.append(sums | self._update(stage, sums["loss"], sums["rollout_kl"] / max(sums["rows"], 1)))
                 packed.append(forests)
+                if self.guard.ends:  # another one could end the streak, unsaid
+                    break
             metrics = over_updates(updates)
         if "refused" in metrics:
             self._refuse(problems, groups, metrics | {"rewards": rewards.score.tolist()})
@@ -283,7 +286,7 @@ class Trainer:
         )
 
     def _backward(
-        self, forests: Sequence[PackedForest], advantages: Tensor, groups: Sequence[RolloutGroup]
+        self, forests: Sequence[PackedForest], advantages: Tensor, groups: Sequence[RolloutGroup], last: bool
     ) -> dict[str, float]:
         """Accumulate gradients. Denominators count every answer of the update, also those of skipped groups.
 
@@ -295,7 +298,8 @@ class Trainer:
         lengths = torch.tensor([len(rollout.token_ids) for group in groups for rollout in group.rollouts])
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)  # one host sync an update
         vision = Vision(self.policy, forests, together=self.ranks.size > 1)
-        self.policy.prefetch(self.curriculum.peek())  # decoded while this step trains; its own pictures are seen by now
+        if last:  # the step's own pictures are seen by now
+            self.policy.prefetch(self.curriculum.peek())
         for forest in each_micro_batch(self.policy, forests):
             weights = _row_normalizer(self.objective, forest.sequence, lengths, self.config.rollout.max_new_tokens)
             mask = to_device(forest.loss_mask, device)
