@@ -65,6 +65,7 @@ def speed(
     logical_tokens: int,
     slots: int,
     flop: Sequence[float],
+    slowest_flop: float,
     model_flop: float,
     peak_flops: float | None,
 ) -> dict[str, float]:
@@ -74,7 +75,8 @@ def speed(
         seconds: by phase, of this rank; ``train`` is forward, backward and update.
         packed_tokens: computed ones; ``logical_tokens`` those of the sequences without sharing.
         slots: tokens that the step's micro-batches have room for.
-        flop: of each rank's micro-batches, by the cost model; ``model_flop`` in all, without what is computed again.
+        flop: of each rank's micro-batches, by the cost model; ``slowest_flop`` the largest of each update's, for which
+            all ranks wait; ``model_flop`` in all, without what is computed again.
         peak_flops: of one rank's device in the computing dtype, FLOP/s; None: not known, and no ``mfu``, ``hfu``.
 
     Returns:
@@ -93,7 +95,7 @@ def speed(
         "logical_tokens_per_second": logical_tokens / train,
         "sharing": logical_tokens / packed_tokens,
         "padding": 1 - packed_tokens / slots,
-        "idle": 1 - sum(flop) / (len(flop) * max(flop)),
+        "idle": 1 - sum(flop) / (len(flop) * slowest_flop),
     }
     if peak_flops is None:
         return row

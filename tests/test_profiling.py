@@ -67,10 +67,13 @@ def test_peak_memory_is_in_bytes_and_never_falls() -> None:
 
 def test_speed_counts_shared_tokens_and_waiting_ranks() -> None:
     counts = {"packed_tokens": 600, "logical_tokens": 1800, "slots": 800, "flop": [4e9, 2e9], "model_flop": 5e9}
+    counts["slowest_flop"] = 4e9
     row = speed({"rollout": 9.0, "train": 2.0}, **counts, peak_flops=1e10)
     assert row["computed_tokens_per_second"] == 300 and row["logical_tokens_per_second"] == 900
     assert row["sharing"] == 3 and row["padding"] == 0.25
     assert row["idle"] == 0.25  # the second rank waits half of the time
+    turns = {**counts, "flop": [3e9, 3e9]}  # of two updates, in which one rank and then the other waits
+    assert speed({"train": 2.0}, **turns, peak_flops=None)["idle"] == 0.25
     assert (row["mfu"], row["hfu"]) == pytest.approx((5e9 / 2 / 2e10, 6e9 / 2 / 2e10))
     assert not {"mfu", "hfu"} & speed({"train": 2.0}, **counts, peak_flops=None).keys()
     nothing = dict.fromkeys(counts, 0) | {"flop": [0.0]}

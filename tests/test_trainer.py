@@ -290,6 +290,21 @@ def test_refused_updates_in_a_row_end_the_run_though_a_later_one_of_the_step_is_
     assert len(made) == 3 and trainer.version == 0
 
 
+def test_ranks_wait_for_the_slowest_of_each_update(config):
+    trainer = make_trainer(changed(config, skip_equal_groups=False, updates_per_step=2))
+
+    class Two:
+        """This rank, and one whose two updates cost 1 and 9 as this one's cost 5 and 5."""
+
+        def __init__(self, ranks):
+            self.gather = lambda flop: [[5.0, 5.0], [1.0, 9.0]] if isinstance(flop, list) else ranks.gather(flop)
+            self.sum, self.size, self.rank, self.is_first = ranks.sum, ranks.size, ranks.rank, True
+
+    trainer.ranks = Two(trainer.ranks)
+    row = trainer.train_step()
+    assert row["train_flop"] == [10.0, 10.0] and row["slowest_flop"] == 14.0
+
+
 def test_updates_that_a_step_cannot_make_are_refused():
     with pytest.raises(ConfigError, match=r"updates_per_step=7: at most train\.prompts_per_step=6, a question each"):
         load_config("tiny", [*SMALL, "train.updates_per_step=7"])

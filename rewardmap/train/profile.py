@@ -97,7 +97,7 @@ def report(rows: Sequence[Mapping[str, Any]], products: Sequence[Product], event
     lines = [f"Mean of {len(rows)} steps, under the profiler.", "", "| phase | s | share |", "| --- | ---: | ---: |"]
     lines += [f"| {phase} | {s:.3f} | {s / whole:.0%} |" for phase, s in sorted(phases.items(), key=lambda x: -x[1])]
     lines.append(f"| in all | {whole:.3f} | |")
-    planned = sum(max(row["train_flop"]) for row in rows) / len(rows) / (flops * HFU)
+    planned = sum(row["slowest_flop"] for row in rows) / len(rows) / (flops * HFU)
     if planned:
         lines += [
             "",

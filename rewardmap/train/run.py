@@ -224,6 +224,7 @@ def timed_step(trainer: Trainer) -> dict[str, Any]:
         logical_tokens=row["logical_tokens"],
         slots=row["micro_batches"] * config.train.max_tokens_per_micro_batch,
         flop=row["train_flop"],
+        slowest_flop=row["slowest_flop"],
         model_flop=row["model_flop"],
         peak_flops=device_peak_flops(computes_in(config)),
     )

@@ -365,7 +365,8 @@ class Trainer:
         for forests in packed:
             sums.update(batch_sums(forests) | {"model_flop": batch_flop(forests, self._cost_once)})
         counts = {name: int(count) for name, count in self.ranks.sum(sums).items()}
-        return counts | {"train_flop": self.ranks.gather(sum(batch_flop(forests, self._cost) for forests in packed))}
+        flop = self.ranks.gather([batch_flop(forests, self._cost) for forests in packed])
+        return counts | {"train_flop": list(map(sum, flop)), "slowest_flop": sum(map(max, zip(*flop, strict=True)))}
 
     def _stage_metrics(self, stage: StageConfig) -> dict[str, Any]:
         """What the stage sets, and where its gate and its pools stand."""
