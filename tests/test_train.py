@@ -276,7 +276,8 @@ def test_held_out_maps_are_asked_along_the_way_and_the_training_is_the_same(tmp_
 
 
 def test_sampled_answers_are_kept_with_what_they_earned(tmp_path, config, console):
-    out = run.train(changed(config, keep_answers_every=2), tmp_path / "run", console=console)
+    out = run.train(changed(config, keep_answers_every=2, updates_per_step=2), tmp_path / "run", console=console)
+    assert json.loads((out / "report.json").read_text())["steps"] == 5  # of two updates each
     files = sorted((out / "answers").iterdir())
     assert [path.name for path in files] == ["step-000002.jsonl", "step-000004.jsonl"]
     rows = {row["step"]: row for row in read_metrics(out)}

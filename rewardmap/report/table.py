@@ -52,7 +52,7 @@ def write_report(
         prior: what the best answers that ignore the picture score.
         seconds: wall clock of the whole run; ``phases``: its parts.
         tokens_per_second: sampled tokens per second of rollout; None where nothing was sampled.
-        steps: optimizer steps taken; None, as for ``seed``: not those of a run.
+        steps: made, of one update or several; None, as for ``seed``: not those of a run.
 
     Returns:
         What ``report.json`` holds: fractions in 0..1, seconds, null for what was not measured.

@@ -268,7 +268,7 @@ def _close(job: _Job, after: Evaluation) -> None:
         phases=phases,
         peak_rss_bytes=peak_rss_bytes(),
         seed=config.train.seed,
-        steps=trainer.version,
+        steps=trainer.step,
         console=examiner.console,
     )
     examiner.write_page(
