@@ -269,7 +269,7 @@ class TrainConfig:
     ``clip_eps_high`` then bound, unless ``rollout.importance_correction`` weighs each token by it instead."""
     learning_rate: NotNegative = 1e-6
     warmup_steps: Whole = 0
-    """Steps of linear warm-up at the start of the run's optimizer."""
+    """Updates of linear warm-up at the start of the run's optimizer."""
     weight_decay: NotNegative = 0.01
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     max_grad_norm: Positive = 1.0
