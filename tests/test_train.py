@@ -273,6 +273,12 @@ def test_held_out_maps_are_asked_along_the_way_and_the_training_is_the_same(tmp_
     assert (told[0], told[5]) == pytest.approx((report["before"], report["after"]))
     sizes = [Image.open(path / "curves.png").height for path in (plain, folder)]
     assert sizes[1] > 1.4 * sizes[0]
+    shutil.copy(folder / "evaluation/step-000004.jsonl", folder / "evaluation/step-000008.jsonl")  # it went back
+    text = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(text.replace("\nevery = 2\n", "\nevery = 0\n"))
+    run.resume(folder, console=console)
+    assert Image.open(folder / "curves.png").height == sizes[1]  # what was measured is shown, whatever is asked now
+    assert sorted(path.stem for path in (folder / "evaluation").glob("step-*")) == ["step-000002", "step-000004"]
 
 
 def test_sampled_answers_are_kept_with_what_they_earned(tmp_path, config, console):

@@ -128,6 +128,9 @@ def _train_and_close(
             trackers = open_trackers(config.train.trackers, run_dir, to_dict(config)) if ranks.is_first else []
             with MetricsLog(out, trainer.step, trackers) as log, writer as checkpoints:
                 job = _Job(trainer, examiner, checkpoints, log, itself, run_dir, out, console)
+                for step in _asked_along(job):
+                    if step > trainer.step:  # of weights that are gone, as the rows of those steps are
+                        (out / EVALUATION / f"{ALONG.format(step)}.jsonl").unlink()
                 _train_loop(job)
                 after = _held_out(job, "after")
             _close(job, after)
@@ -283,13 +286,18 @@ def _close(job: _Job, after: Evaluation) -> None:
 
 
 def _held_out_along(job: _Job, before: Evaluation | None, after: Evaluation) -> dict[int, Evaluation]:
-    """By step, where ``eval.every`` asked for more than both ends."""
-    config, last = job.trainer.config, job.trainer.step
-    first_rl = _first_rl(config)
-    named = {step: answers_named(ALONG.format(step), job.out, after) for step in _pauses(config, first_rl, 0, last)}
+    """By step, where ``eval.every`` asked for more than both ends, in this sitting or one before."""
+    last = job.trainer.step
+    named = {step: answers_named(ALONG.format(step), job.out, after) for step in _asked_along(job) if step < last}
     between = {step: found for step, found in named.items() if found is not None}
-    ends = ({first_rl: before} if before else {}) | {last: after}
+    ends = ({_first_rl(job.trainer.config): before} if before else {}) | {last: after}
     return dict(sorted((between | ends).items())) if between else {}
+
+
+def _asked_along(job: _Job) -> list[int]:
+    """Steps after which held-out questions were asked."""
+    names = [path.stem.removeprefix("step-") for path in (job.out / EVALUATION).glob("step-*.jsonl")]
+    return [int(name) for name in names if name.isdecimal()]  # not a copy under a name of one's own
 
 
 def _weights(job: _Job) -> str:
