@@ -262,8 +262,8 @@ def test_one_of_several_updates_may_be_refused(config, tmp_path):
     trainer.faults, spoil = tmp_path, iter([1.0, float("nan"), 1.0])
     backward = trainer._backward
 
-    def sometimes(*arguments, **last):
-        found = backward(*arguments, **last)
+    def sometimes(*arguments):
+        found = backward(*arguments)
         trainer.policy.model.lm_head.weight.grad *= next(spoil)
         return found
 
@@ -277,8 +277,8 @@ def test_refused_updates_in_a_row_end_the_run_though_a_later_one_of_the_step_is_
     trainer = make_trainer(changed(config, skip_equal_groups=False, updates_per_step=6))
     made, backward = [], trainer._backward
 
-    def bad_until_the_fifth(*arguments, **last):
-        found = backward(*arguments, **last)
+    def bad_until_the_fifth(*arguments):
+        found = backward(*arguments)
         made.append(found)
         if len(made) < 5:
             trainer.policy.model.lm_head.weight.grad *= float("nan")

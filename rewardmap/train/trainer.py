@@ -173,7 +173,7 @@ class Trainer:
             parts = list(_mini_batches(groups, advantage, self.config.train.updates_per_step))
             for number, (part, its_advantage) in enumerate(parts, 1):
                 forests = self._pack(part, its_advantage)
-                sums = self._backward(forests, its_advantage.advantages, part, last=number == len(parts))
+                sums = self._backward(forests, its_advantage.advantages, part, number == len(parts))
                 updates.append(sums | self._update(stage, sums["loss"], sums["rollout_kl"] / max(sums["rows"], 1)))
                 packed.append(forests)
                 if self.guard.ends:  # another one could end the streak, unsaid
@@ -286,7 +286,7 @@ class Trainer:
         )
 
     def _backward(
-        self, forests: Sequence[PackedForest], advantages: Tensor, groups: Sequence[RolloutGroup], last: bool
+        self, forests: Sequence[PackedForest], advantages: Tensor, groups: Sequence[RolloutGroup], last: bool = True
     ) -> dict[str, float]:
         """Accumulate gradients. Denominators count every answer of the update, also those of skipped groups.
 
