@@ -236,7 +236,7 @@ def test_a_signal_while_maps_are_drawn_is_said_and_leaves_nothing_half_made(tmp_
         "SIGTERM: leaving",
         f"interrupted; go on with: rewardmap train --resume {tmp_path / 'run'}",
     ]
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "config.toml"]
 
 
 def test_what_a_killed_generate_left_is_removed_by_the_next_and_nothing_that_is_being_written(tmp_path: Path) -> None:
