@@ -164,7 +164,7 @@ def _train_loop(job: _Job) -> None:
                 before = config.eval.before and pause == first_rl
                 right = _held_out(job, "before" if before else ALONG.format(pause), bar).weighted_accuracy
                 bar.console.print(f"step {pause}: {right:.1%} right on held-out maps, weighted", highlight=False)
-        _make_steps(job, bar, task, None)
+        _make_steps(job, bar, task, curriculum.total_steps)
 
 
 def _first_rl(config: Config) -> int:
@@ -188,14 +188,14 @@ def _held_out(job: _Job, name: str, bar: Progress | None = None) -> Evaluation:
     return found
 
 
-def _make_steps(job: _Job, bar: Progress, task: TaskID, end: int | None) -> None:
-    """Train up to step ``end`` (None: the curriculum's last, which gates may bring forward) and save. A signal stops
+def _make_steps(job: _Job, bar: Progress, task: TaskID, end: int) -> None:
+    """Train up to step ``end``, or to the curriculum's last where gates bring it before that, and save. A signal stops
     all ranks after the step in progress, saved."""
     trainer, curriculum = job.trainer, job.trainer.curriculum
     accuracy: list[float] = []
 
     def at_end() -> bool:
-        return trainer.step >= min(curriculum.total_steps, curriculum.total_steps if end is None else end)
+        return trainer.step >= min(end, curriculum.total_steps)
 
     with stop_request("stopping after the step in progress", bar.console.print) as stop:
         while not at_end():

@@ -42,12 +42,15 @@ def row_sums(out: LinearPolicyLoss, mask: Tensor, sampled: Tensor | None, ref: T
 
     off = torch.zeros_like(logprobs) if sampled is None else logprobs - sampled.double()
     away = torch.zeros_like(logprobs) if ref is None else ref.double() - logprobs
-    loss, count, none = out.loss.detach().double(), trained.sum().double(), torch.zeros_like(logprobs[:1].sum())
-    means = out.metrics
-    clipped = means["clip_fraction_low"] + means["clip_fraction_high"]
-    weighed = [means.get(name, none) * count for name in ("importance_mean", "importance_rejected")]
-    own = [loss, count, total(out.entropy), total(off.abs()), k3(off), k3(away)]
-    return torch.stack([*own, *(value.double() for value in (clipped * count, *weighed))])
+    loss, count = out.loss.detach().double(), trained.sum().double()
+
+    def measured(name: str) -> Tensor:
+        """The loss's own mean, times its rows; 0 where the objective has none."""
+        return out.metrics[name].double() * count if name in out.metrics else torch.zeros_like(count)
+
+    clipped = measured("clip_fraction_low") + measured("clip_fraction_high")
+    weighed = measured("importance_mean"), measured("importance_rejected")
+    return torch.stack([loss, count, total(out.entropy), total(off.abs()), k3(off), k3(away), clipped, *weighed])
 
 
 def over_updates(updates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
